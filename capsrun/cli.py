@@ -1,0 +1,263 @@
+"""The command line: the table of commands, Hydra, and what is said about mistakes.
+
+Only this file knows Hydra, and PyTorch is imported by a command's own file only, once that
+command's configuration is composed: so `--help` and `--cfg job` answer at once.
+"""
+
+import difflib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capsrun import __version__
+from capsrun.errors import Stopped, UserError
+
+# These choices make the first part of a run's name, or do not belong into it.
+NOT_IN_NAME = ("dataset", "model", "recipe", "seed", "name", "runs_dir", "device", "dataset.data_dir")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the command table."""
+
+    run: Callable[[Any, list[str]], None]
+    """Takes the composed configuration and the overrides of the job."""
+    summary: str
+    example: str
+
+
+def run_train(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import TrainConfig, from_dict
+
+    config = from_dict(TrainConfig, cfg)
+    config.name = config.name or run_name(config, overrides)
+
+    from capsrun.commands.train import train
+
+    train(config, Path(config.runs_dir) / config.name / f"seed{config.seed}")
+
+
+def run_eval(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import EvalConfig, from_dict
+
+    config = from_dict(EvalConfig, cfg)
+
+    from capsrun.commands.evaluate import evaluate
+
+    evaluate(config, checkpoint_of(config))
+
+
+def run_perturb(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import PerturbConfig, from_dict
+
+    config = from_dict(PerturbConfig, cfg)
+
+    from capsrun.commands.perturb import perturb
+
+    perturb(config, checkpoint_of(config))
+
+
+def run_data(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import DataConfig, from_dict
+
+    config = from_dict(DataConfig, cfg)
+
+    from capsrun.commands.data import show_data
+
+    show_data(config)
+
+
+COMMANDS = {
+    "train": Command(
+        run_train,
+        "train a model, or go on where its run was interrupted",
+        "capsrun train dataset=mnist",
+    ),
+    "eval": Command(
+        run_eval,
+        "test a trained model: errors, confusion matrix, pictures",
+        "capsrun eval dataset=mnist",
+    ),
+    "perturb": Command(
+        run_perturb,
+        "move each dimension of a capsule and draw what comes out",
+        "capsrun perturb perturb.digit=5",
+    ),
+    "data": Command(
+        run_data,
+        "fetch, verify and show a data set",
+        "capsrun data dataset=mnist",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for a mistake of the user, 128 + a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"capsrun {__version__}")
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}")
+        run_command(name, rest)
+    except UserError as error:
+        where = f"capsrun {name}" if name in COMMANDS else "capsrun"
+        print(f"{where}: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        again = shlex.join(["capsrun", *arguments])
+        print(f"{stopped}; the same command goes on: {again}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def usage() -> str:
+    """What `capsrun --help` prints."""
+    lines = [
+        "capsrun reproduces Dynamic Routing Between Capsules (Sabour, Frosst, Hinton, NIPS 2017).",
+        "",
+        "Usage: capsrun COMMAND [key=value …]",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<8} {command.summary}", f"  {'':<8}   {command.example}"]
+    lines += [
+        "",
+        "After the command everything is Hydra: `capsrun train --help` lists the choices and the",
+        "settings, `--cfg job` shows them composed, `--multirun seed=0,1,2` runs several.",
+    ]
+    return "\n".join(lines)
+
+
+def configs_dir() -> Path:
+    """The YAML files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def run_command(name: str, arguments: list[str]) -> None:
+    """Compose the command's configuration with Hydra and run it, once or for each job of a sweep.
+
+    Raises UserError for a mistake in the configuration, and whatever the command raises.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    failures: list[BaseException] = []
+
+    def job(cfg: Any) -> None:
+        # Hydra writes a line of its own about an exception that it sees, so it sees none of ours.
+        try:
+            COMMANDS[name].run(cfg, list(HydraConfig.get().overrides.task))
+        except (UserError, Stopped) as error:
+            failures.append(error)
+            raise SystemExit(2) from error
+
+    saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *arguments]
+    # Hydra then raises what goes wrong instead of printing it and ending the program.
+    saved_mode = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
+        start(job)()
+    except SystemExit:
+        if failures:
+            raise failures[0] from None
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(describe_hydra_error(error, name)) from error
+    finally:
+        sys.argv = saved_argv
+        if saved_mode is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = saved_mode
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> Any:
+    """The configuration that a command's overrides make, for tests and scripts."""
+    import hydra
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
+        return hydra.compose(config_name=name, overrides=list(overrides))
+
+
+def describe_hydra_error(error: Exception, command: str) -> str:
+    """One sentence for what Hydra and OmegaConf say in several lines."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+    from capsrun.config import describe_config_error
+
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        options = ", ".join(error.options)
+        hint = did_you_mean(choice, error.options)
+        return f"there is no {group}={choice}{hint}; there are: {options}"
+    if isinstance(cause, ConfigKeyError | AttributeError) and getattr(cause, "full_key", None):
+        key = str(cause.full_key)  # type: ignore[union-attr]
+        hint = did_you_mean(key, setting_names(command))
+        return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
+    if isinstance(cause, OmegaConfBaseException):
+        return describe_config_error(cause)
+    return " ".join(str(error).split())
+
+
+def setting_names(command: str) -> list[str]:
+    """Every key of a command's configuration, with dots."""
+    from omegaconf import OmegaConf
+
+    def names(values: dict[str, Any], prefix: str) -> Iterable[str]:
+        for key, value in values.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from names(value, f"{prefix}{key}.")
+
+    return list(names(OmegaConf.to_container(compose(command)), ""))  # type: ignore[arg-type]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'seed'?`, or nothing when no known word is like this one."""
+    known = list(known)
+    # `iterations` is most likely meant for `routing.iterations`.
+    ending = [name for name in known if name.endswith("." + word)]
+    close = ending or difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def run_name(config: Any, overrides: Iterable[str]) -> str:
+    """A name for a run's folder that follows from what was chosen: `mnist-capsnet-quick+loss=paper`."""
+    chosen = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+~") not in NOT_IN_NAME and not key.startswith("record."):
+            chosen.append(f"{key.lstrip('+~')}={value}".replace("/", "_").replace(" ", ""))
+    base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
+    return "+".join([base, *sorted(chosen)])
+
+
+def checkpoint_of(config: Any) -> Path:
+    """The checkpoint file that eval and perturb are to use; see `find_checkpoint`."""
+    from capsrun.runs.checkpoint import find_checkpoint
+
+    train = f"capsrun train dataset={config.dataset.trained_on}"
+    if config.seed:
+        train += f" seed={config.seed}"
+    return find_checkpoint(config.checkpoint, train)

@@ -1,0 +1,243 @@
+"""`capsrun train`: train a model, or go on where its run was interrupted."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capsrun.commands.evaluate import reconstruction_grid, score_figures, score_summary
+from capsrun.config import TrainConfig
+from capsrun.data import Dataset, load_dataset
+from capsrun.data.batches import Batch, training_batch
+from capsrun.errors import Stopped, UserError
+from capsrun.models import build_model
+from capsrun.models.capsnet import CapsNetOutput
+from capsrun.models.routing import RoutingIteration
+from capsrun.runs import figures, record
+from capsrun.runs.checkpoint import load_weights, save_checkpoint
+from capsrun.training.losses import Losses, class_presence
+from capsrun.training.metrics import Score, score_split
+from capsrun.training.step import Trainer, resolve_device, resolve_precision, total_steps
+
+EVALUATION_BATCH = 250
+
+
+@dataclass
+class Run:
+    """A training run in progress."""
+
+    config: TrainConfig
+    folder: record.RunFolder
+    dataset: Dataset
+    trainer: Trainer
+    recorder: record.Recorder
+    progress: record.ProgressLine
+    clock: record.Stopwatch
+    """Runs while the model is trained, not while it is evaluated or saved."""
+    step: int
+    """Updates made so far."""
+    steps: int
+    """Updates of the whole run."""
+
+
+def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
+    """Train as `config` says into `out_dir` and return what `result.json` holds.
+
+    Goes on after the last checkpoint of an interrupted run, and leaves a finished one alone.
+    Raises UserError for what the user can mend, and Stopped, with everything saved, on Ctrl-C.
+    """
+    folder = record.RunFolder(out_dir, dataclasses.asdict(config))
+    result = folder.result()
+    if result is not None:
+        print(f"{out_dir} is finished already; choose another name=…, or delete it to train anew")
+    else:
+        run = open_run(config, folder)
+        try:
+            with record.stop_requests() as stop:
+                training_loop(run, stop)
+            result = finish(run)
+        finally:
+            run.progress.close()
+            run.recorder.close()
+        print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
+    print(record.answer("test", result["errors"], result["count"]))
+    return result
+
+
+def training_loop(run: Run, stop: record.StopRequest) -> None:
+    """Make every step that is left. Raises Stopped, having saved, when that is asked for."""
+    config, training_images = run.config, run.dataset.train
+    log_every = config.record.log_every_steps
+    evaluate_every = config.record.evaluate_every_steps or math.ceil(
+        len(training_images) / config.recipe.batch_size
+    )
+    run.clock.start()
+    while run.step < run.steps:
+        batch = training_batch(
+            training_images.images_NCHW,
+            training_images.labels_N,
+            config.seed,
+            run.step,
+            config.recipe.batch_size,
+            config.dataset.shift_px,
+        )
+        to_log = (run.step + 1) % log_every == 0 or run.step + 1 == run.steps
+        history: list[RoutingIteration] | None = [] if to_log else None
+        output, losses = run.trainer.step(batch, run.step, history)
+        run.step += 1
+        run.progress.advance()
+        if history is not None:
+            log_step(run, batch, output, losses, history)
+        if run.step % evaluate_every == 0 and run.step < run.steps:
+            with run.clock.paused():
+                log_evaluation(run)
+        if stop.asked or run.clock.lap() >= config.record.checkpoint_every_seconds:
+            with run.clock.paused():
+                save(run)
+            run.clock.new_lap()
+        if stop.asked:
+            at = f"step {run.step:,} of {run.steps:,}"
+            raise Stopped(f"stopped after {at}, which is saved", stop.signal_number)
+    run.clock.pause()
+
+
+def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
+    """Load the data, build the model, and take both to where an interrupted run was."""
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    dataset = load_dataset(config.dataset, device)
+    steps = total_steps(config.recipe, len(dataset.train))
+    model = build_model(config.model, config.routing, config.dataset, config.seed)
+    checkpoint = folder.unfinished()
+    if checkpoint is not None:
+        load_weights(model, checkpoint["model"], folder.checkpoint)
+    trainer = Trainer(model, config.loss, config.recipe, steps, device, precision)
+    folder.make()
+    step, seconds, metrics_bytes = 0, 0.0, 0
+    if checkpoint is not None:
+        step, seconds = checkpoint["step"], checkpoint["train_seconds"]
+        metrics_bytes = checkpoint["metrics_bytes"]
+        if checkpoint["optimizer"] is not None:  # absent once the last step is made
+            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+    where = f"{precision} on {record.describe_device(device)}"
+    print(f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}")
+    return Run(
+        config,
+        folder,
+        dataset,
+        trainer,
+        record.Recorder(folder.path, step, metrics_bytes),
+        record.ProgressLine(step, steps, config.recipe.batch_size),
+        record.Stopwatch(seconds),
+        step,
+        steps,
+    )
+
+
+def log_step(
+    run: Run, batch: Batch, output: CapsNetOutput, losses: Losses, history: list[RoutingIteration]
+) -> None:
+    """Record what the last step computed. Raises UserError when its loss is not finite."""
+    total = losses.total.item()
+    if not math.isfinite(total):
+        refuse_to_go_on(run, f"the loss is {total}")
+    lengths_BJ = output.lengths_BJ.detach()
+    present_BJ = class_presence(batch.labels_BT, lengths_BJ.shape[1])
+    values = {
+        "loss/total": total,
+        "loss/margin": losses.margin.item(),
+        "loss/reconstruction": losses.reconstruction.item(),
+        "learning_rate": run.trainer.optimizer.param_groups[0]["lr"],
+        "capsule_length/true_class": lengths_BJ[present_BJ].mean().item(),
+        "capsule_length/other_classes": lengths_BJ[~present_BJ].mean().item(),
+    }
+    for number, iteration in enumerate(history, 1):
+        change = iteration.logit_changes_BIJ.detach().abs().mean().item()
+        values[f"routing_logit_change/iteration_{number}"] = change
+    values["images_per_second"] = run.step * run.config.recipe.batch_size / run.clock.seconds
+    values["memory_gb"] = record.memory_gb(run.trainer.device)
+    run.recorder.numbers(run.step, values)
+    run.progress.show({"loss": total, "margin": values["loss/margin"]})
+
+
+def log_evaluation(run: Run) -> Score:
+    """Test the model as it is now; record the error and what it reconstructs."""
+    values, scores = {}, {}
+    for name, split in (("test", run.dataset.test), ("validation", run.dataset.validation)):
+        if len(split):
+            scores[name] = score_split(
+                run.trainer.model, split, run.trainer.precision, EVALUATION_BATCH, mask="label"
+            )
+            values[f"error_percent/{name}"] = scores[name].error_percent
+    run.recorder.numbers(run.step, values)
+    if run.config.model.reconstruction:
+        grid = reconstruction_grid(run.trainer.model, run.dataset.test, run.dataset.class_names)
+        run.recorder.picture(run.step, "reconstructions", grid)
+    run.recorder.flush()
+    shown = ", ".join(
+        record.answer(name, result.errors, result.count) for name, result in scores.items()
+    )
+    run.progress.say(f"after {run.step:,} steps: {shown}")
+    return scores["test"]
+
+
+def save(run: Run, finished: bool = False) -> None:
+    """Write the checkpoint; when finished, without the optimiser's state, which is two thirds."""
+    weights = run.trainer.model.state_dict()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        refuse_to_go_on(run, "a weight is not finite")
+    save_checkpoint(
+        run.folder.checkpoint,
+        run.folder.config,
+        run.step,
+        model=weights,
+        optimizer=None if finished else run.trainer.optimizer.state_dict(),
+        train_seconds=run.clock.seconds,
+        metrics_bytes=run.recorder.position(),
+    )
+
+
+def refuse_to_go_on(run: Run, reason: str) -> None:
+    """Save the state in which the numbers broke, leave `checkpoint.pt` as it was, and stop."""
+    path = run.folder.path / "not_finite.pt"
+    save_checkpoint(
+        path,
+        run.folder.config,
+        run.step,
+        model=run.trainer.model.state_dict(),
+        optimizer=run.trainer.optimizer.state_dict(),
+    )
+    raise UserError(
+        f"training stopped after step {run.step:,}: {reason}; that state is in {path}, and "
+        "checkpoint.pt (if any) is from before; try a lower recipe.learning_rate"
+    )
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Save the trained model, test it, draw its pictures, and write `result.json` last."""
+    save(run, finished=True)
+    final = log_evaluation(run)
+    model, dataset, config = run.trainer.model, run.dataset, run.config
+    for name, figure in score_figures(model, dataset.test, dataset.class_names, final).items():
+        figures.save(figure, run.folder.pictures / f"{name}.png")
+        run.recorder.picture(run.step, name, figure)
+    result = {
+        "command": "train",
+        "name": config.name,
+        "dataset": config.dataset.name,
+        "model": config.model.name,
+        "seed": config.seed,
+        "steps": run.step,
+        **score_summary(final, dataset.class_names),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_seconds": run.clock.seconds,
+        "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
+        "memory_gb": record.memory_gb(run.trainer.device),
+        **record.provenance(run.trainer.device, run.trainer.precision),
+        "config": run.folder.config,
+    }
+    run.folder.write_result(result)
+    return result

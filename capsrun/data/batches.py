@@ -1,0 +1,132 @@
+"""Training batches made on the device: shuffled, moved, scaled; pure functions of (seed, step).
+
+Shapes: N images of the data set, B batch, T digits in one image, C channels, H and W pixels.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# One number for each thing that is drawn, so that they do not depend on each other.
+ORDER, SHIFT, SPLIT = 1, 2, 3
+
+# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class Batch(NamedTuple):
+    """What one training step sees."""
+
+    images_BCHW: Tensor
+    """Pixels in [0, 1], float32."""
+    labels_BT: Tensor
+    targets_BTCHW: Tensor
+    """What the reconstruction of each label should look like."""
+
+
+def _signed(value: int) -> int:
+    """The 64-bit two's complement number with the same bits, for PyTorch has no unsigned ones."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Logical shift: PyTorch's own copies the sign bit in."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(values: Tensor) -> Tensor:
+    values = (values ^ _shift_right(values, 30)) * _signed(_MIX_1)
+    values = (values ^ _shift_right(values, 27)) * _signed(_MIX_2)
+    return values ^ _shift_right(values, 31)
+
+
+def random_bits(counters: Tensor, *keys: int) -> Tensor:
+    """Random 64-bit integers, a pure function of `keys` and each counter, equal on every device.
+
+    With one key this is SplitMix64 seeded with it: counter n gives its n-th output, from 0.
+    Further keys make independent streams. Takes and returns int64 of any shape.
+    """
+    state = torch.zeros((), dtype=torch.int64, device=counters.device)
+    for position, key in enumerate(keys):
+        state = (_mix(state + _signed(_GAMMA)) if position else state) + _signed(key)
+    return _mix(state + (counters + 1) * _signed(_GAMMA))
+
+
+def random_integers(counters: Tensor, low: int, high: int, *keys: int) -> Tensor:
+    """Random integers in [low, high], both included; see `random_bits`.
+
+    Some are likelier than others by at most (high − low + 1) / 2^63.
+    """
+    return low + _shift_right(random_bits(counters, *keys), 1) % (high - low + 1)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
+    """The order (N,) in which epoch `epoch` visits the `count` training images."""
+    counters = torch.arange(count, device=device)
+    return random_bits(counters, seed, ORDER, epoch).argsort(stable=True)
+
+
+def batch_indices(
+    seed: int, step: int, batch_size: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which images are in the batch of `step` (from 0); returns (indices, positions), each (B,).
+
+    Epochs follow each other without a gap, so every batch is full and one may span two epochs.
+    positions: how many images the run had seen before each of these.
+    """
+    start, stop = step * batch_size, (step + 1) * batch_size
+    parts = []
+    for epoch in range(start // count, (stop - 1) // count + 1):
+        order = epoch_order(seed, epoch, count, device)
+        first = epoch * count
+        parts.append(order[max(start - first, 0) : stop - first])
+    return torch.cat(parts), torch.arange(start, stop, device=device)
+
+
+def place(images_BCHW: Tensor, offsets_B2: Tensor, canvas_px: int) -> Tensor:
+    """Put each image on a black square canvas, its top left corner at its offset (row, column).
+
+    What lies outside the canvas is cut off; offsets may be negative. Keeps the type; returns
+    (B, C, canvas_px, canvas_px).
+    """
+    batch, _, height, width = images_BCHW.shape
+    canvas = torch.arange(canvas_px, device=images_BCHW.device)
+    rows_BY, columns_BX = (canvas - offset_B[:, None] for offset_B in offsets_B2.unbind(1))
+    index_B = torch.arange(batch, device=images_BCHW.device)
+    placed_BYXC = images_BCHW.permute(0, 2, 3, 1)[
+        index_B[:, None, None],
+        rows_BY.clamp(0, height - 1)[:, :, None],
+        columns_BX.clamp(0, width - 1)[:, None, :],
+    ]
+    inside_BY = (rows_BY >= 0) & (rows_BY < height)
+    inside_BX = (columns_BX >= 0) & (columns_BX < width)
+    inside_BYX = inside_BY[:, :, None] & inside_BX[:, None, :]
+    return (placed_BYXC * inside_BYX[..., None]).permute(0, 3, 1, 2)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def training_batch(
+    images_NCHW: Tensor, labels_N: Tensor, seed: int, step: int, batch_size: int, shift_px: int
+) -> Batch:
+    """The batch of `step`, each image moved by its own random shift of up to ±`shift_px` (§5).
+
+    Every one of the (2·shift_px + 1)² shifts is equally likely; what moves in is black. An image
+    is its own reconstruction target, shifted as it is.
+    """
+    device = images_NCHW.device
+    indices_B, positions_B = batch_indices(seed, step, batch_size, len(labels_N), device)
+    counters_B2 = positions_B[:, None] * 2 + torch.arange(2, device=device)
+    offsets_B2 = random_integers(counters_B2, -shift_px, shift_px, seed, SHIFT)
+    moved_BCHW = place(images_NCHW[indices_B], offsets_B2, images_NCHW.shape[-1])
+    pixels_BCHW = to_pixels(moved_BCHW).contiguous()
+    return Batch(pixels_BCHW, labels_N[indices_B][:, None], pixels_BCHW[:, None])

@@ -1,0 +1,181 @@
+"""CapsNet: two convolutions, one layer of routed capsules, and a decoder (§4 of the paper).
+
+Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules (classes),
+K input dimension, D output dimension, T digits in one image.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capsrun.config import CapsNetConfig, RoutingConfig
+from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
+
+
+class CapsNetOutput(NamedTuple):
+    """What CapsNet says about a batch."""
+
+    capsules_BJD: Tensor
+    """v_j: one vector a class."""
+    lengths_BJ: Tensor
+    """‖v_j‖ in [0, 1): how sure the network is that class j is present."""
+    reconstructions_BTCHW: Tensor | None
+    """What the decoder draws for each asked-for class, pixels in [0, 1]; None when not asked."""
+
+
+class CapsNet(nn.Module):
+    """The network of §4, in the authors' variant or the paper's, as `config` and `routing` say.
+
+    Takes square images of `image_px` pixels with `channels` channels and tells `classes` classes
+    apart. Raises ValueError when the image is too small for the two convolutions.
+    """
+
+    def __init__(
+        self,
+        config: CapsNetConfig,
+        routing: RoutingConfig,
+        image_px: int,
+        channels: int = 1,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        conv1_px = image_px - config.kernel_px + 1
+        grid_px = (conv1_px - config.kernel_px) // 2 + 1
+        if conv1_px < config.kernel_px:
+            raise ValueError(
+                f"images of {image_px} px are too small for two {config.kernel_px}×"
+                f"{config.kernel_px} convolutions: at least {2 * config.kernel_px - 1} px"
+            )
+        self.config, self.routing = config, routing
+        self.image_px, self.channels, self.classes = image_px, channels, classes
+        self.primary_capsules = config.primary_types * grid_px**2
+
+        self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
+        self.primarycaps = nn.Conv2d(
+            config.conv1_channels,
+            config.primary_types * config.primary_dimensions,
+            config.kernel_px,
+            stride=2,
+        )
+        self.digitcaps_weight = nn.Parameter(
+            torch.empty(
+                self.primary_capsules, config.primary_dimensions, classes, config.digit_dimensions
+            )
+        )
+        self.digitcaps_bias = (
+            nn.Parameter(torch.empty(classes, config.digit_dimensions))
+            if config.digit_bias
+            else None
+        )
+        self.decoder = self._make_decoder() if config.reconstruction else None
+        self.reset_parameters()
+
+    def _make_decoder(self) -> nn.Sequential:
+        """§4.1 and figure 2: the masked capsules through fully connected layers to pixels."""
+        widths = [self.classes * self.config.digit_dimensions, *self.config.decoder_widths]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths, widths[1:]):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        layers += [nn.Linear(widths[-1], self.channels * self.image_px**2), nn.Sigmoid()]
+        return nn.Sequential(*layers)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights from torch's global generator, as `config.initialisation` says.
+
+        `authors`: weights from a normal truncated at ±2σ, σ = 0.05 in Conv1 and 0.1 elsewhere, and
+        every bias 0.1 (authors' code; Paper: silent). `pytorch`: each layer's default, and for
+        DigitCaps the same rule, uniform within ±1/√K, with a zero bias.
+        """
+        if self.config.initialisation == "authors":
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias") or name == "digitcaps_bias":
+                    parameter.fill_(0.1)
+                else:
+                    std = 0.05 if name.startswith("conv1.") else 0.1
+                    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.reset_parameters()
+        bound = 1 / math.sqrt(self.config.primary_dimensions)
+        self.digitcaps_weight.uniform_(-bound, bound)
+        if self.digitcaps_bias is not None:
+            self.digitcaps_bias.zero_()
+
+    def primary_poses(self, images_BCHW: Tensor) -> Tensor:
+        """Images with pixels in [0, 1] to PrimaryCaps outputs u of shape (B, I, K), squashed.
+
+        Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
+        channels at one place of the grid.
+        """
+        features = F.relu(self.conv1(images_BCHW))
+        maps = F.conv2d(features, self.primarycaps.weight, stride=2)
+        # Capsules compute in the precision of their weights (float32), whatever autocast does.
+        maps = maps.to(self.digitcaps_weight.dtype) * self._primary_scale()
+        assert self.primarycaps.bias is not None
+        maps = maps + self.primarycaps.bias[:, None, None]
+        maps_BTKHW = maps.unflatten(1, (self.config.primary_types, self.config.primary_dimensions))
+        return squash(maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3))
+
+    def _primary_scale(self) -> float:
+        """What the PrimaryCaps convolution is multiplied by, before its bias.
+
+        Paper: no such factor. The authors' code sends the convolution through one routing
+        iteration, a softmax over the capsule types of zero logits: with 32 types 1/32, and 1/33
+        with leaky routing, whose extra logit takes an equal share.
+        """
+        if self.config.primary_scale == "one":
+            return 1.0
+        return 1 / (self.config.primary_types + self.routing.leaky)
+
+    def encode(
+        self, images_BCHW: Tensor, history: list[RoutingIteration] | None = None
+    ) -> Tensor:
+        """Images (B, C, H, W), pixels in [0, 1], to class capsules v (B, J, D).
+
+        history: see `route`.
+        """
+        poses_BIK = self.primary_poses(images_BCHW)
+        with torch.autocast(poses_BIK.device.type, enabled=False):
+            votes_BIJD = capsule_votes(poses_BIK, self.digitcaps_weight)
+            return route(
+                votes_BIJD,
+                self.digitcaps_bias,
+                self.routing.iterations,
+                self.routing.leaky,
+                self.routing.detach,
+                history,
+            )
+
+    def decode(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
+        """Draw each image's `labels_B` class from its capsule, all others masked out (§4.1).
+
+        Returns images (B, C, H, W) with pixels in [0, 1]. Raises ValueError without a decoder.
+        """
+        if self.decoder is None:
+            raise ValueError("this CapsNet was made without a decoder (reconstruction=false)")
+        mask_BJ = F.one_hot(labels_B, self.classes).to(capsules_BJD.dtype)
+        pixels = self.decoder((capsules_BJD * mask_BJ[..., None]).flatten(1))
+        return pixels.to(capsules_BJD.dtype).unflatten(
+            1, (self.channels, self.image_px, self.image_px)
+        )
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        labels_BT: Tensor | None = None,
+        history: list[RoutingIteration] | None = None,
+    ) -> CapsNetOutput:
+        """Classify images, and reconstruct each class in `labels_BT` where there is a decoder."""
+        capsules_BJD = self.encode(images_BCHW, history)
+        lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
+        reconstructions = None
+        if labels_BT is not None and self.decoder is not None:
+            reconstructions = torch.stack(
+                [self.decode(capsules_BJD, labels_B) for labels_B in labels_BT.unbind(1)], dim=1
+            )
+        return CapsNetOutput(capsules_BJD, lengths_BJ, reconstructions)

@@ -1,0 +1,107 @@
+"""Checkpoints: tensors and plain types only, written whole or not at all, read without running code."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capsrun.config import TrainConfig, from_dict
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.models.capsnet import CapsNet
+
+FORMAT = "capsrun checkpoint 1"
+FILE_NAME = "checkpoint.pt"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; then rename it, so `path` is never half-written."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any) -> None:
+    """Write a checkpoint after `step` updates.
+
+    config: the `TrainConfig` as a dict. state: at least `model`, a state dict.
+    """
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "config": config, "step": step, **state}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, onto the CPU.
+
+    Raises UserError for a file that is missing, damaged or not a capsrun checkpoint. A file that
+    holds anything but tensors and plain types is refused before any of it is run.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # torch.load fails in many ways on a damaged or hostile file
+        raise UserError(
+            f"{path} is not a capsrun checkpoint, or it is damaged or cut short; nothing in it "
+            "was run"
+        ) from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
+    if not {"config", "step", "model"} <= checkpoint.keys():
+        raise UserError(f"checkpoint {path} is incomplete")
+    return checkpoint
+
+
+def find_checkpoint(path: str, train_command: str) -> Path:
+    """The checkpoint file that `path` (a file or a run's folder) means.
+
+    train_command: what makes it, for the message of the UserError when there is none.
+    """
+    found = Path(path).expanduser()
+    if found.is_dir():
+        found = found / FILE_NAME
+    if not found.is_file():
+        raise UserError(f"there is no checkpoint {found}; make it with `{train_command}`, or say checkpoint=…")
+    return found
+
+
+def load_model(path: Path) -> tuple[CapsNet, TrainConfig]:
+    """Rebuild the trained model of a checkpoint on the CPU, with the configuration of its run.
+
+    Raises UserError when the checkpoint cannot be used.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        config = from_dict(TrainConfig, checkpoint["config"])
+        model = build_model(config.model, config.routing, config.dataset)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
+    load_weights(model, checkpoint["model"], path)
+    return model, config
+
+
+def load_weights(model: CapsNet, weights: Any, path: Path) -> None:
+    """Put the weights into the model. Raises UserError, naming what differs, if they do not fit."""
+    ours = model.state_dict()
+    if not isinstance(weights, dict) or weights.keys() != ours.keys():
+        raise UserError(f"checkpoint {path} holds the weights of another network")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != ours[name].shape:
+            raise UserError(
+                f"checkpoint {path} holds the weights of another network: {name} has shape "
+                f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
+            )
+    model.load_state_dict(weights)

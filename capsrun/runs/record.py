@@ -1,0 +1,326 @@
+"""What a run leaves behind: its folder, `result.json`, `metrics.jsonl`, TensorBoard, progress."""
+
+import datetime
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+import capsrun
+from capsrun.config import differing_keys
+from capsrun.errors import UserError
+from capsrun.runs.checkpoint import FILE_NAME, load_checkpoint, replacing
+
+# Settings that do not change what a run computes: they may differ when it is resumed.
+FREE_KEYS = ("runs_dir", "device", "dataset.data_dir")
+FREE_SECTION = "record."
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to. Raises UserError when that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"folder {folder} cannot be written to; choose another, or change its permissions")
+
+
+class RunFolder:
+    """The folder of one training run, which is resumed, left alone or refused when it exists.
+
+    `config.yaml` says which run it is; `result.json` is there once the run is finished.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        """Look at `path` for the run that `config` describes; nothing is written yet.
+
+        Raises UserError when the folder belongs to a run with other settings.
+        """
+        self.path, self.config = path, config
+        self.pictures, self.tensorboard = path / "pictures", path / "tensorboard"
+        self.checkpoint = path / FILE_NAME
+        self._config_file = path / "config.yaml"
+        if self._config_file.exists():
+            self._refuse_other_settings(self._config_file)
+
+    def make(self) -> None:
+        """Make the folder, once all is there that the run needs. UserError: it cannot be written."""
+        make_folder(self.path)
+        make_folder(self.pictures)
+        if not self._config_file.exists():
+            with replacing(self._config_file) as temporary:
+                temporary.write_text(OmegaConf.to_yaml(self.config))
+
+    def _refuse_other_settings(self, config_file: Path) -> None:
+        try:
+            before = OmegaConf.to_container(OmegaConf.load(config_file))
+        except Exception as error:  # whatever is wrong with the YAML
+            raise UserError(f"{config_file} is damaged; move the folder away to start anew") from error
+        if not isinstance(before, dict):
+            raise UserError(f"{config_file} is damaged; move the folder away to start anew")
+        different = [
+            f"{key} (there {theirs}, now {ours})"
+            for key, theirs, ours in differing_keys(before, self.config)  # type: ignore[arg-type]
+            if key not in FREE_KEYS and not key.startswith(FREE_SECTION)
+        ]
+        if different:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {', '.join(different)}; "
+                "choose another name=…, or move that folder away"
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run found, or None while it is not finished."""
+        try:
+            return json.loads((self.path / "result.json").read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'result.json'} is damaged; delete it to make it again") from error
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The last checkpoint of an interrupted run, or None for one that has to begin."""
+        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        write_json(self.path / "result.json", result)
+
+
+class Recorder:
+    """Writes a run's numbers and pictures to `metrics.jsonl` and TensorBoard."""
+
+    def __init__(self, folder: Path, step: int = 0, position: int = 0) -> None:
+        """Open the records of a run that goes on after `step`; what came later is dropped.
+
+        position: where `metrics.jsonl` ended when that step was saved; see `position()`.
+        """
+        # Imported late: TensorBoard takes a second, and not every command writes to it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        make_folder(folder)
+        self.stream = open(folder / "metrics.jsonl", "a")
+        self.stream.truncate(position)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def position(self) -> int:
+        """Length of `metrics.jsonl` in bytes, to be saved with a checkpoint."""
+        self.flush()
+        return self.stream.tell()
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers by name; `a/b` puts b into TensorBoard's section a."""
+        self.stream.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, figure: Figure) -> None:
+        """Record a figure in TensorBoard."""
+        self.board.add_figure(name, figure, step)
+
+    def flush(self) -> None:
+        self.stream.flush()
+        self.board.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+        self.board.close()
+
+
+class ProgressLine:
+    """How far the run is: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+
+    PLAIN_EVERY_SECONDS = 10.0
+
+    def __init__(self, start: int, total: int, batch_size: int) -> None:
+        self.total, self.batch_size, self.step = total, batch_size, start
+        self.bar = tqdm(
+            initial=start,
+            total=total,
+            unit="img",
+            unit_scale=batch_size,
+            disable=None,
+            dynamic_ncols=True,
+        )
+        self.began = self.last_plain = time.monotonic()
+        self.began_at = start
+
+    def advance(self) -> None:
+        self.step += 1
+        self.bar.update()
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Show the latest numbers."""
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        last = self.step == self.total
+        if self.bar.disable and (last or now - self.last_plain >= self.PLAIN_EVERY_SECONDS):
+            self.last_plain = now
+            rate = (self.step - self.began_at) / max(now - self.began, 1e-9)
+            left = tqdm.format_interval((self.total - self.step) / max(rate, 1e-9))
+            speed = f"{rate * self.batch_size:.0f} images/s"
+            print(f"step {self.step:,} of {self.total:,}: {text}, {speed}, {left} left", flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, without breaking the bar."""
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """A progress bar over `items` that disappears, and that only a terminal sees."""
+    return tqdm(items, desc=title, leave=False, disable=None)
+
+
+class StopRequest:
+    """Whether the user or the system has asked the run to stop, and with which signal."""
+
+    signal_number: int = 0
+
+    @property
+    def asked(self) -> bool:
+        return self.signal_number != 0
+
+
+class Stopwatch:
+    """Counts seconds, but not while it is paused; goes on from those of an interrupted run."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = self._lap_began = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._before + running
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        self._before, self._started = self.seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pause()
+        yield
+        self.start()
+
+    def lap(self) -> float:
+        """Seconds counted since the last `new_lap`."""
+        return self.seconds - self._lap_began
+
+    def new_lap(self) -> None:
+        self._lap_began = self.seconds
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a request that the training loop sees between two steps.
+
+    A second one stops at once.
+    """
+    request = StopRequest()
+    before = {}
+
+    def ask(number: int, frame: Any) -> None:
+        request.signal_number = number
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, ask)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        pass
+    try:
+        yield request
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in 10⁹ bytes: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the processor, and on a CPU how many threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device, precision: str) -> dict[str, Any]:
+    """Where a number comes from: for `result.json`."""
+    return {
+        "device": describe_device(device),
+        "precision": precision,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {
+            "capsrun": capsrun.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this code runs from, with + where files differ; None elsewhere."""
+    folder = Path(capsrun.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def answer(split: str, errors: int, count: int) -> str:
+    """The last line of train and eval: `test error 0.34 % (34 of 10,000)`."""
+    return f"{split} error {100 * errors / count:.2f} % ({errors:,} of {count:,})"

@@ -1,0 +1,60 @@
+"""The margin loss and the reconstruction loss (Eq. 4 and §4.1 of the paper).
+
+Shapes: B batch, J classes, T digits in one image, C channels, H and W pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from capsrun.config import LossConfig
+from capsrun.models.capsnet import CapsNetOutput
+
+
+class Losses(NamedTuple):
+    """The total and its parts, as scalars on the device."""
+
+    total: Tensor
+    margin: Tensor
+    reconstruction: Tensor
+
+
+def class_presence(labels_BT: Tensor, classes: int) -> Tensor:
+    """T_k of Eq. 4: a (B, J) mask that is true for each class in an image's `labels_BT`."""
+    return F.one_hot(labels_BT, classes).any(dim=1)
+
+
+def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: LossConfig) -> Tensor:
+    """L_k = T_k max(0, m⁺ − ‖v_k‖)² + λ (1 − T_k) max(0, ‖v_k‖ − m⁻)² (Eq. 4), mean over the batch.
+
+    lengths_BJ: ‖v_k‖. present_BJ: T_k, boolean; more than one class may be present. Over classes
+    the loss is summed (the text) or averaged (authors' code), times `config.margin_factor`.
+    """
+    missed = F.relu(config.margin_present - lengths_BJ).square()
+    invented = F.relu(lengths_BJ - config.margin_absent).square()
+    losses_BJ = torch.where(present_BJ, missed, config.absent_weight * invented)
+    losses_B = losses_BJ.mean(1) if config.class_reduction == "mean" else losses_BJ.sum(1)
+    return config.margin_factor * losses_B.mean()
+
+
+def reconstruction_loss(reconstructions_BTCHW: Tensor, targets_BTCHW: Tensor) -> Tensor:
+    """Sum of squared pixel differences (§4.1), summed over an image's digits, mean over the batch."""
+    return (reconstructions_BTCHW - targets_BTCHW).square().flatten(1).sum(1).mean()
+
+
+def capsnet_losses(
+    output: CapsNetOutput, labels_BT: Tensor, targets_BTCHW: Tensor, config: LossConfig
+) -> Losses:
+    """Margin loss plus the weighted reconstruction loss, the latter 0 without a decoder.
+
+    targets_BTCHW: what the reconstruction of each label should look like, pixels in [0, 1].
+    """
+    present_BJ = class_presence(labels_BT, output.lengths_BJ.shape[1])
+    margin = margin_loss(output.lengths_BJ, present_BJ, config)
+    if output.reconstructions_BTCHW is None:
+        return Losses(margin, margin, torch.zeros_like(margin))
+    difference = reconstruction_loss(output.reconstructions_BTCHW, targets_BTCHW)
+    reconstruction = config.reconstruction_weight * difference
+    return Losses(margin + reconstruction, margin, reconstruction)

@@ -1,0 +1,154 @@
+"""The network, loss and optimiser against values that the authors' own code computed."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, train_config
+
+from capsrun.data.batches import Batch
+from capsrun.interop import load_authors_weights, to_authors_arrays
+from capsrun.models import build_model
+from capsrun.training.losses import capsnet_losses
+from capsrun.training.metrics import count_correct
+from capsrun.training.step import Trainer
+
+CASES = ["mnist_r3_small", "mnist_r1_small", "multi_r3_small", "leaky_r3_small"]
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
+
+
+def authors_arrays(seed: int, types: int, image_px: int) -> dict[str, np.ndarray]:
+    """The weights of a golden case, drawn as its README says."""
+    rng = np.random.RandomState(seed)
+    capsules = types * ((image_px - 16) // 2 + image_px % 2) ** 2
+    pixels = image_px**2
+    shapes = {
+        "conv1.weights": (9, 9, 1, 256),
+        "conv1.biases": (256,),
+        "conv_capsule1.weights": (9, 9, 256, types * 8),
+        "conv_capsule1.biases": (types, 8, 1, 1),
+        "capsule2.weights": (capsules, 8, 160),
+        "capsule2.biases": (10, 16),
+        "recons.recons_1.weights": (160, 512),
+        "recons.recons_1.biases": (512,),
+        "recons.recons_2.weights": (512, 1024),
+        "recons.recons_2.biases": (1024,),
+        "recons.recons_3.weights": (1024, pixels),
+        "recons.recons_3.biases": (pixels,),
+    }
+    arrays = {}
+    for name, shape in shapes.items():
+        if name.endswith("weights"):
+            std = 0.05 if name.startswith("conv1.") else 0.1
+            value = (rng.standard_normal(shape) * std).clip(-2 * std, 2 * std)
+        else:
+            value = 0.1 + 0.02 * rng.standard_normal(shape)
+        arrays[name] = value.astype(np.float32)
+    return arrays
+
+
+class Case:
+    """A golden case, and our model with its weights."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.golden = dict(np.load(GOLDEN / f"{name}.npz"))
+        self.targets = int(self.golden["cfg.targets"])
+        self.batch_size = int(self.golden["cfg.batch"])
+        self.steps = int(self.golden["cfg.steps"])
+        types, image_px = (int(self.golden[f"cfg.{k}"]) for k in ("num_prime_capsules", "image_size"))
+        self.config = train_config(
+            f"model.primary_types={types}",
+            f"dataset.image_px={image_px}",
+            f"routing.iterations={int(self.golden['cfg.routing'])}",
+            f"routing.leaky={bool(self.golden['cfg.leaky'])}",
+            "recipe=authors",
+        )
+        self.model = build_model(self.config.model, self.config.routing, self.config.dataset)
+        self.model.to(dtype)
+        load_authors_weights(self.model, authors_arrays(int(self.golden["seed"]), types, image_px))
+        self.dtype = dtype
+
+    def batch(self, step: int) -> Batch:
+        def take(key: str) -> torch.Tensor:
+            start = step * self.batch_size
+            return torch.from_numpy(self.golden[key][start : start + self.batch_size])
+
+        labels, images = ["labels"], ["image_1"]
+        if self.targets == 2:
+            labels, images = ["labels", "labels_2"], ["image_1", "image_2"]
+        return Batch(
+            take("images")[:, None].to(self.dtype),
+            torch.stack([take(key).long() for key in labels], dim=1),
+            torch.stack([take(key)[:, None].to(self.dtype) for key in images], dim=1),
+        )
+
+
+def assert_close(ours, theirs, tolerance: float, what: str) -> None:
+    """Compare relative to the largest value of the authors' tensor."""
+    ours = ours.detach().numpy() if isinstance(ours, torch.Tensor) else np.asarray(ours)
+    assert ours.shape == theirs.shape, what
+    worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert worst <= tolerance, f"{what}: {worst:.1e} relative"
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name, dtype):
+    case = Case(name, dtype)
+    golden, batch, model = case.golden, case.batch(0), case.model
+    poses = model.primary_poses(batch.images_BCHW)
+    votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps_weight)
+    output = model(batch.images_BCHW, batch.labels_BT)
+    losses = capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, case.config.loss)
+    losses.total.backward()
+
+    types, grid = golden["primary_capsules"].shape[1], golden["primary_capsules"].shape[-1]
+    primary = poses.unflatten(1, (types, grid, grid)).permute(0, 1, 4, 2, 3)
+    assert_close(primary, golden["primary_capsules"], 2e-5, "primary capsules")
+    assert_close(votes_first, golden["votes_first"], 2e-5, "votes")
+    assert_close(output.capsules_BJD, golden["class_capsules"], 2e-5, "class capsules")
+    assert_close(output.lengths_BJ, golden["lengths"], 2e-5, "lengths")
+    drawn = output.reconstructions_BTCHW.transpose(0, 1).flatten(2)
+    assert_close(drawn, golden["reconstructions"], 2e-5, "reconstructions")
+    assert_close(losses.margin, golden["loss_parts"][-1], 2e-5, "margin loss")
+    assert_close(losses.reconstruction, golden["loss_parts"][:-1].sum(), 2e-5, "reconstruction loss")
+    assert_close(losses.total, golden["loss_total"], 2e-5, "total loss")
+    correct, almost = count_correct(output.lengths_BJ, batch.labels_BT)
+    assert (correct, almost) == (golden["correct"], golden["almost_correct"])
+
+    gradients = {key: value.grad for key, value in model.named_parameters()}
+    for key, gradient in to_authors_arrays(model, gradients).items():
+        norm = np.linalg.norm(gradient.astype(np.float64))
+        assert_close(norm, golden[f"grad_norm.{key}"], 2e-5, f"norm of the gradient of {key}")
+        head = gradient.flatten()[:64]
+        worst = np.abs(head - golden[f"grad_head.{key}"]).max()
+        assert worst <= 2e-5 * np.abs(gradient).max(), f"gradient of {key}"
+        direction = np.random.RandomState(123).standard_normal(gradient.size).astype(np.float32)
+        projection = gradient.flatten().astype(np.float64) @ direction
+        # A sum with cancellation: its scale is the norm of the gradient, not its own size.
+        assert abs(projection - golden[f"grad_proj.{key}"]) <= 2e-5 * norm, f"gradient of {key}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adam_steps(name, dtype):
+    case = Case(name, dtype)
+    steps = case.config.recipe.steps
+    trainer = Trainer(
+        case.model, case.config.loss, case.config.recipe, steps, torch.device("cpu"), "fp32"
+    )
+    losses = [trainer.step(case.batch(step), step)[1].total.item() for step in range(case.steps)]
+    np.testing.assert_allclose(losses, case.golden["train_losses"], rtol=1e-4)
+
+
+def test_pytorchs_adam_does_not_pass():
+    """The tolerance above tells the two forms of Adam apart."""
+    case = Case("mnist_r3_small", torch.float64)
+    case.config.recipe.adam_form = "pytorch"
+    trainer = Trainer(
+        case.model, case.config.loss, case.config.recipe, 300_000, torch.device("cpu"), "fp32"
+    )
+    losses = [trainer.step(case.batch(step), step)[1].total.item() for step in range(case.steps)]
+    assert np.abs(losses / case.golden["train_losses"] - 1).max() > 1e-3
