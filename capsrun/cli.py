@@ -18,7 +18,16 @@ from capsrun import __version__
 from capsrun.errors import Stopped, UserError
 
 # These choices make the first part of a run's name, or do not belong into it.
-NOT_IN_NAME = ("dataset", "model", "recipe", "seed", "name", "runs_dir", "device", "dataset.data_dir")
+NOT_IN_NAME = (
+    "dataset",
+    "model",
+    "recipe",
+    "seed",
+    "name",
+    "runs_dir",
+    "device",
+    "dataset.data_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -243,7 +252,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_name(config: Any, overrides: Iterable[str]) -> str:
-    """A name for a run's folder that follows from what was chosen: `mnist-capsnet-quick+loss=paper`."""
+    """Name a run's folder after what was chosen: `mnist-capsnet-quick+loss=paper`."""
     chosen = []
     for override in overrides:
         key, _, value = override.partition("=")

@@ -32,7 +32,7 @@ def setting(
     return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetConfig:
     """Which images, and how training changes them. Values: `configs/dataset/`."""
 
@@ -52,7 +52,7 @@ class DatasetConfig:
     """The data set on which the model to evaluate on this one was trained."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CapsNetConfig:
     """The layers of CapsNet. Values and their sources: `configs/model/capsnet.yaml`."""
 
@@ -69,7 +69,7 @@ class CapsNetConfig:
     decoder_widths: list[int] = setting(minimum=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RoutingConfig:
     """Routing between PrimaryCaps and DigitCaps. Values: `configs/model/capsnet.yaml`."""
 
@@ -78,7 +78,7 @@ class RoutingConfig:
     detach: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LossConfig:
     """The margin loss and the weight of the reconstruction. Values: `configs/loss/`."""
 
@@ -91,7 +91,7 @@ class LossConfig:
     reconstruction_weight: float = setting(minimum=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RecipeConfig:
     """How long and how to optimise. Values: `configs/recipe/`."""
 
@@ -112,7 +112,7 @@ class RecipeConfig:
     adam_epsilon: float = setting(above=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RecordConfig:
     """How often a run writes what. Values: `configs/train.yaml`."""
 
@@ -122,7 +122,7 @@ class RecordConfig:
     checkpoint_every_seconds: float = setting(minimum=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
     """Everything that `capsrun train` needs. Values: `configs/train.yaml`."""
 
@@ -140,7 +140,7 @@ class TrainConfig:
     record: RecordConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvalConfig:
     """Everything that `capsrun eval` needs; the model comes from the checkpoint."""
 
@@ -155,13 +155,12 @@ class EvalConfig:
     precision: str = setting(choices=("auto", "fp32", "bf16"))
     split: str = setting(choices=("test", "validation", "train"))
     mask: str = setting(choices=("label", "longest"))
-    batch_size: int = setting(minimum=1)
     pictures: int = setting(minimum=1, maximum=100)
     """How many hits, and at most how many failures, are drawn."""
     dataset: DatasetConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SweepConfig:
     """Which image `capsrun perturb` takes and how it moves the capsule's dimensions."""
 
@@ -174,7 +173,7 @@ class SweepConfig:
     step: float = setting(above=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PerturbConfig:
     """Everything that `capsrun perturb` needs; the model comes from the checkpoint."""
 
@@ -187,7 +186,7 @@ class PerturbConfig:
     dataset: DatasetConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig:
     """Everything that `capsrun data` needs."""
 

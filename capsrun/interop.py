@@ -19,7 +19,14 @@ from torch import Tensor
 from capsrun.models.capsnet import CapsNet
 
 # Training state that their checkpoints hold beside the weights.
-_NOT_WEIGHTS = ("Adam", "Adam_1", "ExponentialMovingAverage", "beta1_power", "beta2_power", "global_step")
+_NOT_WEIGHTS = (
+    "Adam",
+    "Adam_1",
+    "ExponentialMovingAverage",
+    "beta1_power",
+    "beta2_power",
+    "global_step",
+)
 
 
 class _Variable(NamedTuple):
@@ -78,7 +85,9 @@ def load_authors_weights(model: CapsNet, arrays: Mapping[str, Any]) -> None:
     if given.keys() != variables.keys():
         missing = sorted(variables.keys() - given.keys())
         unknown = sorted(given.keys() - variables.keys())
-        raise ValueError(f"these are not the weights of this model: missing {missing}, unknown {unknown}")
+        raise ValueError(
+            f"these are not the weights of this model: missing {missing}, unknown {unknown}"
+        )
     state = model.state_dict()
     for name, variable in variables.items():
         expected = tuple(variable.to_theirs(state[variable.parameter]).shape)
@@ -89,13 +98,17 @@ def load_authors_weights(model: CapsNet, arrays: Mapping[str, Any]) -> None:
     )
 
 
-def to_authors_arrays(model: CapsNet, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
+def to_authors_arrays(
+    model: CapsNet, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, np.ndarray]:
     """Our weights as arrays with the authors' names (with dots) and shapes.
 
     tensors: what to convert instead of the model's state, by parameter name; gradients, say.
     """
     source = model.state_dict() if tensors is None else tensors
     return {
-        name: np.ascontiguousarray(variable.to_theirs(source[variable.parameter].detach()).cpu().numpy())
+        name: np.ascontiguousarray(
+            variable.to_theirs(source[variable.parameter].detach()).cpu().numpy()
+        )
         for name, variable in _variables(model).items()
     }

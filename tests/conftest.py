@@ -1,10 +1,13 @@
 """What the tests share: configurations, real digits, and the commands as a user runs them."""
 
+import contextlib
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from capsrun import cli
 from capsrun.config import TrainConfig, from_dict
@@ -12,8 +15,66 @@ from capsrun.config import TrainConfig, from_dict
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 GOLDEN = SHARED / "golden"
+MNIST_DIR = SHARED / "data"
+
+# A CapsNet and a run so small that a test can train them.
+TINY = [
+    "dataset=mnist5k",
+    "model.conv1_channels=8",
+    "model.primary_types=2",
+    "model.decoder_widths=[16,16]",
+    "recipe.batch_size=16",
+    "recipe.epochs=null",
+    "recipe.steps=12",
+    "record.log_every_steps=2",
+    "record.evaluate_every_steps=8",
+]
 
 
 def train_config(*overrides: str) -> TrainConfig:
     """The configuration that `capsrun train` makes of these overrides."""
     return from_dict(TrainConfig, cli.compose("train", overrides))
+
+
+def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "capsrun", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@contextlib.contextmanager
+def without_root() -> Iterator[None]:
+    """Give up root's power to read and write everything, where the tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CAPSRUN_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a finished run of the tiny CapsNet; not to be changed."""
+    from capsrun.commands.train import train
+
+    folder = tmp_path_factory.mktemp("tiny") / "run" / "seed0"
+    train(train_config(*TINY, "name=run"), folder)
+    return folder

@@ -54,7 +54,9 @@ class Case:
         self.targets = int(self.golden["cfg.targets"])
         self.batch_size = int(self.golden["cfg.batch"])
         self.steps = int(self.golden["cfg.steps"])
-        types, image_px = (int(self.golden[f"cfg.{k}"]) for k in ("num_prime_capsules", "image_size"))
+        types, image_px = (
+            int(self.golden[f"cfg.{k}"]) for k in ("num_prime_capsules", "image_size")
+        )
         self.config = train_config(
             f"model.primary_types={types}",
             f"dataset.image_px={image_px}",
@@ -114,7 +116,9 @@ def test_forward_and_gradients(name, dtype):
     drawn = output.reconstructions_BTCHW.transpose(0, 1).flatten(2)
     assert_close(drawn, golden["reconstructions"], 2e-5, "reconstructions")
     assert_close(losses.margin, golden["loss_parts"][-1], 2e-5, "margin loss")
-    assert_close(losses.reconstruction, golden["loss_parts"][:-1].sum(), 2e-5, "reconstruction loss")
+    assert_close(
+        losses.reconstruction, golden["loss_parts"][:-1].sum(), 2e-5, "reconstruction loss"
+    )
     assert_close(losses.total, golden["loss_total"], 2e-5, "total loss")
     correct, almost = count_correct(output.lengths_BJ, batch.labels_BT)
     assert (correct, almost) == (golden["correct"], golden["almost_correct"])

@@ -20,8 +20,9 @@ from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_model
 from capsrun.training.metrics import Score, score_split
-from capsrun.training.step import resolve_device, resolve_precision
+from capsrun.training.step import resolve_device, resolve_precision, to_device
 
+# How many images the pictures of a training run show.
 PICTURES = 16
 
 
@@ -40,14 +41,10 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     record.make_folder(out_dir / "pictures")
 
     print(f"{checkpoint}: {precision} on {record.describe_device(device)}")
-    result = score_split(
-        model.to(device), split, precision, config.batch_size, config.mask, record.bar
-    )
+    result = score_split(to_device(model, device), split, precision, config.mask, record.bar)
     print_table(result, dataset.class_names)
     recorder = record.Recorder(out_dir)
-    drawn = score_figures(
-        model, split, dataset.class_names, result, config.mask, config.pictures
-    )
+    drawn = score_figures(model, split, dataset.class_names, result, config.mask, config.pictures)
     for name, figure in drawn.items():
         figures.save(figure, out_dir / "pictures" / f"{name}.png")
         recorder.picture(0, name, figure)

@@ -1,0 +1,221 @@
+"""`capsrun perturb`: move each dimension of a class capsule, draw what comes out (§5.1, figure 4).
+
+Shapes: C channels, H and W pixels, D dimensions of a capsule, V values, J classes.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from capsrun.commands.evaluate import check_dataset
+from capsrun.config import PerturbConfig, SweepConfig
+from capsrun.data import Dataset, load_dataset
+from capsrun.data.batches import to_pixels
+from capsrun.errors import UserError
+from capsrun.models.capsnet import CapsNet
+from capsrun.runs import figures, record
+from capsrun.runs.checkpoint import load_model
+from capsrun.training.step import resolve_device, to_device
+
+MOST_VALUES = 101
+# How many images of a class are looked through for one that is classified rightly.
+LOOK_THROUGH = 100
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An image whose capsule is perturbed."""
+
+    pixels_CHW: Tensor
+    label: int
+    title: str
+    file_name: str
+
+
+def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
+    """Draw one PNG for each subject, a row a dimension and a column a value; returns their paths.
+
+    Raises UserError when checkpoint, data, image or settings cannot be used.
+    """
+    values = sweep_values(config.perturb)
+    device = resolve_device(config.device)
+    model, trained = load_model(checkpoint)
+    if model.decoder is None:
+        raise UserError(
+            f"checkpoint {checkpoint} has no decoder, and without one there is nothing to draw; "
+            "train with model.reconstruction=true"
+        )
+    to_device(model, device).eval()
+    if config.perturb.image is not None:
+        place = "own-image"
+        subjects = [own_image(config.perturb, model, device)]
+    else:
+        place = config.dataset.name
+        check_dataset(config.dataset, trained, "test")
+        dataset = load_dataset(config.dataset, device)
+        subjects = chosen_images(config.perturb, model, dataset)
+
+    out_dir = Path(config.out_dir or checkpoint.parent / f"perturb-{place}")
+    record.make_folder(out_dir / "pictures")
+    recorder = record.Recorder(out_dir)
+    paths = []
+    for subject in subjects:
+        figure = draw(model, subject, values)
+        paths.append(out_dir / "pictures" / f"{subject.file_name}.png")
+        figures.save(figure, paths[-1])
+        recorder.picture(0, f"perturb/{subject.file_name}", figure)
+        print(paths[-1])
+    recorder.close()
+    return paths
+
+
+def sweep_values(sweep: SweepConfig) -> list[float]:
+    """From `low` to `high` in steps of `step`, both ends included where the step fits."""
+    if not (math.isfinite(sweep.low) and math.isfinite(sweep.high) and sweep.low <= sweep.high):
+        raise UserError(
+            f"perturb.low={sweep.low} and perturb.high={sweep.high}: low may not be above high"
+        )
+    count = math.floor((sweep.high - sweep.low) / sweep.step + 1e-6) + 1
+    if count > MOST_VALUES:
+        raise UserError(
+            f"from {sweep.low} to {sweep.high} in steps of {sweep.step} are {count} values; at "
+            f"most {MOST_VALUES} can be drawn: choose a larger perturb.step"
+        )
+    return [sweep.low + number * sweep.step for number in range(count)]
+
+
+@torch.inference_mode()
+def perturbed(model: CapsNet, pixels_CHW: Tensor, label: int, values: list[float]) -> Tensor:
+    """Reconstruct with each dimension d of the label's capsule moved by each value.
+
+    Returns (D, V, C, H, W).
+    """
+    capsules_1JD = model.encode(pixels_CHW[None])
+    dimensions = capsules_1JD.shape[2]
+    moves_DVD = (
+        torch.eye(dimensions, device=capsules_1JD.device)[:, None]
+        * torch.tensor(values, device=capsules_1JD.device)[:, None]
+    )
+    moved = capsules_1JD.repeat(dimensions * len(values), 1, 1)
+    moved[:, label] += moves_DVD.flatten(0, 1)
+    labels = torch.full((len(moved),), label, device=moved.device)
+    return model.decode(moved, labels).unflatten(0, (dimensions, len(values)))
+
+
+@torch.inference_mode()
+def draw(model: CapsNet, subject: Subject, values: list[float]) -> Figure:
+    """A row for each dimension, and at the bottom the input and its plain reconstruction."""
+    images_DVCHW = perturbed(model, subject.pixels_CHW, subject.label, values)
+    plain_CHW = perturbed(model, subject.pixels_CHW, subject.label, [0.0])[0, 0]
+    rows = [(f"dimension {d}", list(row)) for d, row in enumerate(images_DVCHW)]
+    rows.append(("input, output", [subject.pixels_CHW, plain_CHW]))
+    titles = [f"{value:+.2f}" for value in values]
+    return figures.image_grid(rows, titles, subject.title)
+
+
+def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[Subject]:
+    """The asked-for test image of one class or of each."""
+    names, labels_N = dataset.class_names, dataset.test.labels_N
+    if sweep.digit is not None and sweep.digit >= len(names):
+        raise UserError(f"perturb.digit is {sweep.digit}; the classes are 0 to {len(names) - 1}")
+    subjects = []
+    for label in range(len(names)) if sweep.digit is None else [sweep.digit]:
+        members = (labels_N == label).nonzero().squeeze(1)
+        if sweep.index is not None and sweep.index >= len(members):
+            raise UserError(
+                f"perturb.index is {sweep.index}, but class {names[label]} has only "
+                f"{len(members)} test images (from 0)"
+            )
+        index = sweep.index
+        if index is None:
+            index = _first_right(model, dataset.test.images_NCHW[members[:LOOK_THROUGH]], label)
+        pixels = to_pixels(dataset.test.images_NCHW[members[index]])
+        title = f"{dataset.name}: class {names[label]}, its test image {index}"
+        name = f"digit_{label}" + (f"_index_{index}" if sweep.index is not None else "")
+        subjects.append(Subject(pixels, label, title, name))
+    return subjects
+
+
+@torch.inference_mode()
+def _first_right(model: CapsNet, images_NCHW: Tensor, label: int) -> int:
+    """Index of the first image that the model takes for `label`; 0 when there is none."""
+    right = model(to_pixels(images_NCHW)).lengths_BJ.argmax(1) == label
+    return int(right.int().argmax())
+
+
+@torch.inference_mode()
+def own_image(sweep: SweepConfig, model: CapsNet, device: torch.device) -> Subject:
+    """The image `perturb.image`, as `perturb.digit` or as the class that the model sees in it."""
+    assert sweep.image is not None
+    if sweep.index is not None:
+        raise UserError("perturb.index chooses a test image; leave it out with perturb.image")
+    if sweep.digit is not None and sweep.digit >= model.classes:
+        raise UserError(f"perturb.digit is {sweep.digit}; the classes are 0 to {model.classes - 1}")
+    path = Path(sweep.image).expanduser()
+    pixels, remarks = read_image(path, model.image_px, model.channels, sweep.invert)
+    for remark in remarks:
+        print(f"{path}: {remark}")
+    pixels = pixels.to(device)
+    lengths = model(pixels[None]).lengths_BJ[0]
+    longest = int(lengths.argmax())
+    print(f"{path}: looks like a {longest} (capsule length {lengths[longest]:.2f})")
+    label = longest if sweep.digit is None else sweep.digit
+    return Subject(pixels, label, f"{path.name}: as {label}", f"{path.stem}_as_{label}")
+
+
+def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[Tensor, list[str]]:
+    """Read an image file as pixels (C, H, W) in [0, 1], light ink on black as in the data sets.
+
+    Another size is padded to a square with its background and resized; dark ink on light paper is
+    inverted (`invert`: auto, yes or no). Returns what was done to it, too. Raises UserError for a
+    file that is missing or no image.
+    """
+    remarks = []
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image: Image.Image = opened
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                paper = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
+                remarks.append("transparent parts taken as white paper")
+            image = image.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise UserError(f"there is no image {path}") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image (PNG, JPEG, …): {error}") from error
+
+    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if invert == "yes" or (invert == "auto" and border.mean() > 127.5):
+        pixels, border = 255 - pixels, 255 - border
+        remarks.append(
+            "inverted, for the model knows light ink on black (perturb.invert=no keeps it)"
+        )
+    if pixels.shape[:2] != (image_px, image_px):
+        remarks.append(f"resized from {image.width}×{image.height} to {image_px}×{image_px} pixels")
+    pixels_CHW = torch.from_numpy(pixels).permute(2, 0, 1)
+    return _to_square(pixels_CHW, image_px, float(np.median(border))).clamp(0, 255) / 255, remarks
+
+
+def _to_square(pixels_CHW: Tensor, image_px: int, background: float) -> Tensor:
+    """Pad with the background to a square, and resize it with antialiasing."""
+    height, width = pixels_CHW.shape[1:]
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = torch.full((len(pixels_CHW), side, side), background)
+    square[:, top : top + height, left : left + width] = pixels_CHW
+    if side == image_px:
+        return square
+    resized = torch.nn.functional.interpolate(
+        square[None], size=(image_px, image_px), mode="bilinear", antialias=True
+    )
+    return resized[0]

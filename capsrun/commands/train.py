@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from capsrun.commands.evaluate import reconstruction_grid, score_figures, score_summary
 from capsrun.config import TrainConfig
 from capsrun.data import Dataset, load_dataset
@@ -21,8 +19,6 @@ from capsrun.runs.checkpoint import load_weights, save_checkpoint
 from capsrun.training.losses import Losses, class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import Trainer, resolve_device, resolve_precision, total_steps
-
-EVALUATION_BATCH = 250
 
 
 @dataclass
@@ -123,7 +119,9 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
         if checkpoint["optimizer"] is not None:  # absent once the last step is made
             trainer.optimizer.load_state_dict(checkpoint["optimizer"])
     where = f"{precision} on {record.describe_device(device)}"
-    print(f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}")
+    print(
+        f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}"
+    )
     return Run(
         config,
         folder,
@@ -169,7 +167,7 @@ def log_evaluation(run: Run) -> Score:
     for name, split in (("test", run.dataset.test), ("validation", run.dataset.validation)):
         if len(split):
             scores[name] = score_split(
-                run.trainer.model, split, run.trainer.precision, EVALUATION_BATCH, mask="label"
+                run.trainer.model, split, run.trainer.precision, mask="label"
             )
             values[f"error_percent/{name}"] = scores[name].error_percent
     run.recorder.numbers(run.step, values)

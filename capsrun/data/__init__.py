@@ -12,7 +12,7 @@ from torch import Tensor
 from capsrun.config import DatasetConfig
 from capsrun.data import mnist, mnist5k
 from capsrun.data.batches import SPLIT, random_bits
-from capsrun.data.files import RawData
+from capsrun.data.files import RawData, Source
 from capsrun.errors import UserError
 
 LOADERS: dict[str, Callable[[DatasetConfig], RawData]] = {
@@ -46,6 +46,8 @@ class Dataset:
     validation: Split
     """Empty unless the configuration asks for one."""
     test: Split
+    sources: tuple[Source, ...]
+    """Where it came from, and what vouches for it."""
 
     def split(self, name: str) -> Split:
         """The split called `name`. Raises UserError when it is empty."""
@@ -89,6 +91,7 @@ def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
         on_device(raw.train_images[train], raw.train_labels[train]),
         on_device(raw.train_images[validation], raw.train_labels[validation]),
         on_device(raw.test_images, raw.test_labels),
+        raw.sources,
     )
 
 

@@ -136,9 +136,7 @@ def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
 
 
-def fetch(
-    download: Callable[[Path], None], raw_folder: str, data_dir: Path, title: str
-) -> None:
+def fetch(download: Callable[[Path], None], raw_folder: str, data_dir: Path, title: str) -> None:
     """Download a data set into a temporary folder, then move its files to `data_dir/raw_folder`.
 
     download: puts files below the folder it is given, under `raw_folder`; OSError and

@@ -73,9 +73,7 @@ def load(config: DatasetConfig) -> RawData:
         if len(missing) < len(files):
             names = ", ".join(file.name for file in missing)
             print(f"{data_dir / raw_folder} lacks {names}")
-        fetch(
-            lambda folder: _download(dataset, folder), raw_folder, data_dir, dataset.title
-        )
+        fetch(lambda folder: _download(dataset, folder), raw_folder, data_dir, dataset.title)
     arrays, sources = zip(
         *(
             read_idx(data_dir / raw_folder, file, 1 if "labels" in file.name else 3)

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 K input dimension, D output dimension, T digits in one image.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class CapsNet(nn.Module):
         """§4.1 and figure 2: the masked capsules through fully connected layers to pixels."""
         widths = [self.classes * self.config.digit_dimensions, *self.config.decoder_widths]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:]):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         layers += [nn.Linear(widths[-1], self.channels * self.image_px**2), nn.Sigmoid()]
         return nn.Sequential(*layers)
@@ -132,9 +133,7 @@ class CapsNet(nn.Module):
             return 1.0
         return 1 / (self.config.primary_types + self.routing.leaky)
 
-    def encode(
-        self, images_BCHW: Tensor, history: list[RoutingIteration] | None = None
-    ) -> Tensor:
+    def encode(self, images_BCHW: Tensor, history: list[RoutingIteration] | None = None) -> Tensor:
         """Images (B, C, H, W), pixels in [0, 1], to class capsules v (B, J, D).
 
         history: see `route`.

@@ -21,7 +21,7 @@ class RoutingIteration(NamedTuple):
 
 
 def squash(poses: Tensor) -> Tensor:
-    """Shrink vectors along the last dimension to a length below 1: v = ‖s‖²/(1+‖s‖²) · s/‖s‖ (Eq. 1).
+    """Shrink vectors to a length below 1: v = ‖s‖²/(1+‖s‖²) · s/‖s‖ (Eq. 1).
 
     Takes s of shape (..., D) and returns v of the same shape.
 

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain types only, written whole or not at all, read without running code."""
+"""Checkpoints: tensors and plain types, written whole or not at all, read without running code."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ FILE_NAME = "checkpoint.pt"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; then rename it, so `path` is never half-written."""
+    """Give a temporary path to write to, then rename it to `path`, which is never half-written."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -74,7 +74,9 @@ def find_checkpoint(path: str, train_command: str) -> Path:
     if found.is_dir():
         found = found / FILE_NAME
     if not found.is_file():
-        raise UserError(f"there is no checkpoint {found}; make it with `{train_command}`, or say checkpoint=…")
+        raise UserError(
+            f"there is no checkpoint {found}; make it with `{train_command}`, or say checkpoint=…"
+        )
     return found
 
 

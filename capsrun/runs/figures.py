@@ -1,7 +1,7 @@
-"""The pictures: reconstructions, perturbed dimensions, confusion matrix, contact sheet.
+"""The pictures: grids of images with labels, the confusion matrix.
 
 Every function returns a matplotlib figure and knows neither files nor models.
-Shapes: N pictures, C channels, H and W pixels.
+Shapes: C channels, H and W pixels, J classes.
 """
 
 from collections.abc import Sequence
@@ -13,75 +13,103 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 DPI = 100
+GAP_PX = 2  # between the images of a grid, in pixels of an image
+FONT_SIZE = 8
+LINE_INCHES = 0.15  # height of a line of text
+LETTER_INCHES = 0.075  # width of a letter, with some room
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
     """An empty figure that needs no screen."""
-    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, without a date, so that equal pictures are equal files."""
+    """Write a figure as PNG, without a date or version, so that equal pictures are equal files."""
     figure.savefig(path, metadata={"Software": None})
-
-
-def show_image(axes, image_CHW: Tensor) -> None:
-    """Draw one image with pixels in [0, 1]: grey for one channel, colour for three."""
-    pixels = image_CHW.detach().float().cpu().numpy().transpose(1, 2, 0)
-    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def image_grid(
     rows: Sequence[tuple[str, Sequence[Tensor]]],
     column_titles: Sequence[str] = (),
     title: str = "",
-    cell_inches: float = 0.62,
+    scale: int = 2,
 ) -> Figure:
     """Rows of images, each row with a label on its left, each column with a title above.
 
-    rows: (label, images of shape (C, H, W)); a row may be shorter than the others.
+    rows: (label, images of shape (C, H, W) with pixels in [0, 1], grey or RGB); all images have
+    one size, and a row may be shorter than the others. scale: screen pixels for each pixel.
     """
-    columns = max(len(images) for _, images in rows)
-    titles_height = 0.28 * max([title.count("\n") + 1 for title in column_titles], default=0)
-    figure = new_figure(
-        columns * cell_inches + 1.1, len(rows) * cell_inches + titles_height + 0.5
+    canvas = _assemble([images for _, images in rows])
+    height, width = (side * scale / DPI for side in canvas.shape[:2])
+    left = 0.1 + LETTER_INCHES * max(len(label) for label, _ in rows)
+    above = LINE_INCHES * max((text.count("\n") + 1 for text in column_titles), default=0) + 0.1
+    heading = 2 * LINE_INCHES if title else 0.0
+    total_width = max(left + width + 0.1, LETTER_INCHES * len(title))
+    total_height = height + above + heading + 0.1
+    figure = new_figure(total_width, total_height)
+    axes = figure.add_axes(
+        (left / total_width, 0.1 / total_height, width / total_width, height / total_height)
     )
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes_row, (label, images) in zip(grid, rows):
-        for axes, image in zip(axes_row, images):
-            axes.set_axis_on()
-            show_image(axes, image)
-        axes_row[0].set_axis_on()
-        axes_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    for axes, column_title in zip(grid[0], column_titles):
-        axes.set_title(column_title, fontsize=8)
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_on()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    _, cell_height, cell_width = rows[0][1][0].shape
+    row_centres = [number * (cell_height + GAP_PX) + cell_height / 2 for number in range(len(rows))]
+    axes.set_yticks(row_centres, [label for label, _ in rows], fontsize=FONT_SIZE)
+    column_centres = [
+        number * (cell_width + GAP_PX) + cell_width / 2 for number in range(len(column_titles))
+    ]
+    axes.set_xticks(column_centres, column_titles, fontsize=FONT_SIZE)
+    axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
     if title:
-        figure.suptitle(title, fontsize=9)
+        top = 1 - 1.3 * LINE_INCHES / total_height
+        figure.text(0.1 / total_width, top, title, fontsize=FONT_SIZE + 1)
     return figure
+
+
+def _assemble(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """One white RGB array (height, width, 3) with the images on it."""
+    _, height, width = rows[0][0].shape
+    columns = max(len(images) for images in rows)
+    canvas = np.ones(
+        (len(rows) * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3)
+    )
+    for row, images in enumerate(rows):
+        for column, image_CHW in enumerate(images):
+            top, left = row * (height + GAP_PX), column * (width + GAP_PX)
+            pixels = image_CHW.detach().float().cpu().clamp(0, 1).numpy().transpose(1, 2, 0)
+            canvas[top : top + height, left : left + width] = pixels
+    return canvas
 
 
 def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: str) -> Figure:
     """Which class was taken for which; mistakes are shaded, what is right is only written."""
     counts = confusion_JJ.numpy()
     mistakes = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    most = max(mistakes.max(), 1)
     size = 1.8 + 0.5 * len(counts)
     figure = new_figure(size, size)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
-    axes.imshow(mistakes, cmap="Oranges", vmin=0, vmax=max(mistakes.max(), 1))
+    axes.imshow(mistakes, cmap="Oranges", vmin=0, vmax=most)
     for row, column in np.ndindex(*counts.shape):
         if counts[row, column]:
-            weight = "bold" if row != column else "normal"
-            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=8, weight=weight)
+            axes.text(
+                column,
+                row,
+                f"{counts[row, column]:,}",
+                ha="center",
+                va="center",
+                fontsize=FONT_SIZE,
+                weight="normal" if row == column else "bold",
+                color="white" if mistakes[row, column] > 0.6 * most else "black",
+            )
     places = range(len(class_names))
-    axes.set_xticks(places, class_names, rotation=45 if max(map(len, class_names)) > 2 else 0)
+    axes.set_xticks(places, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0)
     axes.set_yticks(places, class_names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")

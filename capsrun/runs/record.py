@@ -2,12 +2,13 @@
 
 import datetime
 import json
-import os
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,18 +31,21 @@ FREE_SECTION = "record."
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write indented JSON, with lists of numbers on one line."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[[\d\s.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder to write to. Raises UserError when that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # permissions alone do not tell: the file system may be read-only or full
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"folder {folder} cannot be written to; choose another, or change its permissions")
+        raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
 
 
 class RunFolder:
@@ -63,7 +67,7 @@ class RunFolder:
             self._refuse_other_settings(self._config_file)
 
     def make(self) -> None:
-        """Make the folder, once all is there that the run needs. UserError: it cannot be written."""
+        """Make the folder. Raises UserError when it cannot be written."""
         make_folder(self.path)
         make_folder(self.pictures)
         if not self._config_file.exists():
@@ -74,7 +78,9 @@ class RunFolder:
         try:
             before = OmegaConf.to_container(OmegaConf.load(config_file))
         except Exception as error:  # whatever is wrong with the YAML
-            raise UserError(f"{config_file} is damaged; move the folder away to start anew") from error
+            raise UserError(
+                f"{config_file} is damaged; move the folder away to start anew"
+            ) from error
         if not isinstance(before, dict):
             raise UserError(f"{config_file} is damaged; move the folder away to start anew")
         different = [
@@ -95,7 +101,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'result.json'} is damaged; delete it to make it again") from error
+            raise UserError(
+                f"{self.path / 'result.json'} is damaged; delete it to make it again"
+            ) from error
 
     def unfinished(self) -> dict[str, Any] | None:
         """The last checkpoint of an interrupted run, or None for one that has to begin."""
@@ -191,9 +199,9 @@ class ProgressLine:
         self.bar.close()
 
 
-def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
-    """A progress bar over `items` that disappears, and that only a terminal sees."""
-    return tqdm(items, desc=title, leave=False, disable=None)
+def bar(items: Iterable[Any]) -> Iterable[Any]:
+    """Show a progress bar over batches, on a terminal only; it disappears when they are done."""
+    return tqdm(items, unit="batch", leave=False, disable=None)
 
 
 class StopRequest:
@@ -245,10 +253,13 @@ def stop_requests() -> Iterator[StopRequest]:
     A second one stops at once.
     """
     request = StopRequest()
-    before = {}
+    before: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
         request.signal_number = number
+        restore()
+
+    def restore() -> None:
         for name, handler in before.items():
             signal.signal(name, handler)
 
@@ -260,8 +271,7 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        restore()
 
 
 def memory_gb(device: torch.device) -> float:
@@ -303,7 +313,7 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, with + where files differ; None elsewhere."""
+    """Commit of the checkout that this code runs from, + if it was changed; None elsewhere."""
     folder = Path(capsrun.__file__).parent
     if not (folder.parent / ".git").exists():
         return None

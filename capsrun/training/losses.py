@@ -40,7 +40,7 @@ def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: LossConfig) -> T
 
 
 def reconstruction_loss(reconstructions_BTCHW: Tensor, targets_BTCHW: Tensor) -> Tensor:
-    """Sum of squared pixel differences (§4.1), summed over an image's digits, mean over the batch."""
+    """Sum of squared differences over an image's pixels and digits (§4.1), mean over the batch."""
     return (reconstructions_BTCHW - targets_BTCHW).square().flatten(1).sum(1).mean()
 
 

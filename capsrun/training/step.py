@@ -50,6 +50,14 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
+def to_device(model: CapsNet, device: torch.device) -> CapsNet:
+    """Move a model to the device, in the memory order in which training and testing run it.
+
+    Channels-last convolutions are 5 to 15 % faster on a CPU, and what GPUs compute natively.
+    """
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Convolutions and the decoder in bf16 or not; capsules and losses are float32 in any case."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -64,7 +72,7 @@ def total_steps(recipe: RecipeConfig, training_images: int) -> int:
 
 
 def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
-    """lr · decay_rate^(step / decay_steps), never below the floor; step counts from 0.
+    """Lr · decay_rate^(step / decay_steps), never below the floor; step counts from 0.
 
     steps: length of the whole run, which sets the period when the recipe gives `decay_periods`.
     """
@@ -100,8 +108,7 @@ class Trainer:
         precision: str,
     ) -> None:
         """steps: length of the run. precision: 'fp32' or 'bf16', already resolved."""
-        # Channels-last convolutions are 5 to 15 % faster on a CPU and much faster on a GPU.
-        self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = to_device(model, device)
         self.loss, self.recipe, self.steps = loss, recipe, steps
         self.device, self.precision = device, precision
         self.optimizer = torch.optim.Adam(
@@ -125,14 +132,3 @@ class Trainer:
         losses.total.backward()
         self.optimizer.step()
         return output, losses
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, besides the batch."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-

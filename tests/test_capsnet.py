@@ -1,0 +1,219 @@
+"""The network: its size, its shapes, its initialisation, and that every option does something."""
+
+import pytest
+import torch
+from conftest import TINY, train_config
+from torch.nn import functional as F
+
+from capsrun.data.batches import Batch
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.models.routing import squash
+from capsrun.training.step import Trainer
+
+
+def make(*overrides, seed=0):
+    config = train_config(*overrides)
+    return build_model(config.model, config.routing, config.dataset, seed)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ([], 8_215_728),
+        (["model.reconstruction=false"], 6_804_384),
+        (["model.digit_bias=false"], 8_215_568),
+        (["model.digit_bias=false", "model.reconstruction=false"], 6_804_224),
+        (["dataset.image_px=36"], 11_361_968),
+        (["dataset.image_px=40"], 13_475_808),
+    ],
+)
+def test_parameter_counts(overrides, count):
+    assert parameters(make(*overrides)) == count
+
+
+@pytest.mark.parametrize(
+    ("image_px", "channels", "classes", "capsules"),
+    [(28, 1, 10, 32 * 36), (36, 1, 10, 3200), (40, 1, 10, 4608), (17, 3, 2, 32), (33, 2, 5, 2592)],
+)
+def test_any_square_image_and_number_of_classes(image_px, channels, classes, capsules):
+    model = make(
+        f"dataset.image_px={image_px}", f"dataset.channels={channels}", f"dataset.classes={classes}"
+    )
+    assert model.primary_capsules == capsules
+    output = model(torch.rand(2, channels, image_px, image_px), torch.tensor([[0], [1]]))
+    assert output.capsules_BJD.shape == (2, classes, 16)
+    assert output.lengths_BJ.shape == (2, classes)
+    assert output.reconstructions_BTCHW.shape == (2, 1, channels, image_px, image_px)
+
+
+def test_too_small_images_are_refused():
+    with pytest.raises(UserError, match="at least 17 px"):
+        make("dataset.image_px=16")
+
+
+def test_a_capsule_is_eight_channels_at_one_place():
+    """A plain view of the convolution's output would mix eight neighbouring pixels instead."""
+    model = make(*TINY)
+    images = torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        maps = model.primarycaps(F.relu(model.conv1(images)))
+        maps = (maps - model.primarycaps.bias[:, None, None]) / 2
+        maps = maps + model.primarycaps.bias[:, None, None]
+        poses = model.primary_poses(images)
+    for kind, row, column in [(0, 0, 0), (1, 5, 2), (0, 3, 4)]:
+        capsule = squash(maps[:, 8 * kind : 8 * kind + 8, row, column])
+        torch.testing.assert_close(poses[:, 36 * kind + 6 * row + column], capsule)
+
+
+def test_authors_initialisation():
+    model = make()
+    conv1, primary = model.conv1.weight, model.primarycaps.weight
+    # A normal cut at ±2σ has a standard deviation of 0.8796 σ.
+    assert conv1.std().item() == pytest.approx(0.8796 * 0.05, rel=0.02)
+    assert primary.std().item() == pytest.approx(0.8796 * 0.1, rel=0.01)
+    assert conv1.abs().max() <= 0.1
+    assert primary.abs().max() <= 0.2
+    assert model.digitcaps_weight.std().item() == pytest.approx(0.8796 * 0.1, rel=0.01)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(value, torch.full_like(value, 0.1)), name
+    assert model.digitcaps_bias.shape == (10, 16)
+
+
+def test_pytorch_initialisation_is_each_layers_default():
+    model = make("model.initialisation=pytorch")
+    assert model.conv1.weight.abs().max().item() == pytest.approx(1 / 9, rel=0.01)
+    assert model.digitcaps_weight.abs().max().item() == pytest.approx(8**-0.5, rel=0.01)
+    assert not model.digitcaps_bias.any()
+
+
+def test_weights_are_a_function_of_the_seed():
+    torch.manual_seed(123)
+    first, state = make(*TINY, seed=1), torch.random.get_rng_state()
+    torch.manual_seed(456)
+    again, other = make(*TINY, seed=1), make(*TINY, seed=2)
+    assert torch.equal(first.conv1.weight, again.conv1.weight)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+    torch.manual_seed(123)
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator was touched"
+
+
+def test_answers_do_not_depend_on_batch_mates():
+    model = make(*TINY)
+    images = torch.rand(6, 1, 28, 28)
+    with torch.no_grad():
+        together = model(images).lengths_BJ
+        alone = torch.cat([model(image[None]).lengths_BJ for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_black_images_have_finite_gradients_without_biases():
+    """Without biases a black image gives capsules of length 0, where Eq. 1 divides by 0."""
+    config = train_config(*TINY, "model.digit_bias=false", "model.initialisation=pytorch")
+    model = build_model(config.model, config.routing, config.dataset)
+    with torch.no_grad():
+        model.conv1.bias.zero_()
+        model.primarycaps.bias.zero_()
+    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
+    black = torch.zeros(4, 1, 28, 28)
+    output, losses = trainer.step(Batch(black, torch.zeros(4, 1).long(), black[:, None]), 0)
+    assert not output.lengths_BJ.any()
+    assert losses.total.isfinite()
+    assert all(value.isfinite().all() for value in model.parameters())
+
+
+def test_the_true_label_masks_in_training():
+    """Masking with the prediction would leave the capsule of the true class without a gradient."""
+    model = make(*TINY)
+    images = torch.rand(8, 1, 28, 28)
+    capsules = model.encode(images).detach().requires_grad_()
+    wrong = capsules.norm(dim=2).argmin(1)
+    model.decode(capsules, wrong).sum().backward()
+    used = capsules.grad.abs().sum(2) > 0
+    assert torch.equal(used, F.one_hot(wrong, 10).bool())
+
+
+def test_forward_reconstructs_each_given_label():
+    model = make(*TINY)
+    images, labels = torch.rand(3, 1, 28, 28), torch.tensor([[1, 7], [2, 2], [9, 0]])
+    output = model(images, labels)
+    for digit in range(2):
+        torch.testing.assert_close(
+            output.reconstructions_BTCHW[:, digit],
+            model.decode(output.capsules_BJD, labels[:, digit]),
+        )
+
+
+def test_without_decoder_nothing_is_reconstructed():
+    model = make(*TINY, "model.reconstruction=false")
+    images, labels = torch.rand(3, 1, 28, 28), torch.zeros(3, 1).long()
+    assert model(images, labels).reconstructions_BTCHW is None
+    with pytest.raises(ValueError, match="without a decoder"):
+        model.decode(model.encode(images), labels[:, 0])
+
+
+def test_capsules_are_float32_in_bf16():
+    model = make(*TINY)
+    images = torch.rand(3, 1, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, torch.zeros(3, 1).long())
+    assert output.capsules_BJD.dtype == output.lengths_BJ.dtype == torch.float32
+    assert output.reconstructions_BTCHW.dtype == torch.float32
+    exact = model(images)
+    assert not torch.equal(output.lengths_BJ, exact.lengths_BJ), "bf16 changed nothing"
+    torch.testing.assert_close(output.lengths_BJ, exact.lengths_BJ, rtol=0.02, atol=0.002)
+
+
+def fingerprint(*overrides):
+    """The losses and the sum of all weights of two steps on fixed images."""
+    config = train_config(*TINY, *overrides)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 1, 28, 28, generator=generator)
+    batch = Batch(images, torch.arange(4)[:, None], images[:, None])
+    totals = [trainer.step(batch, step)[1].total.item() for step in range(2)]
+    weights = sum(value.detach().double().abs().sum().item() for value in model.parameters())
+    return [*totals, weights]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.conv1_channels=16",
+        "model.kernel_px=7",
+        "model.primary_types=4",
+        "model.primary_dimensions=4",
+        "model.primary_scale=one",
+        "model.digit_dimensions=8",
+        "model.digit_bias=false",
+        "model.initialisation=pytorch",
+        "model.reconstruction=false",
+        "model.decoder_widths=[16]",
+        "routing.iterations=1",
+        "routing.leaky=true",
+        "routing.detach=true",
+        "loss=paper",
+        "loss.margin_present=0.8",
+        "loss.margin_absent=0.05",
+        "loss.absent_weight=0.4",
+        "loss.margin_factor=1",
+        "loss.class_reduction=sum",
+        "loss.reconstruction_weight=0.1",
+        "recipe.learning_rate=0.002",
+        "recipe.learning_rate_floor=0.1",
+        "recipe.decay_rate=0.5",
+        "recipe.decay_periods=15",
+        "recipe.adam_form=pytorch",
+        "recipe.adam_beta1=0.5",
+        "recipe.adam_beta2=0.9",
+        "recipe.adam_epsilon=0.01",
+    ],
+)
+def test_every_option_changes_the_numbers(override):
+    assert fingerprint(override) != fingerprint()

@@ -1,0 +1,104 @@
+"""The losses and the score, by hand."""
+
+import pytest
+import torch
+from conftest import train_config
+
+from capsrun.data import Split
+from capsrun.models import build_model
+from capsrun.models.capsnet import CapsNetOutput
+from capsrun.training.losses import (
+    capsnet_losses,
+    class_presence,
+    margin_loss,
+    reconstruction_loss,
+)
+from capsrun.training.metrics import confusion_matrix, count_correct, score_split
+
+PAPER = train_config("loss=paper").loss
+AUTHORS = train_config().loss
+
+
+def test_margin_loss_of_the_paper_by_hand():
+    lengths = torch.tensor([[0.7, 0.3, 0.05]])
+    present = torch.tensor([[True, False, False]])
+    # (0.9 − 0.7)² + 0.5 · (0.3 − 0.1)² + 0
+    assert margin_loss(lengths, present, PAPER).item() == pytest.approx(0.04 + 0.02)
+
+
+def test_authors_margin_loss_is_a_twentieth_of_the_papers():
+    lengths, present = torch.rand(5, 10), torch.eye(10)[:5].bool()
+    ours, text = (margin_loss(lengths, present, config).item() for config in (AUTHORS, PAPER))
+    assert ours == pytest.approx(text / 20)
+
+
+def test_lengths_go_into_the_loss_as_they_are():
+    """Lengths beyond both margins cost nothing; after a softmax they would."""
+    lengths = torch.full((1, 10), 0.1)
+    lengths[0, 3] = 0.9
+    assert margin_loss(lengths, class_presence(torch.tensor([[3]]), 10), PAPER).item() == 0
+
+
+def test_two_digits_are_both_present():
+    present = class_presence(torch.tensor([[1, 3], [2, 2]]), 4)
+    assert present.tolist() == [[False, True, False, True], [False, False, True, False]]
+
+
+def test_reconstruction_is_a_sum_over_pixels_and_a_mean_over_images():
+    """A mean over the pixels would be 784 times smaller."""
+    drawn, target = torch.zeros(2, 1, 1, 28, 28), torch.zeros(2, 1, 1, 28, 28)
+    drawn[0] = 0.5
+    assert reconstruction_loss(drawn, target).item() == pytest.approx(784 * 0.25 / 2)
+
+
+def test_total_is_margin_plus_weighted_reconstruction():
+    lengths = torch.rand(2, 10)
+    drawn, target = torch.rand(2, 1, 1, 28, 28), torch.rand(2, 1, 1, 28, 28)
+    output = CapsNetOutput(torch.zeros(2, 10, 16), lengths, drawn)
+    losses = capsnet_losses(output, torch.tensor([[1], [2]]), target, AUTHORS)
+    squares = ((drawn - target) ** 2).sum().item() / 2
+    assert losses.reconstruction.item() == pytest.approx(0.0005 * squares)
+    assert losses.total.item() == pytest.approx(losses.margin.item() + 0.0005 * squares)
+
+
+def test_no_half_credit_for_one_of_two_digits():
+    lengths = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.8, 0.2], [0.9, 0.1, 0.8, 0.2]])
+    labels = torch.tensor([[1, 0], [0, 1], [3, 1]])
+    correct, almost = count_correct(lengths, labels)
+    assert (correct.item(), almost.item()) == (1, 2)
+
+
+def test_confusion_by_hand():
+    counted = confusion_matrix(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
+    assert counted.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = train_config("model.conv1_channels=8", "model.primary_types=2")
+    return build_model(config.model, config.routing, config.dataset)
+
+
+def test_score_counts_what_the_model_says(model):
+    images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
+    predicted = model(images.float() / 255).lengths_BJ.argmax(1)
+    labels = predicted.clone()
+    labels[2] = (labels[2] + 1) % 10
+    result = score_split(model, Split(images, labels), "fp32")
+    assert (result.errors, result.count) == (1, 7)
+    assert result.error_percent == pytest.approx(100 / 7)
+    assert torch.equal(result.predicted_N, predicted)
+    assert result.squared_error is None
+
+
+@pytest.mark.parametrize("mask", ["label", "longest"])
+def test_mask_chooses_what_is_reconstructed(model, mask):
+    images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
+    pixels = images.float() / 255
+    output = model(pixels)
+    predicted = output.lengths_BJ.argmax(1)
+    labels = (predicted + 1) % 10
+    result = score_split(model, Split(images, labels), "fp32", mask)
+    drawn = model.decode(output.capsules_BJD, labels if mask == "label" else predicted)
+    expected = (drawn - pixels).square().sum((1, 2, 3)).mean().item()
+    assert result.squared_error == pytest.approx(expected, rel=1e-5)
