@@ -6,6 +6,7 @@ command's configuration is composed: so `--help` and `--cfg job` answer at once.
 
 import difflib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -209,19 +210,24 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
 
 def describe_hydra_error(error: Exception, command: str) -> str:
     """One sentence for what Hydra and OmegaConf say in several lines."""
-    from hydra.errors import MissingConfigException
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     from capsrun.config import describe_config_error
 
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        folder, _, choice = str(error.missing_cfg_file).rpartition("/")
         options = ", ".join(error.options)
         hint = did_you_mean(choice, error.options)
-        return f"there is no {group}={choice}{hint}; there are: {options}"
-    if isinstance(cause, ConfigKeyError | AttributeError) and getattr(cause, "full_key", None):
-        key = str(cause.full_key)  # type: ignore[union-attr]
+        return f"there is no {folder}={choice}{hint}; there are: {options}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read as key=value; quote values with special characters"
+        )
+    group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
+    if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
         hint = did_you_mean(key, setting_names(command))
         return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
     if isinstance(cause, OmegaConfBaseException):

@@ -8,6 +8,7 @@ type or out of range.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -256,8 +257,10 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError("set exactly one of recipe.steps and recipe.epochs (the other to null)")
     if (recipe.decay_steps is None) == (recipe.decay_periods is None):
         raise UserError("set exactly one of recipe.decay_steps and recipe.decay_periods")
-    if config.name is not None and not config.name.strip("./"):
-        raise UserError(f"name={config.name!r} does not name a folder")
+    if config.name is not None:
+        path = PurePath(config.name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise UserError(f"name={config.name} does not name a folder below runs_dir")
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list:

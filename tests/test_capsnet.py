@@ -1,5 +1,7 @@
 """The network: its size, its shapes, its initialisation, and that every option does something."""
 
+import functools
+
 import pytest
 import torch
 from conftest import TINY, train_config
@@ -169,6 +171,7 @@ def test_capsules_are_float32_in_bf16():
     torch.testing.assert_close(output.lengths_BJ, exact.lengths_BJ, rtol=0.02, atol=0.002)
 
 
+@functools.cache
 def fingerprint(*overrides):
     """The losses and the sum of all weights of two steps on fixed images."""
     config = train_config(*TINY, *overrides)

@@ -20,8 +20,8 @@ def show_data(config: DataConfig) -> Path:
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"data-{dataset.name}")
     record.make_folder(out_dir)
     for source in dataset.sources:
-        state = "matches the published MD5" if source.verified else "no published MD5 to compare"
-        print(f"{source.name}: MD5 {source.md5}, {state}")
+        state = "verified" if source.verified else "not verified: no published checksum for it"
+        print(f"{source.name}: MD5 {source.md5} ({state})")
     print_counts(dataset)
     sheet = out_dir / "contact_sheet.png"
     figures.save(contact_sheet(dataset, config.samples), sheet)

@@ -106,12 +106,12 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     precision = resolve_precision(config.precision, device)
     dataset = load_dataset(config.dataset, device)
     steps = total_steps(config.recipe, len(dataset.train))
+    folder.make()
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     checkpoint = folder.unfinished()
     if checkpoint is not None:
         load_weights(model, checkpoint["model"], folder.checkpoint)
     trainer = Trainer(model, config.loss, config.recipe, steps, device, precision)
-    folder.make()
     step, seconds, metrics_bytes = 0, 0.0, 0
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]

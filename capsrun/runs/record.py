@@ -98,7 +98,7 @@ class RunFolder:
         """What the run found, or None while it is not finished."""
         try:
             return json.loads((self.path / "result.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise UserError(

@@ -1,0 +1,144 @@
+"""Batches: random numbers, order, shifts; all pure functions of (seed, step)."""
+
+import pytest
+import torch
+
+from capsrun.data.batches import (
+    SHIFT,
+    batch_indices,
+    epoch_order,
+    place,
+    random_bits,
+    random_integers,
+    training_batch,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_random_bits_are_splitmix64():
+    """The first outputs for seed 1234567, as published with many implementations."""
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [int(n) % 2**64 for n in random_bits(torch.arange(5), 1234567)] == expected
+
+
+def test_streams_differ_by_every_key():
+    counters = torch.arange(100)
+    streams = [random_bits(counters, *keys) for keys in [(1,), (1, 0), (1, 1), (0, 1), (1, 1, 2)]]
+    for a in range(len(streams)):
+        for b in range(a):
+            assert not (streams[a] == streams[b]).any()
+
+
+def test_random_integers_are_uniform_and_in_range():
+    drawn = random_integers(torch.arange(100_000), -2, 2, 7, SHIFT)
+    counts = (drawn + 2).bincount(minlength=5)
+    assert drawn.min() == -2
+    assert drawn.max() == 2
+    # Chi-squared with 4 degrees of freedom; 23.5 is passed by chance once in 10,000 times.
+    assert ((counts - 20_000) ** 2 / 20_000).sum() < 23.5
+
+
+def test_an_epoch_visits_every_image_once():
+    for epoch in range(3):
+        assert torch.equal(epoch_order(0, epoch, 1000, CPU).sort().values, torch.arange(1000))
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    first = epoch_order(0, 0, 1000, CPU)
+    assert not torch.equal(first, epoch_order(0, 1, 1000, CPU))
+    assert not torch.equal(first, epoch_order(1, 0, 1000, CPU))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 10), (3, 8), (128, 1)])
+def test_batches_follow_the_epochs_without_a_gap(count, batch_size):
+    steps = 12
+    indices, positions = zip(*(batch_indices(5, s, batch_size, count, CPU) for s in range(steps)))
+    seen = torch.cat(indices)
+    assert torch.equal(torch.cat(positions), torch.arange(steps * batch_size))
+    assert all(len(batch) == batch_size for batch in indices)
+    for epoch in range(len(seen) // count):
+        part = seen[epoch * count : (epoch + 1) * count]
+        assert torch.equal(part, epoch_order(5, epoch, count, CPU))
+
+
+def test_place_by_hand():
+    image = torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8)
+    for offset, expected in [
+        ((0, 0), [[1, 2, 0], [3, 4, 0], [0, 0, 0]]),
+        ((1, 1), [[0, 0, 0], [0, 1, 2], [0, 3, 4]]),
+        ((-1, 0), [[3, 4, 0], [0, 0, 0], [0, 0, 0]]),
+        ((0, 2), [[0, 0, 1], [0, 0, 3], [0, 0, 0]]),
+    ]:
+        placed = place(image, torch.tensor([offset]), 3)
+        assert placed.dtype == torch.uint8
+        assert placed[0, 0].tolist() == expected
+
+
+def test_place_moves_every_image_by_its_own_offset():
+    images = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    offsets = torch.tensor([[0, 0], [2, 1], [0, -2], [9, 9]])
+    placed = place(images, offsets, 8)
+    for image, (row, column), got in zip(images, offsets.tolist(), placed):
+        expected = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        for y in range(5):
+            for x in range(5):
+                if 0 <= y + row < 8 and 0 <= x + column < 8:
+                    expected[:, y + row, x + column] = image[:, y, x]
+        assert torch.equal(got, expected)
+
+
+def one_pixel_images(count):
+    images = torch.zeros(count, 1, 9, 9, dtype=torch.uint8)
+    images[:, 0, 4, 4] = 255
+    return images, torch.arange(count) % 10
+
+
+def test_all_25_shifts_are_equally_likely():
+    images, labels = one_pixel_images(5000)
+    places = torch.zeros(9, 9)
+    for step in range(4):
+        batch = training_batch(images, labels, 0, step, 5000, 2)
+        places += batch.images_BCHW.sum((0, 1))
+    shifts = places[2:7, 2:7]
+    assert places.sum() == shifts.sum() == 20_000
+    # Chi-squared with 24 degrees of freedom; 60 is passed by chance once in 20,000 times.
+    assert ((shifts - 800) ** 2 / 800).sum() < 60
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (50,))
+    first = training_batch(images, labels, 3, 7, 16, 2)
+    training_batch(images, labels, 3, 8, 16, 2)
+    again = training_batch(images, labels, 3, 7, 16, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for other in [(4, 7), (3, 8)]:
+        assert not torch.equal(
+            first.images_BCHW, training_batch(images, labels, *other, 16, 2).images_BCHW
+        )
+
+
+def test_without_shift_images_are_as_they_were():
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(20)
+    batch = training_batch(images, labels, 0, 0, 20, 0)
+    torch.testing.assert_close(batch.images_BCHW * 255, images[batch.labels_BT[:, 0]].float())
+    assert torch.equal(batch.targets_BTCHW[:, 0], batch.images_BCHW)
+
+
+@pytest.mark.gpu
+def test_batches_are_the_same_on_a_gpu():
+    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (50,))
+    for step in range(5):
+        here = training_batch(images, labels, 3, step, 16, 2)
+        there = training_batch(images.cuda(), labels.cuda(), 3, step, 16, 2)
+        assert torch.equal(here.labels_BT, there.labels_BT.cpu())
+        torch.testing.assert_close(here.images_BCHW, there.images_BCHW.cpu())

@@ -1,0 +1,153 @@
+"""Checkpoints: what is saved comes back; what is not a checkpoint is refused and not run."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from conftest import TINY, train_config
+
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.runs.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    replacing,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict())
+    return path, model, config
+
+
+def test_what_is_saved_comes_back(saved):
+    path, model, config = saved
+    loaded, trained = load_model(path)
+    assert trained == config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+    assert load_checkpoint(path)["step"] == 5
+
+
+def test_names_of_the_weights_are_fixed(saved):
+    """Other programs and later versions read them."""
+    assert list(saved[1].state_dict()) == [
+        "digitcaps_weight",
+        "digitcaps_bias",
+        "conv1.weight",
+        "conv1.bias",
+        "primarycaps.weight",
+        "primarycaps.bias",
+        *(f"decoder.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
+    ]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])
+def test_a_truncated_checkpoint_is_refused(saved, kept):
+    path = saved[0]
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    plain = tmp_path / "plain.pt"
+    plain.write_bytes(pickle.dumps({"format": Attack()}))
+    zipped = tmp_path / "zipped.pt"
+    torch.save({"format": "capsrun checkpoint 1", "model": Attack()}, zipped)
+    for path in (plain, zipped):
+        with pytest.raises(UserError, match="nothing in it was run"):
+            load_checkpoint(path)
+    assert not marker.exists()
+    torch.load(zipped, weights_only=False)
+    assert marker.exists(), "the attack itself does not work, so this test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"model": {}}, {"format": "capsrun checkpoint 1", "step": 1}]
+)
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"not a checkpoint|incomplete"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_shape_are_refused(saved):
+    path, model, config = saved
+    state = model.state_dict()
+    for changed, message in [
+        (
+            {**state, "conv1.weight": torch.zeros(8, 1, 5, 5)},
+            r"conv1.weight has shape \(8, 1, 5, 5\)",
+        ),
+        (
+            {name: value for name, value in state.items() if "decoder" not in name},
+            "another network",
+        ),
+        ({**state, "conv1.weight": 3}, "conv1.weight has shape"),
+    ]:
+        save_checkpoint(path, dataclasses.asdict(config), 5, model=changed)
+        with pytest.raises(UserError, match=message):
+            load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("iterations", -1), ("iterations", "three"), ("unknown", 1)]
+)
+def test_a_hostile_configuration_is_refused(saved, key, value):
+    path, model, config = saved
+    values = dataclasses.asdict(config)
+    values["routing"][key] = value
+    save_checkpoint(path, values, 5, model=model.state_dict())
+    with pytest.raises(UserError, match=r"cannot be used.*" + key):
+        load_model(path)
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="make it with `capsrun train dataset=mnist`"):
+        find_checkpoint(str(tmp_path / "none"), "capsrun train dataset=mnist")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_run_folder_stands_for_its_checkpoint(saved):
+    path = saved[0]
+    assert find_checkpoint(str(path.parent), "") == find_checkpoint(str(path), "") == path
+
+
+def test_an_interrupted_write_leaves_the_old_file(saved, monkeypatch):
+    path = saved[0]
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {}, 6, model={})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replacing_writes_whole_files(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"

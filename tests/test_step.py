@@ -1,0 +1,107 @@
+"""Schedule, Adam, device and precision."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY, train_config
+
+from capsrun.data.batches import Batch
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.training import step as training_step
+from capsrun.training.step import (
+    Trainer,
+    adam_epsilon,
+    learning_rate,
+    resolve_device,
+    resolve_precision,
+    total_steps,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_authors_schedule():
+    recipe = train_config("recipe=authors").recipe
+    assert total_steps(recipe, 60_000) == 300_000
+    assert learning_rate(recipe, 0, 300_000) == 0.001
+    assert learning_rate(recipe, 2000, 300_000) == pytest.approx(0.00096)
+    assert learning_rate(recipe, 1000, 300_000) == pytest.approx(0.001 * 0.96**0.5)
+    assert learning_rate(recipe, 10**6, 300_000) == 1e-6
+
+
+def test_the_quick_schedule_ends_where_the_long_one_ends():
+    quick, long = train_config().recipe, train_config("recipe=authors").recipe
+    steps = total_steps(quick, 60_000)
+    assert steps == math.ceil(10 * 60_000 / 128)
+    assert learning_rate(quick, steps, steps) == pytest.approx(
+        learning_rate(long, 300_000, 300_000)
+    )
+    assert learning_rate(quick, 0, steps) == learning_rate(long, 0, 300_000)
+
+
+def test_epochs_may_be_fractions():
+    recipe = train_config("recipe.epochs=0.5").recipe
+    assert total_steps(recipe, 60_000) == 235
+    assert total_steps(recipe, 10) == 1
+
+
+def test_tensorflows_adam_by_hand():
+    """θ −= lr · sqrt(1 − β₂^t) / (1 − β₁^t) · m / (sqrt(v) + ε), as TensorFlow's manual has it."""
+    recipe = train_config("recipe=authors", "recipe.adam_epsilon=0.001").recipe
+    value, m, v = 1.0, 0.0, 0.0
+    weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.1, betas=(recipe.adam_beta1, recipe.adam_beta2))
+    for step in range(20):
+        gradient = 2 * value - 0.3
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.999 * v + 0.001 * gradient**2
+        t = step + 1
+        rate = 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        value -= rate * m / (math.sqrt(v) + 0.001)
+        optimizer.param_groups[0]["eps"] = adam_epsilon(recipe, step)
+        weight.grad = 2 * weight.detach() - 0.3
+        optimizer.step()
+        assert weight.item() == pytest.approx(value, rel=1e-12)
+
+
+def test_pytorchs_adam_keeps_its_epsilon():
+    recipe = train_config("recipe.adam_form=pytorch").recipe
+    assert adam_epsilon(recipe, 0) == adam_epsilon(recipe, 1000) == 1e-8
+
+
+def test_steps_lower_the_loss():
+    config = train_config(*TINY, "recipe.learning_rate=0.01")
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 100, CPU, "fp32")
+    images = torch.rand(8, 1, 28, 28)
+    batch = Batch(images, torch.arange(8)[:, None], images[:, None])
+    losses = [trainer.step(batch, step)[1].total.item() for step in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+    with pytest.raises(UserError, match="no CUDA GPU here; use device=cpu"):
+        resolve_device("cuda")
+    assert resolve_precision("bf16", CPU) == "bf16"
+    monkeypatch.setattr(training_step, "_cpu_flags", lambda: {"avx2", "avx512f"})
+    assert resolve_precision("auto", CPU) == "fp32"
+    monkeypatch.setattr(training_step, "_cpu_flags", lambda: {"avx512f", "avx512_bf16"})
+    assert resolve_precision("auto", CPU) == "bf16"
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_used_and_computes_the_same():
+    assert resolve_device("auto").type == "cuda"
+    config = train_config(*TINY)
+    images = torch.rand(8, 1, 28, 28)
+    losses = []
+    for device in (CPU, torch.device("cuda")):
+        model = build_model(config.model, config.routing, config.dataset)
+        trainer = Trainer(model, config.loss, config.recipe, 100, device, "fp32")
+        batch = Batch(*(t.to(device) for t in (images, torch.arange(8)[:, None], images[:, None])))
+        losses.append([trainer.step(batch, step)[1].total.item() for step in range(10)])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,326 @@
+"""Training runs: what they leave behind, and that an interruption changes nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, run_capsrun, train_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from capsrun.commands import train as train_command
+from capsrun.commands.train import train
+from capsrun.errors import Stopped, UserError
+from capsrun.runs import record
+from capsrun.runs.checkpoint import load_checkpoint, load_model
+
+# Numbers that tell of the machine and the clock, not of the computation.
+OF_THE_MACHINE = {"images_per_second", "memory_gb", "train_seconds"}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in OF_THE_MACHINE} for line in lines]
+
+
+def assert_same_run(folder, other):
+    ours, theirs = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    assert metrics(folder) == metrics(other)
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (folder, other))
+    for key in OF_THE_MACHINE:
+        ours.pop(key), theirs.pop(key)
+    assert ours == theirs
+
+
+def test_result(tiny_run):
+    result = json.loads((tiny_run / "result.json").read_text())
+    expected = {
+        "command": "train",
+        "name": "run",
+        "dataset": "mnist5k",
+        "model": "capsnet",
+        "seed": 0,
+        "steps": 12,
+        "count": 1000,
+        "config": load_checkpoint(tiny_run / "checkpoint.pt")["config"],
+    }
+    assert {key: result[key] for key in expected} == expected
+    assert result["error_percent"] == 100 * result["errors"] / 1000
+    assert sum(result["errors_by_class"].values()) == result["errors"]
+    assert sum(map(sum, result["confusion"])) == 1000
+    assert result["images_per_second"] == pytest.approx(12 * 16 / result["train_seconds"])
+    assert result["precision"] in ("fp32", "bf16")
+    assert "threads" in result["device"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"date", "git_commit"} <= result.keys()
+
+
+def test_everything_is_in_the_folder(tiny_run):
+    assert sorted(path.name for path in tiny_run.iterdir()) == [
+        "checkpoint.pt",
+        "config.yaml",
+        "metrics.jsonl",
+        "pictures",
+        "result.json",
+        "tensorboard",
+    ]
+    pictures = {path.name for path in (tiny_run / "pictures").iterdir()}
+    assert {"confusion.png", "failures.png"} <= pictures
+    assert all((tiny_run / "pictures" / name).stat().st_size > 5000 for name in pictures)
+
+
+def test_tensorboard_shows_what_is_promised(tiny_run):
+    board = EventAccumulator(str(tiny_run / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert set(tags["scalars"]) == {
+        "loss/total",
+        "loss/margin",
+        "loss/reconstruction",
+        "learning_rate",
+        "error_percent/test",
+        "capsule_length/true_class",
+        "capsule_length/other_classes",
+        "routing_logit_change/iteration_1",
+        "routing_logit_change/iteration_2",
+        "routing_logit_change/iteration_3",
+        "images_per_second",
+        "memory_gb",
+    }
+    assert {"reconstructions", "confusion", "failures"} <= set(tags["images"])
+    assert [event.step for event in board.Scalars("loss/total")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in board.Scalars("error_percent/test")] == [8, 12]
+    total, margin, reconstruction = (
+        board.Scalars(f"loss/{part}")[-1].value for part in ("total", "margin", "reconstruction")
+    )
+    assert total == pytest.approx(margin + reconstruction, rel=1e-5)
+
+
+class StopAfter:
+    """Ask the training loop to stop after some steps, as Ctrl-C does."""
+
+    def __init__(self, monkeypatch, steps):
+        self.left = steps
+        original = train_command.training_batch
+
+        def count(*args):
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args)
+
+        monkeypatch.setattr(train_command, "training_batch", count)
+
+
+@pytest.mark.parametrize("stops", [[5], [1, 6, 4], [8], [11]])
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tiny_run, tmp_path, monkeypatch, stops):
+    folder = tmp_path / "seed0"
+    config = train_config(*TINY, "name=run")
+    for steps in stops:
+        with monkeypatch.context() as patch:
+            StopAfter(patch, steps)
+            with pytest.raises(Stopped, match="saved"):
+                train(config, folder)
+    train(config, folder)
+    assert_same_run(folder, tiny_run)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
+    overrides = ["train", *TINY, "recipe.steps=100000", "name=long"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "capsrun", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics_file = in_tmp / "runs" / "long" / "seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics_file.exists() and "step" in metrics_file.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.count("\n") == 1
+    assert "capsrun train dataset=mnist5k" in errors
+    step = load_checkpoint(metrics_file.parent / "checkpoint.pt")["step"]
+    assert f"after step {step:,} of 100,000" in errors
+
+
+def test_a_killed_run_goes_on_after_its_last_checkpoint(tiny_run, in_tmp):
+    """Killed without warning after six steps, with a checkpoint after every one."""
+    script = (
+        "import os, signal, sys\n"
+        "from capsrun.commands import train\n"
+        "original, left = train.training_batch, [7]\n"
+        "def count(*args):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(*args)\n"
+        "train.training_batch = count\n"
+        "from capsrun.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    arguments = ["train", *TINY, "name=run", "record.checkpoint_every_seconds=0"]
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    folder = in_tmp / "runs" / "run" / "seed0"
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 6
+    finished = run_capsrun(*arguments, cwd=in_tmp)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on after step 6 of 12" in finished.stdout
+    ours, theirs = (load_model(f / "checkpoint.pt")[0].state_dict() for f in (folder, tiny_run))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert metrics(folder) == metrics(tiny_run)
+
+
+def test_a_finished_run_is_left_alone(tiny_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    train(train_config(*TINY, "name=run"), tiny_run)
+    output = capsys.readouterr().out
+    assert "finished already" in output
+    assert output.splitlines()[-1].startswith("test error ")
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(tiny_run):
+    before = (tiny_run / "config.yaml").read_bytes()
+    config = train_config(*TINY, "name=run", "routing.iterations=2", "recipe.steps=13")
+    with pytest.raises(UserError, match="other settings") as caught:
+        train(config, tiny_run)
+    message = str(caught.value)
+    assert "routing.iterations (there 3, now 2)" in message
+    assert "recipe.steps (there 12, now 13)" in message
+    assert "seed" not in message.split("other settings")[1]
+    assert (tiny_run / "config.yaml").read_bytes() == before
+
+
+def test_where_and_how_often_may_differ(tiny_run, monkeypatch):
+    config = train_config(*TINY, "name=run", "record.log_every_steps=7", "device=cpu")
+    train(config, tiny_run)
+
+
+def test_a_damaged_configuration_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="damaged"):
+        train(train_config(*TINY), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The state that led there is kept apart, and the last good checkpoint is left as it was."""
+    config = train_config(*TINY, "record.checkpoint_every_seconds=0", "record.log_every_steps=1")
+    original = train_command.training_batch
+
+    def poison(images, labels, seed, step, *rest):
+        batch = original(images, labels, seed, step, *rest)
+        if step == 6:
+            batch.images_BCHW[0, 0, 5, 5] = float("nan")
+        return batch
+
+    monkeypatch.setattr(train_command, "training_batch", poison)
+    with pytest.raises(UserError, match=r"after step 7: the loss is nan.*not_finite\.pt"):
+        train(config, tmp_path)
+    assert load_checkpoint(tmp_path / "not_finite.pt")["step"] == 7
+    good = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert good["step"] == 6
+    assert all(value.isfinite().all() for value in good["model"].values())
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """Between two logged steps nobody looks at the loss, but a checkpoint looks at the weights."""
+    config = train_config(*TINY, "recipe.learning_rate=1e39", "record.log_every_steps=1000")
+    config.record.checkpoint_every_seconds = 0
+    with pytest.raises(UserError, match="after step 1: a weight is not finite"):
+        train(config, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_last_step_is_reported_not_the_best(tmp_path, monkeypatch):
+    """Scores get worse during this run; picking the best would report 1 error."""
+    original = train_command.score_split
+    seen = []
+
+    def worse_each_time(*args, **kwargs):
+        result = original(*args, **kwargs)
+        seen.append(result)
+        predicted = result.labels_N.clone()
+        predicted[: len(seen)] = (predicted[: len(seen)] + 1) % 10
+        return type(result)(result.labels_N, predicted, result.confusion_JJ, result.squared_error)
+
+    monkeypatch.setattr(train_command, "score_split", worse_each_time)
+    result = train(train_config(*TINY, "record.evaluate_every_steps=3"), tmp_path)
+    assert len(seen) == 4
+    assert result["errors"] == 4
+
+
+def test_validation_images_are_scored_apart(tmp_path):
+    train(train_config(*TINY, "dataset.validation=100"), tmp_path)
+    last = metrics(tmp_path)[-1]
+    assert {"error_percent/test", "error_percent/validation"} <= last.keys()
+
+
+def test_without_decoder(tmp_path):
+    result = train(train_config(*TINY, "model.reconstruction=false"), tmp_path)
+    assert result["reconstruction_squared_error"] is None
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["confusion.png"]
+    assert metrics(tmp_path)[0]["loss/reconstruction"] == 0
+
+
+def test_epochs_count_the_training_images(tmp_path):
+    overrides = [*TINY, "recipe.steps=null", "recipe.epochs=0.01"]
+    assert train(train_config(*overrides), tmp_path)["steps"] == 3  # ceil(0.01 · 4000 / 16)
+
+
+def test_seeds_differ(tiny_run, tmp_path):
+    train(train_config(*TINY, "seed=1"), tmp_path)
+    ours, theirs = (load_model(f / "checkpoint.pt")[0] for f in (tmp_path, tiny_run))
+    assert not torch.equal(ours.conv1.weight, theirs.conv1.weight)
+
+
+def test_stopwatch_does_not_count_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    watch = record.Stopwatch(5.0)
+    watch.start()
+    now[0] += 2
+    with watch.paused():
+        now[0] += 50
+    now[0] += 1
+    assert watch.seconds == watch.lap() + 5 == 8
+    watch.new_lap()
+    assert watch.lap() == 0
+
+
+def test_metrics_are_cut_where_the_checkpoint_was_made(tmp_path):
+    recorder = record.Recorder(tmp_path)
+    recorder.numbers(1, {"a": 1.0})
+    position = recorder.position()
+    recorder.numbers(2, {"a": 2.0})
+    recorder.close()
+    recorder = record.Recorder(tmp_path, 1, position)
+    recorder.numbers(2, {"a": 3.0})
+    recorder.close()
+    assert [line["a"] for line in metrics(tmp_path)] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_is_not_held_back(number):
+    before = signal.getsignal(number)
+    with record.stop_requests() as stop:
+        assert not stop.asked
+        signal.raise_signal(number)
+        assert stop.signal_number == number
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
