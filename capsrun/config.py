@@ -107,6 +107,8 @@ class RecipeConfig:
     decay_steps: float | None = setting(above=0)
     decay_periods: float | None = setting(above=0)
     """How often the whole run decays; exactly one of `decay_steps` and `decay_periods` is set."""
+    hold_fraction: float = setting(minimum=0, maximum=0.99)
+    """Share of the run during which the learning rate does not decay yet."""
     adam_form: str = setting(choices=("tensorflow", "pytorch"))
     adam_beta1: float = setting(minimum=0, maximum=0.999999)
     adam_beta2: float = setting(minimum=0, maximum=0.9999999)

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
-from capsrun.models import build_model
-from capsrun.models.routing import squash
+from capsrun.models import build_model, capsnet
+from capsrun.models.routing import capsule_votes, route, squash
 from capsrun.training.step import Trainer
 
 
@@ -173,14 +173,14 @@ def test_capsules_are_float32_in_bf16():
 
 @functools.cache
 def fingerprint(*overrides):
-    """The losses and the sum of all weights of two steps on fixed images."""
+    """The losses and the sum of all weights of the first and last step, on fixed images."""
     config = train_config(*TINY, *overrides)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 1, 28, 28, generator=generator)
     batch = Batch(images, torch.arange(4)[:, None], images[:, None])
-    totals = [trainer.step(batch, step)[1].total.item() for step in range(2)]
+    totals = [trainer.step(batch, step)[1].total.item() for step in (0, 11)]
     weights = sum(value.detach().double().abs().sum().item() for value in model.parameters())
     return [*totals, weights]
 
@@ -212,6 +212,7 @@ def fingerprint(*overrides):
         "recipe.learning_rate_floor=0.1",
         "recipe.decay_rate=0.5",
         "recipe.decay_periods=15",
+        "recipe.hold_fraction=0",
         "recipe.adam_form=pytorch",
         "recipe.adam_beta1=0.5",
         "recipe.adam_beta2=0.9",
@@ -220,3 +221,16 @@ def fingerprint(*overrides):
 )
 def test_every_option_changes_the_numbers(override):
     assert fingerprint(override) != fingerprint()
+
+
+def test_routing_in_pieces_changes_nothing():
+    """On a CPU a batch is routed a few images at a time."""
+    model = make(*TINY)
+    images = torch.rand(2 * capsnet.ROUTED_AT_ONCE_ON_CPU + 3, 1, 28, 28)
+    history, whole = [], []
+    capsules = model.encode(images, history)
+    votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)
+    torch.testing.assert_close(capsules, route(votes, model.digitcaps_bias, 3, history=whole))
+    assert len(history) == 3
+    for ours, theirs in zip(history, whole):
+        torch.testing.assert_close(tuple(ours), tuple(theirs))

@@ -41,6 +41,12 @@ def test_the_quick_schedule_ends_where_the_long_one_ends():
     assert learning_rate(quick, 0, steps) == learning_rate(long, 0, 300_000)
 
 
+def test_the_quick_schedule_holds_for_half_the_run():
+    recipe = train_config().recipe
+    assert learning_rate(recipe, 499, 1000) == learning_rate(recipe, 500, 1000) == 0.001
+    assert learning_rate(recipe, 510, 1000) == pytest.approx(0.001 * 0.96 ** (10 * 150 / 500))
+
+
 def test_epochs_may_be_fractions():
     recipe = train_config("recipe.epochs=0.5").recipe
     assert total_steps(recipe, 60_000) == 235

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from capsrun.config import CapsNetConfig, RoutingConfig
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 
+# Images do not depend on each other, and the votes of this many stay in a processor's cache while
+# they are routed: less than half the time of routing a batch of 128 as a whole.
+ROUTED_AT_ONCE_ON_CPU = 8
+
 
 class CapsNetOutput(NamedTuple):
     """What CapsNet says about a batch."""
@@ -139,16 +143,26 @@ class CapsNet(nn.Module):
         history: see `route`.
         """
         poses_BIK = self.primary_poses(images_BCHW)
+        on_cpu = poses_BIK.device.type == "cpu"
+        pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if on_cpu else [poses_BIK]
+        histories: list[list[RoutingIteration]] = [[] for _ in pieces]
         with torch.autocast(poses_BIK.device.type, enabled=False):
-            votes_BIJD = capsule_votes(poses_BIK, self.digitcaps_weight)
-            return route(
-                votes_BIJD,
-                self.digitcaps_bias,
-                self.routing.iterations,
-                self.routing.leaky,
-                self.routing.detach,
-                history,
+            capsules_BJD = torch.cat(
+                [
+                    route(
+                        capsule_votes(piece_BIK, self.digitcaps_weight),
+                        self.digitcaps_bias,
+                        self.routing.iterations,
+                        self.routing.leaky,
+                        self.routing.detach,
+                        piece_history if history is not None else None,
+                    )
+                    for piece_BIK, piece_history in zip(pieces, histories)
+                ]
             )
+        if history is not None:
+            history += [RoutingIteration(*map(torch.cat, zip(*parts))) for parts in zip(*histories)]
+        return capsules_BJD
 
     def decode(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
         """Draw each image's `labels_B` class from its capsule, all others masked out (§4.1).

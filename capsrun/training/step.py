@@ -72,15 +72,17 @@ def total_steps(recipe: RecipeConfig, training_images: int) -> int:
 
 
 def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
-    """Lr · decay_rate^(step / decay_steps), never below the floor; step counts from 0.
+    """The rate of a step, from 0: lr · decay_rate^(step / decay_steps), never below the floor.
 
-    steps: length of the whole run, which sets the period when the recipe gives `decay_periods`.
+    steps: length of the whole run. With `hold_fraction` h the decay begins after h · steps, and
+    with `decay_periods` its period is what fits so often into the rest.
     """
+    held = recipe.hold_fraction * steps
     period = recipe.decay_steps
     if period is None:
         assert recipe.decay_periods is not None  # checked in config.py
-        period = steps / recipe.decay_periods
-    decayed = recipe.learning_rate * recipe.decay_rate ** (step / period)
+        period = (steps - held) / recipe.decay_periods
+    decayed = recipe.learning_rate * recipe.decay_rate ** (max(0.0, step - held) / period)
     return max(decayed, recipe.learning_rate_floor)
 
 
