@@ -107,7 +107,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for a mistake of the user, 128 + a signal."""
+    """Run one command and return its exit code.
+
+    0: done. 1: a fault of the machine. 2: a mistake of the user. 128 + n: stopped by signal n.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -131,6 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        # The machine's fault, a full disk say; what is finished or saved is whole.
+        print(f"capsrun {name}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -208,7 +208,7 @@ def fingerprint(*overrides):
         "loss.margin_factor=1",
         "loss.class_reduction=sum",
         "loss.reconstruction_weight=0.1",
-        "recipe.learning_rate=0.002",
+        "recipe.learning_rate=0.003",
         "recipe.learning_rate_floor=0.1",
         "recipe.decay_rate=0.5",
         "recipe.decay_periods=15",

@@ -262,3 +262,16 @@ def test_the_installed_wheel_works_from_another_directory(installed_wheel, tmp_p
     sources = ["dataset=mnist5k", "checkpoint=runs/w/seed0"]
     assert run_capsrun("eval", *sources, cwd=tmp_path, **environment).returncode == 0
     assert (installed_wheel / "bin" / "capsrun").exists()
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m capsrun train --help | head -1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "capsrun train [key=value …]\n"
+    assert done.stderr == ""

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, run_capsrun, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.errors import Stopped, UserError
@@ -324,3 +325,28 @@ def test_a_second_signal_is_not_held_back(number):
         assert stop.signal_number == number
         assert signal.getsignal(number) == before
     assert signal.getsignal(number) == before
+
+
+def test_a_damaged_checkpoint_of_an_interrupted_run_is_refused(tiny_run, tmp_path):
+    (tmp_path / "config.yaml").write_bytes((tiny_run / "config.yaml").read_bytes())
+    damaged = (tiny_run / "checkpoint.pt").read_bytes()[:-1000]
+    (tmp_path / "checkpoint.pt").write_bytes(damaged)
+    with pytest.raises(UserError, match="delete it to train from the start"):
+        train(train_config(*TINY, "name=run"), tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == damaged
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(in_tmp, monkeypatch, capsys):
+    original, left = train_command.save_checkpoint, [3]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(train_command, "save_checkpoint", full)
+    assert main(["train", *TINY, "name=full", "record.checkpoint_every_seconds=0"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    folder = in_tmp / "runs" / "full" / "seed0"
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 2

@@ -107,7 +107,15 @@ class RunFolder:
 
     def unfinished(self) -> dict[str, Any] | None:
         """The last checkpoint of an interrupted run, or None for one that has to begin."""
-        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        if not self.checkpoint.exists():
+            return None
+        try:
+            checkpoint = load_checkpoint(self.checkpoint)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to train from the start") from error
+        if not {"optimizer", "train_seconds", "metrics_bytes"} <= checkpoint.keys():
+            raise UserError(f"{self.checkpoint} is incomplete; delete it to train from the start")
+        return checkpoint
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         write_json(self.path / "result.json", result)
