@@ -179,13 +179,13 @@ def run_command(name: str, arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
 
     def job(cfg: Any) -> None:
         # Hydra writes a line of its own about an exception that it sees, so it sees none of ours.
         try:
             COMMANDS[name].run(cfg, list(HydraConfig.get().overrides.task))
-        except (UserError, Stopped) as error:
+        except Exception as error:
             failures.append(error)
             raise SystemExit(2) from error
 
@@ -259,7 +259,7 @@ def setting_names(command: str) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'seed'?`, or nothing when no known word is like this one."""
+    """A hint such as `, did you mean 'seed'?`, or nothing when no known word is like this one."""
     known = list(known)
     # `iterations` is most likely meant for `routing.iterations`.
     ending = [name for name in known if name.endswith("." + word)]

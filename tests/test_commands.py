@@ -293,3 +293,17 @@ def test_mnist_in_one_epoch(in_tmp, monkeypatch, capsys):
     result = json.loads((in_tmp / "runs" / "one" / "seed0" / "result.json").read_text())
     assert result["error_percent"] < 2
     assert result["count"] == 10_000
+
+
+def test_a_training_run_is_not_overwritten(tiny_run, capsys):
+    before = (tiny_run / "result.json").read_bytes()
+    for command in ("eval", "perturb"):
+        common = [command, "dataset=mnist5k", f"checkpoint={tiny_run}"]
+        assert "training run" in refused(capsys, *common, f"out_dir={tiny_run}")
+    assert (tiny_run / "result.json").read_bytes() == before
+
+
+def test_the_same_eval_again_replaces_its_tensorboard_pictures(tiny_run, tmp_path, capsys):
+    for _ in range(2):
+        evaluate(capsys, tiny_run, tmp_path)
+        assert len(list((tmp_path / "tensorboard").iterdir())) == 1

@@ -38,17 +38,15 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
     out_dir = Path(config.out_dir or checkpoint.parent / f"eval-{dataset.name}-{config.split}")
-    record.make_folder(out_dir / "pictures")
+    record.make_output(out_dir)
 
     print(f"{checkpoint}: {precision} on {record.describe_device(device)}")
     result = score_split(to_device(model, device), split, precision, config.mask, record.bar)
     print_table(result, dataset.class_names)
-    recorder = record.Recorder(out_dir)
     drawn = score_figures(model, split, dataset.class_names, result, config.mask, config.pictures)
     for name, figure in drawn.items():
         figures.save(figure, out_dir / "pictures" / f"{name}.png")
-        recorder.picture(0, name, figure)
-    recorder.close()
+    record.show_in_tensorboard(out_dir, drawn)
     summary = {
         "command": "eval",
         "name": trained.name,

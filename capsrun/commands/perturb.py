@@ -62,16 +62,14 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
         subjects = chosen_images(config.perturb, model, dataset)
 
     out_dir = Path(config.out_dir or checkpoint.parent / f"perturb-{place}")
-    record.make_folder(out_dir / "pictures")
-    recorder = record.Recorder(out_dir)
-    paths = []
+    record.make_output(out_dir)
+    paths, drawn = [], {}
     for subject in subjects:
-        figure = draw(model, subject, values)
+        drawn[f"perturb/{subject.file_name}"] = figure = draw(model, subject, values)
         paths.append(out_dir / "pictures" / f"{subject.file_name}.png")
         figures.save(figure, paths[-1])
-        recorder.picture(0, f"perturb/{subject.file_name}", figure)
         print(paths[-1])
-    recorder.close()
+    record.show_in_tensorboard(out_dir, drawn)
     return paths
 
 

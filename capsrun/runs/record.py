@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import capsrun
@@ -48,6 +49,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
 
 
+def make_output(folder: Path) -> None:
+    """Make a folder for what a command found out about a run. Raises UserError for a run's own."""
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
+    make_folder(folder / "pictures")
+
+
 class RunFolder:
     """The folder of one training run, which is resumed, left alone or refused when it exists.
 
@@ -60,7 +68,7 @@ class RunFolder:
         Raises UserError when the folder belongs to a run with other settings.
         """
         self.path, self.config = path, config
-        self.pictures, self.tensorboard = path / "pictures", path / "tensorboard"
+        self.pictures = path / "pictures"
         self.checkpoint = path / FILE_NAME
         self._config_file = path / "config.yaml"
         if self._config_file.exists():
@@ -129,10 +137,6 @@ class Recorder:
 
         position: where `metrics.jsonl` ended when that step was saved; see `position()`.
         """
-        # Imported late: TensorBoard takes a second, and not every command writes to it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        make_folder(folder)
         self.stream = open(folder / "metrics.jsonl", "a")
         self.stream.truncate(position)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -159,6 +163,15 @@ class Recorder:
     def close(self) -> None:
         self.stream.close()
         self.board.close()
+
+
+def show_in_tensorboard(folder: Path, drawn: Mapping[str, Figure]) -> None:
+    """Put figures into `folder/tensorboard` by name, in place of those from an earlier time."""
+    for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for name, figure in drawn.items():
+            board.add_figure(name, figure)
 
 
 class ProgressLine:
