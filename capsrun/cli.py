@@ -197,10 +197,10 @@ def run_command(name: str, arguments: list[str]) -> None:
         start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
         start(job)()
     except SystemExit:
-        if failures:
-            raise failures[0] from None
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
+        if not failures:
+            raise
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        # The commands' own exceptions do not come this way, so this is about the configuration.
         raise UserError(describe_hydra_error(error, name)) from error
     finally:
         sys.argv = saved_argv
@@ -208,6 +208,10 @@ def run_command(name: str, arguments: list[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_mode
+    if failures and isinstance(failures[0], OmegaConfBaseException):
+        raise UserError(describe_hydra_error(failures[0], name)) from failures[0]
+    if failures:
+        raise failures[0]
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> Any:
@@ -240,6 +244,10 @@ def describe_hydra_error(error: Exception, command: str) -> str:
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
         hint = did_you_mean(key, setting_names(command))
         return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
+    if "Config group override must be" in str(error):
+        return (
+            f"dataset, model and the like take one of their choices; see `capsrun {command} --help`"
+        )
     if isinstance(cause, OmegaConfBaseException):
         return describe_config_error(cause)
     return " ".join(str(error).split())

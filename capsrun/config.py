@@ -6,13 +6,19 @@ type or out of range.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from capsrun.errors import UserError
 
@@ -47,7 +53,7 @@ class DatasetConfig:
     """Training images are moved by up to this many pixels along each axis."""
     validation: int = setting(minimum=0)
     """How many training images are held out for choosing between models; 0 trains on all."""
-    split_seed: int = setting(minimum=0)
+    split_seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Decides which images are held out (and, for mnist5k, which are test images)."""
     trained_on: str
     """The data set on which the model to evaluate on this one was trained."""
@@ -131,7 +137,7 @@ class TrainConfig:
 
     name: str | None
     """Name of the run's folder; None: made from what was chosen on the command line."""
-    seed: int = setting(minimum=0)
+    seed: int = setting(minimum=0, maximum=2**63 - 1)
     runs_dir: str
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
@@ -149,7 +155,7 @@ class EvalConfig:
 
     checkpoint: str
     """A checkpoint file, or the folder of a run."""
-    seed: int = setting(minimum=0)
+    seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Picks the run whose checkpoint is the default."""
     runs_dir: str
     out_dir: str | None
@@ -181,7 +187,7 @@ class PerturbConfig:
     """Everything that `capsrun perturb` needs; the model comes from the checkpoint."""
 
     checkpoint: str
-    seed: int = setting(minimum=0)
+    seed: int = setting(minimum=0, maximum=2**63 - 1)
     runs_dir: str
     out_dir: str | None
     device: str = setting(choices=("auto", "cpu", "cuda"))
@@ -220,6 +226,10 @@ def from_dict(schema: type[Config], values: Any) -> Config:
 
 def describe_config_error(error: OmegaConfBaseException) -> str:
     """One sentence for what OmegaConf says in several lines."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"setting {error.full_key} has no value"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"there is no setting {error.full_key!r}"
     reason = str(error.msg or error).split("\n")[0].rstrip(".")
     key = error.full_key
     return f"setting {key}: {reason}" if key and key not in reason else reason
@@ -243,7 +253,8 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(limits["choices"])
         raise UserError(f"{key} is {value!r}; it can be one of: {allowed}")
-    # Written so that NaN is refused too.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} is {value}; it must be a finite number")
     if "minimum" in limits and not value >= limits["minimum"]:
         raise UserError(f"{key} is {value}; it must be at least {limits['minimum']}")
     if "above" in limits and not value > limits["above"]:

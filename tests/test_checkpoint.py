@@ -17,23 +17,25 @@ from capsrun.runs.checkpoint import (
     save_checkpoint,
 )
 
+REST = {"optimizer": None, "train_seconds": 1.5}
+
 
 @pytest.fixture
 def saved(tmp_path):
     config = train_config(*TINY)
     model = build_model(config.model, config.routing, config.dataset)
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict())
+    save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict(), **REST)
     return path, model, config
 
 
 def test_what_is_saved_comes_back(saved):
     path, model, config = saved
-    loaded, trained = load_model(path)
-    assert trained == config
+    trained = load_model(path)
+    assert trained.config == config
     for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name])
-    assert load_checkpoint(path)["step"] == 5
+        assert torch.equal(value, trained.model.state_dict()[name])
+    assert (trained.step, trained.train_seconds, trained.finished) == (5, 1.5, True)
 
 
 def test_names_of_the_weights_are_fixed(saved):
@@ -102,7 +104,7 @@ def test_weights_of_another_shape_are_refused(saved):
         ),
         ({**state, "conv1.weight": 3}, "conv1.weight has shape"),
     ]:
-        save_checkpoint(path, dataclasses.asdict(config), 5, model=changed)
+        save_checkpoint(path, dataclasses.asdict(config), 5, model=changed, **REST)
         with pytest.raises(UserError, match=message):
             load_model(path)
 
@@ -114,7 +116,7 @@ def test_a_hostile_configuration_is_refused(saved, key, value):
     path, model, config = saved
     values = dataclasses.asdict(config)
     values["routing"][key] = value
-    save_checkpoint(path, values, 5, model=model.state_dict())
+    save_checkpoint(path, values, 5, model=model.state_dict(), **REST)
     with pytest.raises(UserError, match=r"cannot be used.*" + key):
         load_model(path)
 

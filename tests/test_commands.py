@@ -1,6 +1,8 @@
 """Eval, perturb and data on real digits, as a user runs them."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from capsrun.commands.perturb import perturbed, read_image, sweep_values
 from capsrun.commands.train import train
 from capsrun.config import PerturbConfig, from_dict
 from capsrun.errors import UserError
+from capsrun.models import build_model
 from capsrun.runs import figures
-from capsrun.runs.checkpoint import load_model
+from capsrun.runs.checkpoint import load_checkpoint, load_model, save_checkpoint
 
 
 def capsrun(capsys, *arguments):
@@ -136,7 +139,7 @@ def test_perturb_one_image_of_one_class(tiny_run, tmp_path, capsys):
         (["perturb.digit=5", "perturb.index=100"], "only 100 test images"),
         (["perturb.low=0.3"], "low may not be above high"),
         (["perturb.step=0"], "perturb.step is 0"),
-        (["perturb.step=0.0001"], "5001 values"),
+        (["perturb.step=0.0001"], "more than 101 values"),
         (["perturb.image=none.png"], "no image none.png"),
         (["perturb.image=text.png"], "cannot be read as an image"),
         (["perturb.image=text.png", "perturb.index=1"], "leave it out"),
@@ -170,7 +173,7 @@ def test_values_of_the_paper():
 
 
 def test_one_dimension_of_one_capsule_is_moved(tiny_run):
-    model, _ = load_model(tiny_run / "checkpoint.pt")
+    model = load_model(tiny_run / "checkpoint.pt").model
     image = torch.rand(1, 28, 28)
     drawn = perturbed(model, image, 7, [-0.1, 0.0, 0.2])
     assert drawn.shape == (16, 3, 1, 28, 28)
@@ -307,3 +310,60 @@ def test_the_same_eval_again_replaces_its_tensorboard_pictures(tiny_run, tmp_pat
     for _ in range(2):
         evaluate(capsys, tiny_run, tmp_path)
         assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "perturb", "data"])
+def test_an_output_folder_that_cannot_be_written(tiny_run, in_tmp, capsys, command):
+    (in_tmp / "file").write_text("")
+    source = [] if command == "data" else [f"checkpoint={tiny_run}"]
+    message = refused(capsys, command, "dataset=mnist5k", "out_dir=file/out", *source)
+    assert "file/out" in message
+    assert "cannot be written" in message
+
+
+def test_digits_that_the_model_was_trained_on_are_no_test(tmp_path, capsys):
+    """The digits of mnist5k are training digits of MNIST."""
+    config = train_config(*TINY, "dataset=mnist")
+    model = build_model(config.model, config.routing, config.dataset)
+    path = tmp_path / "checkpoint.pt"
+    rest = {"optimizer": None, "train_seconds": 0.0}
+    save_checkpoint(path, dataclasses.asdict(config), 1, model=model.state_dict(), **rest)
+    message = refused(capsys, "eval", "dataset=mnist5k", f"checkpoint={path}")
+    assert "training images of mnist" in message
+
+
+def test_eval_says_when_a_run_is_not_finished(tiny_run, tmp_path, capsys):
+    checkpoint = load_checkpoint(tiny_run / "checkpoint.pt")
+    checkpoint["optimizer"] = {}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    lines, result = evaluate(capsys, tmp_path, tmp_path / "out")
+    assert any("not finished" in line for line in lines)
+    assert (result["finished"], result["steps"]) == (False, 12)
+
+
+def test_eval_by_another_mask_has_its_own_folder(tiny_run, tmp_path, capsys):
+    shutil.copy(tiny_run / "checkpoint.pt", tmp_path)
+    for mask in ("label", "longest"):
+        common = ["eval", "dataset=mnist5k", f"checkpoint={tmp_path}"]
+        capsrun(capsys, *common, f"mask={mask}")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "eval-mnist5k-test",
+        "eval-mnist5k-test-longest",
+    }
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    pixels = np.zeros((28, 28), dtype=np.uint8)
+    pixels[2:6] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° to the right
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    drawn, _ = read_image(tmp_path / "a.jpg", 28, 1, "no")
+    assert drawn[0, 14, 22:26].min() > 0.9
+    assert drawn[0, 4, :20].max() < 0.1
+
+
+def test_an_image_of_unknown_range_is_refused(tmp_path):
+    Image.fromarray(np.ones((28, 28), dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="no known range"):
+        read_image(tmp_path / "a.tiff", 28, 1, "auto")

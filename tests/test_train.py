@@ -15,7 +15,7 @@ from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.errors import Stopped, UserError
-from capsrun.runs import record
+from capsrun.runs import progress, record
 from capsrun.runs.checkpoint import load_checkpoint, load_model
 
 # Numbers that tell of the machine and the clock, not of the computation.
@@ -149,8 +149,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.count("\n") == 1
-    assert "capsrun train dataset=mnist5k" in errors
+    assert "stopping after this step" in errors
+    assert "capsrun train dataset=mnist5k" in errors.splitlines()[-1]
     step = load_checkpoint(metrics_file.parent / "checkpoint.pt")["step"]
     assert f"after step {step:,} of 100,000" in errors
 
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tiny_run, in_tmp):
     finished = run_capsrun(*arguments, cwd=in_tmp)
     assert finished.returncode == 0, finished.stderr
     assert "going on after step 6 of 12" in finished.stdout
-    ours, theirs = (load_model(f / "checkpoint.pt")[0].state_dict() for f in (folder, tiny_run))
+    ours, theirs = (load_model(f / "checkpoint.pt").model.state_dict() for f in (folder, tiny_run))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert metrics(folder) == metrics(tiny_run)
 
@@ -211,6 +211,48 @@ def test_where_and_how_often_may_differ(tiny_run, monkeypatch):
     train(config, tiny_run)
 
 
+def test_results_without_a_configuration_are_not_taken_for_this_run(tiny_run, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes((tiny_run / "checkpoint.pt").read_bytes())
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        train(train_config(*TINY, "name=run"), tmp_path)
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
+    """Another machine may choose another one for `auto`; a run does not change half-way."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "resolve_precision", lambda *_: "fp32")
+        StopAfter(patch, 3)
+        with pytest.raises(Stopped):
+            train(train_config(*TINY), tmp_path)
+    monkeypatch.setattr(train_command, "resolve_precision", lambda *_: "bf16")
+    assert train(train_config(*TINY), tmp_path)["precision"] == "fp32"
+
+
+def test_the_shift_of_the_configuration_is_used(tmp_path, monkeypatch):
+    seen = []
+    original = train_command.training_batch
+
+    def watch(*args):
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(train_command, "training_batch", watch)
+    for shift in (0, 2, 9):
+        train(
+            train_config(*TINY, "recipe.steps=1", f"dataset.shift_px={shift}"),
+            tmp_path / str(shift),
+        )
+
+    def middle(batch):
+        """The mean row of each image's ink."""
+        ink = batch.images_BCHW.sum((1, 3))
+        return (ink * torch.arange(28)).sum(1) / ink.sum(1)
+
+    still, moved, far = map(middle, seen)
+    assert 1.5 < (moved - still).abs().max() < 2.01
+    assert 3 < (far - still).abs().max()
+
+
 def test_a_damaged_configuration_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="damaged"):
@@ -219,7 +261,7 @@ def test_a_damaged_configuration_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """The state that led there is kept apart, and the last good checkpoint is left as it was."""
-    config = train_config(*TINY, "record.checkpoint_every_seconds=0", "record.log_every_steps=1")
+    config = train_config(*TINY, "record.checkpoint_every_seconds=0", "record.log_every_steps=12")
     original = train_command.training_batch
 
     def poison(images, labels, seed, step, *rest):
@@ -229,12 +271,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(train_command, "training_batch", poison)
-    with pytest.raises(UserError, match=r"after step 7: the loss is nan.*not_finite\.pt"):
+    with pytest.raises(UserError, match=r"after step 6: the loss is nan.*not_finite\.pt"):
         train(config, tmp_path)
-    assert load_checkpoint(tmp_path / "not_finite.pt")["step"] == 7
-    good = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert good["step"] == 6
-    assert all(value.isfinite().all() for value in good["model"].values())
+    for name in ("not_finite.pt", "checkpoint.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert state["step"] == 6
+        assert all(value.isfinite().all() for value in state["model"].values()), name
     assert not (tmp_path / "result.json").exists()
 
 
@@ -286,22 +328,20 @@ def test_epochs_count_the_training_images(tmp_path):
 
 def test_seeds_differ(tiny_run, tmp_path):
     train(train_config(*TINY, "seed=1"), tmp_path)
-    ours, theirs = (load_model(f / "checkpoint.pt")[0] for f in (tmp_path, tiny_run))
+    ours, theirs = (load_model(f / "checkpoint.pt").model for f in (tmp_path, tiny_run))
     assert not torch.equal(ours.conv1.weight, theirs.conv1.weight)
 
 
 def test_stopwatch_does_not_count_pauses(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
-    watch = record.Stopwatch(5.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    watch = progress.Stopwatch(5.0)
     watch.start()
     now[0] += 2
     with watch.paused():
         now[0] += 50
     now[0] += 1
-    assert watch.seconds == watch.lap() + 5 == 8
-    watch.new_lap()
-    assert watch.lap() == 0
+    assert watch.seconds == 8
 
 
 def test_metrics_are_cut_where_the_checkpoint_was_made(tmp_path):
@@ -316,10 +356,26 @@ def test_metrics_are_cut_where_the_checkpoint_was_made(tmp_path):
     assert [line["a"] for line in metrics(tmp_path)] == [1.0, 3.0]
 
 
+def test_metrics_are_cut_twice(tmp_path):
+    """A position that is asked for right after a cut is that of the cut."""
+    recorder = record.Recorder(tmp_path)
+    recorder.numbers(1, {"a": 1.0})
+    position = recorder.position()
+    recorder.numbers(2, {"a": 2.0})
+    recorder.close()
+    recorder = record.Recorder(tmp_path, 1, position)
+    assert recorder.position() == position
+    recorder.numbers(2, {"a": 3.0})
+    recorder.close()
+    recorder = record.Recorder(tmp_path, 9, position=10**6)
+    recorder.close()
+    assert [line["a"] for line in metrics(tmp_path)] == [1.0, 3.0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_held_back(number):
     before = signal.getsignal(number)
-    with record.stop_requests() as stop:
+    with progress.stop_requests() as stop:
         assert not stop.asked
         signal.raise_signal(number)
         assert stop.signal_number == number

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from capsrun.commands.evaluate import check_dataset
 from capsrun.config import PerturbConfig, SweepConfig
 from capsrun.data import Dataset, load_dataset
 from capsrun.data.batches import to_pixels
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import load_model
+from capsrun.runs.checkpoint import check_dataset, load_model
 from capsrun.training.step import resolve_device, to_device
 
 MOST_VALUES = 101
@@ -45,7 +44,8 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     """
     values = sweep_values(config.perturb)
     device = resolve_device(config.device)
-    model, trained = load_model(checkpoint)
+    trained = load_model(checkpoint)
+    model = trained.model
     if model.decoder is None:
         raise UserError(
             f"checkpoint {checkpoint} has no decoder, and without one there is nothing to draw; "
@@ -57,19 +57,21 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
         subjects = [own_image(config.perturb, model, device)]
     else:
         place = config.dataset.name
-        check_dataset(config.dataset, trained, "test")
+        check_dataset(config.dataset, trained.config, "test")
         dataset = load_dataset(config.dataset, device)
         subjects = chosen_images(config.perturb, model, dataset)
 
     out_dir = Path(config.out_dir or checkpoint.parent / f"perturb-{place}")
     record.make_output(out_dir)
-    paths, drawn = [], {}
+    paths = []
     for subject in subjects:
-        drawn[f"perturb/{subject.file_name}"] = figure = draw(model, subject, values)
+        figure = draw(model, subject, values)
         paths.append(out_dir / "pictures" / f"{subject.file_name}.png")
         figures.save(figure, paths[-1])
+        record.show_in_tensorboard(
+            out_dir, subject.file_name, {f"perturb/{subject.file_name}": figure}
+        )
         print(paths[-1])
-    record.show_in_tensorboard(out_dir, drawn)
     return paths
 
 
@@ -79,12 +81,12 @@ def sweep_values(sweep: SweepConfig) -> list[float]:
         raise UserError(
             f"perturb.low={sweep.low} and perturb.high={sweep.high}: low may not be above high"
         )
-    count = math.floor((sweep.high - sweep.low) / sweep.step + 1e-6) + 1
-    if count > MOST_VALUES:
+    if (sweep.high - sweep.low) / MOST_VALUES > sweep.step:
         raise UserError(
-            f"from {sweep.low} to {sweep.high} in steps of {sweep.step} are {count} values; at "
-            f"most {MOST_VALUES} can be drawn: choose a larger perturb.step"
+            f"from {sweep.low} to {sweep.high} in steps of {sweep.step} are more than "
+            f"{MOST_VALUES} values; choose a larger perturb.step"
         )
+    count = math.floor((sweep.high - sweep.low) / sweep.step + 1e-6) + 1
     return [sweep.low + number * sweep.step for number in range(count)]
 
 
@@ -177,10 +179,11 @@ def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[T
     remarks = []
     try:
         with Image.open(path) as opened:
-            opened.load()
-            image: Image.Image = opened
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no known range")
             if "A" in image.getbands() or "transparency" in image.info:
                 paper = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(paper, image.convert("RGBA"))

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsrun.commands.evaluate import reconstruction_grid, score_figures, score_summary
 from capsrun.config import TrainConfig
 from capsrun.data import Dataset, load_dataset
 from capsrun.data.batches import Batch, training_batch
@@ -16,9 +16,13 @@ from capsrun.models.capsnet import CapsNetOutput
 from capsrun.models.routing import RoutingIteration
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
+from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, stop_requests
+from capsrun.runs.scores import answer, reconstruction_grid, score_figures, score_summary
 from capsrun.training.losses import Losses, class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import Trainer, resolve_device, resolve_precision, total_steps
+
+NOT_FINITE = "not_finite.pt"
 
 
 @dataclass
@@ -30,13 +34,17 @@ class Run:
     dataset: Dataset
     trainer: Trainer
     recorder: record.Recorder
-    progress: record.ProgressLine
-    clock: record.Stopwatch
+    progress: ProgressLine
+    clock: Stopwatch
     """Runs while the model is trained, not while it is evaluated or saved."""
+    provenance: dict[str, Any]
+    """Device, versions and commit, as they were when the run (or its last part) began."""
     step: int
     """Updates made so far."""
     steps: int
     """Updates of the whole run."""
+    logged: tuple[int, float]
+    """Step and seconds of training when the speed was last logged."""
 
 
 def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
@@ -52,24 +60,36 @@ def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
     else:
         run = open_run(config, folder)
         try:
-            with record.stop_requests() as stop:
+            with stop_requests() as stop:
                 training_loop(run, stop)
-            result = finish(run)
+                result = finish(run)
+        except FloatingPointError as error:
+            save_unfinite(run)
+            raise UserError(
+                f"training stopped after step {run.step:,}: {error}; that state is in "
+                f"{folder.path / NOT_FINITE}, and checkpoint.pt (if any) is from before; try a "
+                "lower recipe.learning_rate"
+            ) from error
         finally:
             run.progress.close()
             run.recorder.close()
         print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
-    print(record.answer("test", result["errors"], result["count"]))
+    print(answer("test", result["errors"], result["count"]))
     return result
 
 
-def training_loop(run: Run, stop: record.StopRequest) -> None:
-    """Make every step that is left. Raises Stopped, having saved, when that is asked for."""
+def training_loop(run: Run, stop: StopRequest) -> None:
+    """Make every step that is left.
+
+    Raises Stopped, having saved, when that is asked for, and FloatingPointError for a loss or a
+    weight that is not finite.
+    """
     config, training_images = run.config, run.dataset.train
     log_every = config.record.log_every_steps
     evaluate_every = config.record.evaluate_every_steps or math.ceil(
         len(training_images) / config.recipe.batch_size
     )
+    saved_at = time.monotonic()
     run.clock.start()
     while run.step < run.steps:
         batch = training_batch(
@@ -90,10 +110,10 @@ def training_loop(run: Run, stop: record.StopRequest) -> None:
         if run.step % evaluate_every == 0 and run.step < run.steps:
             with run.clock.paused():
                 log_evaluation(run)
-        if stop.asked or run.clock.lap() >= config.record.checkpoint_every_seconds:
+        if stop.asked or time.monotonic() - saved_at >= config.record.checkpoint_every_seconds:
             with run.clock.paused():
                 save(run)
-            run.clock.new_lap()
+            saved_at = time.monotonic()
         if stop.asked:
             at = f"step {run.step:,} of {run.steps:,}"
             raise Stopped(f"stopped after {at}, which is saved", stop.signal_number)
@@ -106,10 +126,11 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     precision = resolve_precision(config.precision, device)
     dataset = load_dataset(config.dataset, device)
     steps = total_steps(config.recipe, len(dataset.train))
-    folder.make()
     model = build_model(config.model, config.routing, config.dataset, config.seed)
+    folder.make()
     checkpoint = folder.unfinished()
     if checkpoint is not None:
+        precision = checkpoint["precision"]  # the run's, where this machine would choose another
         load_weights(model, checkpoint["model"], folder.checkpoint)
     trainer = Trainer(model, config.loss, config.recipe, steps, device, precision)
     step, seconds, metrics_bytes = 0, 0.0, 0
@@ -128,20 +149,22 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
         dataset,
         trainer,
         record.Recorder(folder.path, step, metrics_bytes),
-        record.ProgressLine(step, steps, config.recipe.batch_size),
-        record.Stopwatch(seconds),
+        ProgressLine(step, steps, config.recipe.batch_size),
+        Stopwatch(seconds),
+        record.provenance(device, precision),
         step,
         steps,
+        logged=(step, seconds),
     )
 
 
 def log_step(
     run: Run, batch: Batch, output: CapsNetOutput, losses: Losses, history: list[RoutingIteration]
 ) -> None:
-    """Record what the last step computed. Raises UserError when its loss is not finite."""
+    """Record what the last step computed. Raises FloatingPointError when its loss is not finite."""
     total = losses.total.item()
     if not math.isfinite(total):
-        refuse_to_go_on(run, f"the loss is {total}")
+        raise FloatingPointError(f"the loss is {total}")
     lengths_BJ = output.lengths_BJ.detach()
     present_BJ = class_presence(batch.labels_BT, lengths_BJ.shape[1])
     values = {
@@ -153,9 +176,11 @@ def log_step(
         "capsule_length/other_classes": lengths_BJ[~present_BJ].mean().item(),
     }
     for number, iteration in enumerate(history, 1):
-        change = iteration.logit_changes_BIJ.detach().abs().mean().item()
+        change = iteration.logit_changes_BIJ.abs().mean().item()
         values[f"routing_logit_change/iteration_{number}"] = change
-    values["images_per_second"] = run.step * run.config.recipe.batch_size / run.clock.seconds
+    steps, seconds = run.step - run.logged[0], run.clock.seconds - run.logged[1]
+    values["images_per_second"] = steps * run.config.recipe.batch_size / seconds
+    run.logged = (run.step, run.clock.seconds)
     values["memory_gb"] = record.memory_gb(run.trainer.device)
     run.recorder.numbers(run.step, values)
     run.progress.show({"loss": total, "margin": values["loss/margin"]})
@@ -175,42 +200,43 @@ def log_evaluation(run: Run) -> Score:
         grid = reconstruction_grid(run.trainer.model, run.dataset.test, run.dataset.class_names)
         run.recorder.picture(run.step, "reconstructions", grid)
     run.recorder.flush()
-    shown = ", ".join(
-        record.answer(name, result.errors, result.count) for name, result in scores.items()
-    )
+    shown = ", ".join(answer(name, result.errors, result.count) for name, result in scores.items())
     run.progress.say(f"after {run.step:,} steps: {shown}")
     return scores["test"]
 
 
 def save(run: Run, finished: bool = False) -> None:
-    """Write the checkpoint; when finished, without the optimiser's state, which is two thirds."""
+    """Write the checkpoint; when finished, without the optimiser's state, which is two thirds.
+
+    Raises FloatingPointError, and keeps the last checkpoint, for a weight that is not finite.
+    """
     weights = run.trainer.model.state_dict()
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        refuse_to_go_on(run, "a weight is not finite")
+        raise FloatingPointError("a weight is not finite")
     save_checkpoint(
         run.folder.checkpoint,
         run.folder.config,
         run.step,
         model=weights,
         optimizer=None if finished else run.trainer.optimizer.state_dict(),
+        precision=run.trainer.precision,
         train_seconds=run.clock.seconds,
         metrics_bytes=run.recorder.position(),
     )
 
 
-def refuse_to_go_on(run: Run, reason: str) -> None:
-    """Save the state in which the numbers broke, leave `checkpoint.pt` as it was, and stop."""
-    path = run.folder.path / "not_finite.pt"
+def save_unfinite(run: Run) -> None:
+    """Save the state in which the numbers broke beside `checkpoint.pt`, which is left as it was.
+
+    The batch is not in it: it is a function of the seed and the step.
+    """
     save_checkpoint(
-        path,
+        run.folder.path / NOT_FINITE,
         run.folder.config,
         run.step,
         model=run.trainer.model.state_dict(),
         optimizer=run.trainer.optimizer.state_dict(),
-    )
-    raise UserError(
-        f"training stopped after step {run.step:,}: {reason}; that state is in {path}, and "
-        "checkpoint.pt (if any) is from before; try a lower recipe.learning_rate"
+        train_seconds=run.clock.seconds,
     )
 
 
@@ -234,7 +260,7 @@ def finish(run: Run) -> dict[str, Any]:
         "train_seconds": run.clock.seconds,
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
-        **record.provenance(run.trainer.device, run.trainer.precision),
+        **run.provenance,
         "config": run.folder.config,
     }
     run.folder.write_result(result)

@@ -22,6 +22,9 @@ LOADERS: dict[str, Callable[[DatasetConfig], RawData]] = {
     "mnist5k": mnist5k.load,
 }
 
+# Data sets that consist of training images of another.
+PART_OF = {"mnist5k": "mnist"}
+
 
 @dataclass(frozen=True)
 class Split:

@@ -97,7 +97,7 @@ class CapsNet(nn.Module):
         """
         if self.config.initialisation == "authors":
             for name, parameter in self.named_parameters():
-                if name.endswith("bias") or name == "digitcaps_bias":
+                if name.endswith("bias"):
                     parameter.fill_(0.1)
                 else:
                     std = 0.05 if name.startswith("conv1.") else 0.1
@@ -145,24 +145,24 @@ class CapsNet(nn.Module):
         poses_BIK = self.primary_poses(images_BCHW)
         on_cpu = poses_BIK.device.type == "cpu"
         pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if on_cpu else [poses_BIK]
-        histories: list[list[RoutingIteration]] = [[] for _ in pieces]
+        capsules: list[Tensor] = []
+        histories: list[list[RoutingIteration]] = []
         with torch.autocast(poses_BIK.device.type, enabled=False):
-            capsules_BJD = torch.cat(
-                [
-                    route(
-                        capsule_votes(piece_BIK, self.digitcaps_weight),
-                        self.digitcaps_bias,
-                        self.routing.iterations,
-                        self.routing.leaky,
-                        self.routing.detach,
-                        piece_history if history is not None else None,
-                    )
-                    for piece_BIK, piece_history in zip(pieces, histories)
-                ]
-            )
+            for piece_BIK in pieces:
+                histories.append([])
+                capsules_BJD = route(
+                    capsule_votes(piece_BIK, self.digitcaps_weight),
+                    self.digitcaps_bias,
+                    self.routing.iterations,
+                    self.routing.leaky,
+                    self.routing.detach,
+                    None if history is None else histories[-1],
+                )
+                capsules.append(capsules_BJD)
         if history is not None:
-            history += [RoutingIteration(*map(torch.cat, zip(*parts))) for parts in zip(*histories)]
-        return capsules_BJD
+            for parts in zip(*histories):
+                history.append(RoutingIteration(*map(torch.cat, zip(*parts))))
+        return torch.cat(capsules)
 
     def decode(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
         """Draw each image's `labels_B` class from its capsule, all others masked out (§4.1).

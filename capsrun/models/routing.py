@@ -73,7 +73,8 @@ def route(
     votes_BIJD: û. bias_JD: added to s inside every iteration, or None (Paper: no bias is mentioned;
     the authors' code has one). leaky: see `coupling_coefficients`. detach: let the gradient flow
     through the last iteration only, as many re-implementations do (the authors' code does not).
-    history: a list to which each iteration appends what it computed; it changes no result.
+    history: a list to which each iteration appends what it computed, without gradients; it changes
+    no result.
     Raises ValueError unless iterations ≥ 1.
     """
     if iterations < 1:
@@ -92,6 +93,7 @@ def route(
             break
         changes_BIJ = torch.einsum("bijd,bjd->bij", agreeing_votes, capsules_BJD)
         if history is not None:
-            history.append(RoutingIteration(couplings_BIJ, capsules_BJD, changes_BIJ))
+            seen = (couplings_BIJ.detach(), capsules_BJD.detach(), changes_BIJ.detach())
+            history.append(RoutingIteration(*seen))
         logits_BIJ = logits_BIJ + changes_BIJ
     return capsules_BJD

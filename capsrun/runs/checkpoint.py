@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from capsrun.config import TrainConfig, from_dict
+from capsrun.config import DatasetConfig, TrainConfig, from_dict
+from capsrun.data import PART_OF
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
@@ -18,17 +18,24 @@ FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
 
 
+class Trained(NamedTuple):
+    """A model from a checkpoint, on the CPU, and the run that made it."""
+
+    model: CapsNet
+    config: TrainConfig
+    step: int
+    train_seconds: float
+    finished: bool
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, then rename it to `path`, which is never half-written."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,7 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any) -> None:
     """Write a checkpoint after `step` updates.
 
-    config: the `TrainConfig` as a dict. state: at least `model`, a state dict.
+    config: the `TrainConfig` as a dict. state: at least `model`, a state dict; `optimizer`, None in
+    a finished run; `train_seconds`.
     """
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, "config": config, "step": step, **state}, temporary)
@@ -60,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    if not {"config", "step", "model"} <= checkpoint.keys():
+    if not {"config", "step", "model", "optimizer", "train_seconds"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path} is incomplete")
     return checkpoint
 
@@ -80,8 +88,8 @@ def find_checkpoint(path: str, train_command: str) -> Path:
     return found
 
 
-def load_model(path: Path) -> tuple[CapsNet, TrainConfig]:
-    """Rebuild the trained model of a checkpoint on the CPU, with the configuration of its run.
+def load_model(path: Path) -> Trained:
+    """Rebuild the trained model of a checkpoint on the CPU.
 
     Raises UserError when the checkpoint cannot be used.
     """
@@ -92,7 +100,8 @@ def load_model(path: Path) -> tuple[CapsNet, TrainConfig]:
     except UserError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error
     load_weights(model, checkpoint["model"], path)
-    return model, config
+    finished = checkpoint["optimizer"] is None
+    return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
 
 
 def load_weights(model: CapsNet, weights: Any, path: Path) -> None:
@@ -107,3 +116,29 @@ def load_weights(model: CapsNet, weights: Any, path: Path) -> None:
                 f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
             )
     model.load_state_dict(weights)
+
+
+def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> None:
+    """Refuse images that the model cannot take, and test images that it was trained on."""
+    ours, theirs = (
+        (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
+    )
+    if ours != theirs:
+        raise UserError(
+            "the checkpoint is of a model for images of {}×{}×{} and {} classes".format(*theirs)
+            + ", but dataset={} has {}×{}×{} and {}".format(dataset.name, *ours)
+        )
+    if split == "test" and PART_OF.get(dataset.name) == trained.dataset.name:
+        raise UserError(
+            f"the images of {dataset.name} are training images of {trained.dataset.name}, on which "
+            f"the model was trained; test it with dataset={trained.dataset.name}"
+        )
+    if dataset.name != trained.dataset.name:
+        return
+    for key in ["split_seed"] if split == "test" else ["split_seed", "validation"]:
+        value = getattr(trained.dataset, key)
+        if getattr(dataset, key) != value:
+            raise UserError(
+                f"the model was trained with dataset.{key}={value}: say the same here, or images "
+                "that it was trained on are counted as unseen"
+            )

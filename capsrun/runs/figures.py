@@ -54,7 +54,6 @@ def image_grid(
         (left / total_width, 0.1 / total_height, width / total_width, height / total_height)
     )
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    axes.set_axis_on()
     for spine in axes.spines.values():
         spine.set_visible(False)
     _, cell_height, cell_width = rows[0][1][0].shape

@@ -1,17 +1,16 @@
-"""What a run leaves behind: its folder, `result.json`, `metrics.jsonl`, TensorBoard, progress."""
+"""What a run leaves behind: its folder, `result.json`, `metrics.jsonl`, TensorBoard."""
 
 import datetime
+import glob
 import json
+import os
 import platform
 import re
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import capsrun
 from capsrun.config import differing_keys
@@ -73,6 +71,11 @@ class RunFolder:
         self._config_file = path / "config.yaml"
         if self._config_file.exists():
             self._refuse_other_settings(self._config_file)
+        elif self.checkpoint.exists() or (path / "result.json").exists():
+            raise UserError(
+                f"{path} holds results but no config.yaml that says of which settings; choose "
+                "another name=…, or move that folder away"
+            )
 
     def make(self) -> None:
         """Make the folder. Raises UserError when it cannot be written."""
@@ -121,7 +124,7 @@ class RunFolder:
             checkpoint = load_checkpoint(self.checkpoint)
         except UserError as error:
             raise UserError(f"{error}; delete it to train from the start") from error
-        if not {"optimizer", "train_seconds", "metrics_bytes"} <= checkpoint.keys():
+        if not {"precision", "metrics_bytes"} <= checkpoint.keys():
             raise UserError(f"{self.checkpoint} is incomplete; delete it to train from the start")
         return checkpoint
 
@@ -138,7 +141,8 @@ class Recorder:
         position: where `metrics.jsonl` ended when that step was saved; see `position()`.
         """
         self.stream = open(folder / "metrics.jsonl", "a")
-        self.stream.truncate(position)
+        self.stream.truncate(min(position, self.stream.tell()))
+        self.stream.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def position(self) -> int:
@@ -165,134 +169,14 @@ class Recorder:
         self.board.close()
 
 
-def show_in_tensorboard(folder: Path, drawn: Mapping[str, Figure]) -> None:
-    """Put figures into `folder/tensorboard` by name, in place of those from an earlier time."""
-    for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> None:
+    """Put figures into `folder/tensorboard` by name, in place of earlier ones of the same key."""
+    suffix = f".capsrun-{key}"
+    for old in (folder / "tensorboard").glob(f"events.out.tfevents.*{glob.escape(suffix)}"):
         old.unlink()
-    with SummaryWriter(str(folder / "tensorboard")) as board:
+    with SummaryWriter(str(folder / "tensorboard"), filename_suffix=suffix) as board:
         for name, figure in drawn.items():
             board.add_figure(name, figure)
-
-
-class ProgressLine:
-    """How far the run is: a tqdm bar on a terminal, a plain line now and then elsewhere."""
-
-    PLAIN_EVERY_SECONDS = 10.0
-
-    def __init__(self, start: int, total: int, batch_size: int) -> None:
-        self.total, self.batch_size, self.step = total, batch_size, start
-        self.bar = tqdm(
-            initial=start,
-            total=total,
-            unit="img",
-            unit_scale=batch_size,
-            disable=None,
-            dynamic_ncols=True,
-        )
-        self.began = self.last_plain = time.monotonic()
-        self.began_at = start
-
-    def advance(self) -> None:
-        self.step += 1
-        self.bar.update()
-
-    def show(self, values: Mapping[str, float]) -> None:
-        """Show the latest numbers."""
-        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.bar.set_postfix_str(text, refresh=False)
-        now = time.monotonic()
-        last = self.step == self.total
-        if self.bar.disable and (last or now - self.last_plain >= self.PLAIN_EVERY_SECONDS):
-            self.last_plain = now
-            rate = (self.step - self.began_at) / max(now - self.began, 1e-9)
-            left = tqdm.format_interval((self.total - self.step) / max(rate, 1e-9))
-            speed = f"{rate * self.batch_size:.0f} images/s"
-            print(f"step {self.step:,} of {self.total:,}: {text}, {speed}, {left} left", flush=True)
-
-    def say(self, line: str) -> None:
-        """Print a line that stays, without breaking the bar."""
-        if self.bar.disable:
-            print(line, flush=True)
-        else:
-            self.bar.write(line)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def bar(items: Iterable[Any]) -> Iterable[Any]:
-    """Show a progress bar over batches, on a terminal only; it disappears when they are done."""
-    return tqdm(items, unit="batch", leave=False, disable=None)
-
-
-class StopRequest:
-    """Whether the user or the system has asked the run to stop, and with which signal."""
-
-    signal_number: int = 0
-
-    @property
-    def asked(self) -> bool:
-        return self.signal_number != 0
-
-
-class Stopwatch:
-    """Counts seconds, but not while it is paused; goes on from those of an interrupted run."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._before = self._lap_began = seconds
-        self._started: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        running = 0.0 if self._started is None else time.perf_counter() - self._started
-        return self._before + running
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def pause(self) -> None:
-        self._before, self._started = self.seconds, None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.pause()
-        yield
-        self.start()
-
-    def lap(self) -> float:
-        """Seconds counted since the last `new_lap`."""
-        return self.seconds - self._lap_began
-
-    def new_lap(self) -> None:
-        self._lap_began = self.seconds
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a request that the training loop sees between two steps.
-
-    A second one stops at once.
-    """
-    request = StopRequest()
-    before: dict[int, Any] = {}
-
-    def ask(number: int, frame: Any) -> None:
-        request.signal_number = number
-        restore()
-
-    def restore() -> None:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, ask)
-    except ValueError:  # not the main thread: signals are somebody else's business
-        pass
-    try:
-        yield request
-    finally:
-        restore()
 
 
 def memory_gb(device: torch.device) -> float:
@@ -350,8 +234,3 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def answer(split: str, errors: int, count: int) -> str:
-    """The last line of train and eval: `test error 0.34 % (34 of 10,000)`."""
-    return f"{split} error {100 * errors / count:.2f} % ({errors:,} of {count:,})"

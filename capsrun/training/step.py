@@ -122,7 +122,8 @@ class Trainer:
     ) -> tuple[CapsNetOutput, Losses]:
         """Make update number `step` (from 0); returns output and losses from before the update.
 
-        history: see `capsrun.models.routing.route`.
+        history: see `capsrun.models.routing.route`. Raises FloatingPointError, before anything is
+        updated, for a loss that is not finite; on a CPU only, as a GPU would have to be waited for.
         """
         group = self.optimizer.param_groups[0]
         group["lr"] = learning_rate(self.recipe, step, self.steps)
@@ -130,6 +131,8 @@ class Trainer:
         with autocast(self.device, self.precision):
             output = self.model(batch.images_BCHW, batch.labels_BT, history)
         losses = capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
+        if self.device.type == "cpu" and not losses.total.isfinite():
+            raise FloatingPointError(f"the loss is {losses.total.item()}")
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         self.optimizer.step()

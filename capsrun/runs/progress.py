@@ -1,0 +1,126 @@
+"""While a run goes on: how far it is, how long it took, and whether it is asked to stop."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+
+class ProgressLine:
+    """How far the run is: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+
+    PLAIN_EVERY_SECONDS = 10.0
+
+    def __init__(self, start: int, total: int, batch_size: int) -> None:
+        self.total, self.batch_size, self.step = total, batch_size, start
+        self.bar = tqdm(
+            initial=start,
+            total=total,
+            unit="img",
+            unit_scale=batch_size,
+            disable=None,
+            dynamic_ncols=True,
+        )
+        # When and after which step the last plain line was printed.
+        self.printed_at, self.printed_step = time.monotonic(), start
+
+    def advance(self) -> None:
+        self.step += 1
+        self.bar.update()
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Show the latest numbers."""
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        passed = now - self.printed_at
+        last = self.step == self.total
+        if self.bar.disable and (last or passed >= self.PLAIN_EVERY_SECONDS):
+            rate = (self.step - self.printed_step) / max(passed, 1e-9)
+            self.printed_at, self.printed_step = now, self.step
+            left = tqdm.format_interval((self.total - self.step) / max(rate, 1e-9))
+            speed = f"{rate * self.batch_size:.0f} images/s"
+            print(f"step {self.step:,} of {self.total:,}: {text}, {speed}, {left} left", flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, without breaking the bar."""
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def bar(items: Iterable[Any]) -> Iterable[Any]:
+    """Show a progress bar over batches, on a terminal only; it disappears when they are done."""
+    return tqdm(items, unit="batch", leave=False, disable=None)
+
+
+class StopRequest:
+    """Whether the user or the system has asked the run to stop, and with which signal."""
+
+    signal_number: int = 0
+
+    @property
+    def asked(self) -> bool:
+        return self.signal_number != 0
+
+
+class Stopwatch:
+    """Counts seconds, but not while it is paused; goes on from those of an interrupted run."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._before + running
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def pause(self) -> None:
+        self._before, self._started = self.seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.pause()
+        yield
+        self.start()
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a request that the training loop sees between two steps.
+
+    A second one stops at once.
+    """
+    request = StopRequest()
+    before: dict[int, Any] = {}
+
+    def ask(number: int, frame: Any) -> None:
+        request.signal_number = number
+        restore()
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    def restore() -> None:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, ask)
+    except ValueError:  # not the main thread: signals are somebody else's business
+        pass
+    try:
+        yield request
+    finally:
+        restore()
