@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(INSTALLED) ## train, evaluate and perturb a CapsNet on 5,000 real digits (no download, 3 to 5 minutes)
-	$(CAPSRUN) train dataset=mnist5k recipe.epochs=4 name=quickstart
+	$(CAPSRUN) train dataset=mnist5k recipe.epochs=6 name=quickstart
 	$(CAPSRUN) eval dataset=mnist5k checkpoint=runs/quickstart/seed0
 	$(CAPSRUN) perturb dataset=mnist5k checkpoint=runs/quickstart/seed0
 	@echo

@@ -276,12 +276,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_name(config: Any, overrides: Iterable[str]) -> str:
-    """Name a run's folder after what was chosen: `mnist-capsnet-quick+loss=paper`."""
+    """Name a run's folder after what was chosen: `mnist-capsnet-quick+loss-paper`.
+
+    Only characters that neither a shell, make nor Hydra takes for something else.
+    """
     chosen = []
     for override in overrides:
         key, _, value = override.partition("=")
         if key.lstrip("+~") not in NOT_IN_NAME and not key.startswith("record."):
-            chosen.append(f"{key.lstrip('+~')}={value}".replace("/", "_").replace(" ", ""))
+            chosen.append(re.sub(r"[^\w.-]+", "_", f"{key.lstrip('+~')}-{value}").strip("_"))
     base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
     return "+".join([base, *sorted(chosen)])
 

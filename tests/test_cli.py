@@ -192,11 +192,21 @@ def test_run_names_follow_from_what_was_chosen():
     assert name() == name("dataset=mnist", "seed=3", "device=cpu") == "mnist-capsnet-quick"
     assert name("record.log_every_steps=1", "runs_dir=x", "name=null") == "mnist-capsnet-quick"
     assert name("recipe=authors", "dataset=kmnist") == "kmnist-capsnet-authors"
-    assert name("routing.iterations=1") == "mnist-capsnet-quick+routing.iterations=1"
+    assert name("routing.iterations=1") == "mnist-capsnet-quick+routing.iterations-1"
     assert name("seed=1", "routing.iterations=1", "loss=paper") == (
-        "mnist-capsnet-quick+loss=paper+routing.iterations=1"
+        "mnist-capsnet-quick+loss-paper+routing.iterations-1"
     )
+    assert name("model.decoder_widths=[16, 8]") == "mnist-capsnet-quick+model.decoder_widths-_16_8"
     assert "/" not in name("dataset.trained_on=a/b")
+
+
+def test_the_name_of_a_run_can_be_given_back(in_tmp, capsys):
+    overrides = [*TINY, "recipe.steps=1"]
+    assert cli.main(["train", *overrides]) == 0
+    (checkpoint,) = in_tmp.rglob("checkpoint.pt")
+    folder = checkpoint.parent.relative_to(in_tmp)
+    assert "+" in str(folder)
+    assert cli.main(["eval", "dataset=mnist5k", f"checkpoint={folder}"]) == 0
 
 
 def test_multirun_makes_a_run_for_each_combination(in_tmp):

@@ -57,8 +57,8 @@ class Dataset:
         split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
         if not len(split):
             raise UserError(
-                f"the model was trained on all images of {self.name}: there is no {name} split; "
-                "train with dataset.validation=10000 to hold some out"
+                f"no training images of {self.name} are held out, so there is no {name} split; "
+                "train with dataset.validation=10000, and say so here too"
             )
         return split
 

@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H and W pixels.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -144,6 +145,7 @@ def fetch(download: Callable[[Path], None], raw_folder: str, data_dir: Path, tit
     Raises UserError when the download fails or the folder cannot be written.
     """
     target = data_dir / raw_folder
+    is_new = not data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
@@ -159,6 +161,11 @@ def fetch(download: Callable[[Path], None], raw_folder: str, data_dir: Path, tit
             target.mkdir(parents=True, exist_ok=True)
             for path in (Path(temporary) / raw_folder).iterdir():
                 path.replace(target / path.name)
+    except UserError:
+        if is_new:  # a mistyped CAPSRUN_DATA leaves no empty folder behind
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()
+        raise
     except OSError as error:
         raise UserError(
             f"{title} is not in {target}, and that folder cannot be written: {error.strerror}; "

@@ -43,7 +43,11 @@ def load(config: DatasetConfig) -> RawData:
         members = members[random_bits(members, config.split_seed, SPLIT).argsort()]
         test.append(members[:TEST_PER_CLASS])
         train.append(members[TEST_PER_CLASS:])
-    train_index, test_index = torch.cat(train), torch.cat(test)
+    # Mixed, so that the first images are of all classes, as in MNIST.
+    train_index, test_index = (
+        members[random_bits(members, config.split_seed, SPLIT, 1).argsort()]
+        for members in (torch.cat(train), torch.cat(test))
+    )
     return RawData(
         images[train_index],
         labels[train_index],
