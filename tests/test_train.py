@@ -345,19 +345,7 @@ def test_stopwatch_does_not_count_pauses(monkeypatch):
 
 
 def test_metrics_are_cut_where_the_checkpoint_was_made(tmp_path):
-    recorder = record.Recorder(tmp_path)
-    recorder.numbers(1, {"a": 1.0})
-    position = recorder.position()
-    recorder.numbers(2, {"a": 2.0})
-    recorder.close()
-    recorder = record.Recorder(tmp_path, 1, position)
-    recorder.numbers(2, {"a": 3.0})
-    recorder.close()
-    assert [line["a"] for line in metrics(tmp_path)] == [1.0, 3.0]
-
-
-def test_metrics_are_cut_twice(tmp_path):
-    """A position that is asked for right after a cut is that of the cut."""
+    """And a position that is asked for right after a cut is that of the cut."""
     recorder = record.Recorder(tmp_path)
     recorder.numbers(1, {"a": 1.0})
     position = recorder.position()
