@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capsrun import __version__
-from capsrun.errors import Stopped, UserError
+from capsrun.errors import Noisy, Stopped, UserError
 
 # These choices make the first part of a run's name, or do not belong into it.
 NOT_IN_NAME = (
@@ -27,6 +27,7 @@ NOT_IN_NAME = (
     "name",
     "runs_dir",
     "device",
+    "compile",
     "dataset.data_dir",
 )
 
@@ -82,6 +83,16 @@ def run_data(cfg: Any, overrides: list[str]) -> None:
     show_data(config)
 
 
+def run_bench(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import BenchConfig, from_dict
+
+    config = from_dict(BenchConfig, cfg)
+
+    from capsrun.commands.bench import bench
+
+    bench(config)
+
+
 COMMANDS = {
     "train": Command(
         run_train,
@@ -103,7 +114,14 @@ COMMANDS = {
         "fetch, verify and show a data set",
         "capsrun data dataset=mnist",
     ),
+    "bench": Command(
+        run_bench,
+        "time training here, beside a textbook and what the machine can do",
+        "capsrun bench",
+    ),
 }
+# Short forms of settings that Hydra's own options look like.
+FLAGS = {"bench": {"--profile": "profile=true"}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}")
-        run_command(name, rest)
+        run_command(name, [FLAGS.get(name, {}).get(word, word) for word in rest])
     except UserError as error:
         where = f"capsrun {name}" if name in COMMANDS else "capsrun"
         print(f"{where}: {error}", file=sys.stderr)
@@ -137,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Noisy as error:
+        print(f"capsrun {name}: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         # The machine's fault, a full disk say; what is finished or saved is whole.
         print(f"capsrun {name}: {error}", file=sys.stderr)

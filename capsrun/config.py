@@ -141,6 +141,8 @@ class TrainConfig:
     runs_dir: str
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
+    compile: bool
+    """Whether to build and use the fastest code for this machine, or PyTorch's operations only."""
     dataset: DatasetConfig
     model: CapsNetConfig
     routing: RoutingConfig
@@ -162,6 +164,8 @@ class EvalConfig:
     """None: a folder beside the checkpoint."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
+    compile: bool
+    """See `TrainConfig.compile`."""
     split: str = setting(choices=("test", "validation", "train"))
     mask: str = setting(choices=("label", "longest"))
     pictures: int = setting(minimum=1, maximum=100)
@@ -204,6 +208,31 @@ class DataConfig:
     samples: int = setting(minimum=1, maximum=100)
     """How many images of each class the contact sheet shows."""
     dataset: DatasetConfig
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """Everything that `capsrun bench` needs. Values: `configs/bench.yaml`."""
+
+    runs_dir: str
+    out_dir: str | None
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+    precision: str = setting(choices=("auto", "fp32", "bf16"))
+    rounds: int = setting(minimum=3)
+    """How many turns everything gets."""
+    turn_seconds: float = setting(above=0)
+    """Work is repeated for about so long in a turn."""
+    spread_percent: float = setting(above=0)
+    """A figure whose turns differ by more (interquartile range) is not quoted."""
+    memory: bool
+    """Whether to measure memory too, in a process for each kind of step."""
+    profile: bool
+    """Whether to show where the time of a step goes."""
+    dataset: DatasetConfig
+    model: CapsNetConfig
+    routing: RoutingConfig
+    loss: LossConfig
+    recipe: RecipeConfig
 
 
 def from_dict(schema: type[Config], values: Any) -> Config:

@@ -1,4 +1,6 @@
-"""The one exception that means: the user can put this right."""
+"""How mistakes and remarks reach the user."""
+
+import sys
 
 
 class UserError(Exception):
@@ -8,9 +10,24 @@ class UserError(Exception):
     """
 
 
+class Noisy(Exception):
+    """The machine was too busy with other things for a measurement to be quoted."""
+
+
 class Stopped(Exception):
     """The user or the system asked a run to stop; its work so far is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+# What the user was told in this process.
+notices: list[str] = []
+
+
+def notice(message: str) -> None:
+    """Tell the user something that they need not act upon, once a process."""
+    if message not in notices:
+        notices.append(message)
+        print(f"note: {message}", file=sys.stderr)

@@ -5,12 +5,12 @@ import torch
 
 from capsrun.data.batches import (
     SHIFT,
+    TrainingBatches,
     batch_indices,
     epoch_order,
     place,
     random_bits,
     random_integers,
-    training_batch,
 )
 
 CPU = torch.device("cpu")
@@ -68,6 +68,13 @@ def test_batches_follow_the_epochs_without_a_gap(count, batch_size):
         assert torch.equal(part, epoch_order(5, epoch, count, CPU))
 
 
+def test_several_steps_are_drawn_as_one_by_one():
+    batches = TrainingBatches(torch.zeros(30, 1, 4, 4), torch.zeros(30).long(), 1, 16, 2)
+    together = batches.draw(3, 5)
+    for ours, single in zip(together, zip(*(batches.draw(step) for step in range(3, 8)))):
+        assert torch.equal(ours, torch.cat(single))
+
+
 def test_place_by_hand():
     image = torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8)
     for offset, expected in [
@@ -104,7 +111,7 @@ def test_all_25_shifts_are_equally_likely():
     images, labels = one_pixel_images(5000)
     places = torch.zeros(9, 9)
     for step in range(4):
-        batch = training_batch(images, labels, 0, step, 5000, 2)
+        batch = TrainingBatches(images, labels, 0, 5000, 2).batch(step)
         places += batch.images_BCHW.sum((0, 1))
     shifts = places[2:7, 2:7]
     assert places.sum() == shifts.sum() == 20_000
@@ -115,20 +122,21 @@ def test_all_25_shifts_are_equally_likely():
 def test_batches_are_a_pure_function_of_seed_and_step():
     images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50,))
-    first = training_batch(images, labels, 3, 7, 16, 2)
-    training_batch(images, labels, 3, 8, 16, 2)
-    again = training_batch(images, labels, 3, 7, 16, 2)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+    def batch(seed, step):
+        return TrainingBatches(images, labels, seed, 16, 2).batch(step)
+
+    first = batch(3, 7)
+    batch(3, 8)
+    assert all(torch.equal(a, b) for a, b in zip(first, batch(3, 7)))
     for other in [(4, 7), (3, 8)]:
-        assert not torch.equal(
-            first.images_BCHW, training_batch(images, labels, *other, 16, 2).images_BCHW
-        )
+        assert not torch.equal(first.images_BCHW, batch(*other).images_BCHW)
 
 
 def test_without_shift_images_are_as_they_were():
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
     labels = torch.arange(20)
-    batch = training_batch(images, labels, 0, 0, 20, 0)
+    batch = TrainingBatches(images, labels, 0, 20, 0).batch(0)
     torch.testing.assert_close(batch.images_BCHW * 255, images[batch.labels_BT[:, 0]].float())
     assert torch.equal(batch.targets_BTCHW[:, 0], batch.images_BCHW)
 
@@ -138,7 +146,7 @@ def test_batches_are_the_same_on_a_gpu():
     images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50,))
     for step in range(5):
-        here = training_batch(images, labels, 3, step, 16, 2)
-        there = training_batch(images.cuda(), labels.cuda(), 3, step, 16, 2)
+        here = TrainingBatches(images, labels, 3, 16, 2).batch(step)
+        there = TrainingBatches(images.cuda(), labels.cuda(), 3, 16, 2).batch(step)
         assert torch.equal(here.labels_BT, there.labels_BT.cpu())
         torch.testing.assert_close(here.images_BCHW, there.images_BCHW.cpu())

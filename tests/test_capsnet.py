@@ -121,9 +121,9 @@ def test_black_images_have_finite_gradients_without_biases():
     with torch.no_grad():
         model.conv1.bias.zero_()
         model.primarycaps.bias.zero_()
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
+    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
     black = torch.zeros(4, 1, 28, 28)
-    output, losses = trainer.step(Batch(black, torch.zeros(4, 1).long(), black[:, None]), 0)
+    _, output, losses = trainer.step(Batch(black, torch.zeros(4, 1).long(), black[:, None]), 0)
     assert not output.lengths_BJ.any()
     assert losses.total.isfinite()
     assert all(value.isfinite().all() for value in model.parameters())
@@ -151,8 +151,8 @@ def test_the_true_label_masks_in_training():
             0.0005 * (model.decode(capsules, classes) - images).square().sum().item() / 8
             for classes in (labels, predicted)
         )
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
-    _, losses = trainer.step(Batch(images, labels[:, None], images[:, None]), 0)
+    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
+    losses = trainer.step(Batch(images, labels[:, None], images[:, None]), 0).losses
     assert losses.reconstruction.item() == pytest.approx(as_label, rel=1e-5)
     assert losses.reconstruction.item() != pytest.approx(as_predicted, rel=1e-5)
 
@@ -193,11 +193,11 @@ def fingerprint(*overrides):
     """Losses on fixed images, before any step, after the first and after the last."""
     config = train_config(*TINY, *overrides)
     model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32")
+    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 1, 28, 28, generator=generator)
     batch = Batch(images, torch.arange(4)[:, None], images[:, None])
-    return [trainer.step(batch, step)[1].total.item() for step in (0, 11, 0)]
+    return [trainer.step(batch, step).losses.total.item() for step in (0, 11, 0)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from capsrun.interop import load_authors_weights, to_authors_arrays
 from capsrun.models import build_model
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import count_correct
-from capsrun.training.step import Trainer
+from capsrun.training.step import Trainer, to_device
 
 CASES = ["mnist_r3_small", "mnist_r1_small", "multi_r3_small", "leaky_r3_small"]
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
@@ -92,15 +92,20 @@ def assert_close(ours, theirs, tolerance: float, what: str) -> None:
     assert worst <= tolerance, f"{what}: {worst:.1e} relative"
 
 
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def dtype(request) -> torch.dtype:
-    return request.param
+CPU = torch.device("cpu")
+WAYS = pytest.mark.parametrize(
+    ("dtype", "fast"),
+    [(torch.float64, False), (torch.float32, False), (torch.float32, True)],
+    ids=["float64", "float32", "float32-fast"],
+)
 
 
+@WAYS
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name, dtype):
+def test_forward_and_gradients(name, dtype, fast):
     case = Case(name, dtype)
     golden, batch, model = case.golden, case.batch(0), case.model
+    to_device(model, CPU, fast)
     poses = model.primary_poses(batch.images_BCHW)
     votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps_weight)
     output = model(batch.images_BCHW, batch.labels_BT)
@@ -136,14 +141,20 @@ def test_forward_and_gradients(name, dtype):
         assert abs(projection - golden[f"grad_proj.{key}"]) <= 2e-5 * norm, f"gradient of {key}"
 
 
+def losses_of_steps(trainer: Trainer, case: Case) -> list[float]:
+    updates = (trainer.step(case.batch(step), step) for step in range(case.steps))
+    return [update.losses.total.item() for update in updates]
+
+
+@WAYS
 @pytest.mark.parametrize("name", CASES)
-def test_adam_steps(name, dtype):
+def test_adam_steps(name, dtype, fast):
     case = Case(name, dtype)
     steps = case.config.recipe.steps
-    trainer = Trainer(
-        case.model, case.config.loss, case.config.recipe, steps, torch.device("cpu"), "fp32"
-    )
-    losses = [trainer.step(case.batch(step), step)[1].total.item() for step in range(case.steps)]
+    trainer = Trainer(case.model, case.config.loss, case.config.recipe, steps, CPU, "fp32", fast)
+    losses = [
+        trainer.step(case.batch(step), step).losses.total.item() for step in range(case.steps)
+    ]
     np.testing.assert_allclose(losses, case.golden["train_losses"], rtol=1e-4)
 
 
@@ -151,8 +162,8 @@ def test_pytorchs_adam_does_not_pass():
     """The tolerance above tells the two forms of Adam apart."""
     case = Case("mnist_r3_small", torch.float64)
     case.config.recipe.adam_form = "pytorch"
-    trainer = Trainer(
-        case.model, case.config.loss, case.config.recipe, 300_000, torch.device("cpu"), "fp32"
-    )
-    losses = [trainer.step(case.batch(step), step)[1].total.item() for step in range(case.steps)]
+    trainer = Trainer(case.model, case.config.loss, case.config.recipe, 300_000, CPU, "fp32", True)
+    losses = [
+        trainer.step(case.batch(step), step).losses.total.item() for step in range(case.steps)
+    ]
     assert np.abs(losses / case.golden["train_losses"] - 1).max() > 1e-3

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import TINY, train_config
+from torch import nn
 
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
@@ -12,7 +13,7 @@ from capsrun.models import build_model
 from capsrun.training import step as training_step
 from capsrun.training.step import (
     Trainer,
-    adam_epsilon,
+    adam_rate,
     learning_rate,
     resolve_device,
     resolve_precision,
@@ -57,33 +58,41 @@ def test_tensorflows_adam_by_hand():
     """θ −= lr · sqrt(1 − β₂^t) / (1 − β₁^t) · m / (sqrt(v) + ε), as TensorFlow's manual has it."""
     recipe = train_config("recipe=authors", "recipe.adam_epsilon=0.001").recipe
     value, m, v = 1.0, 0.0, 0.0
-    weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.1, betas=(recipe.adam_beta1, recipe.adam_beta2))
+    weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    trainer = Trainer(nn.ParameterList([weight]), None, recipe, 300_000, CPU, "fp32", False)
     for step in range(20):
         gradient = 2 * value - 0.3
         m = 0.9 * m + 0.1 * gradient
         v = 0.999 * v + 0.001 * gradient**2
         t = step + 1
-        rate = 0.1 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        rate = 0.001 * 0.96 ** (step / 2000) * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
         value -= rate * m / (math.sqrt(v) + 0.001)
-        optimizer.param_groups[0]["eps"] = adam_epsilon(recipe, step)
         weight.grad = 2 * weight.detach() - 0.3
-        optimizer.step()
+        trainer.set_rate(adam_rate(recipe, step, 300_000))
+        trainer.optimizer.step()
         assert weight.item() == pytest.approx(value, rel=1e-12)
 
 
-def test_pytorchs_adam_keeps_its_epsilon():
-    recipe = train_config("recipe.adam_form=pytorch").recipe
-    assert adam_epsilon(recipe, 0) == adam_epsilon(recipe, 1000) == 1e-8
+def test_pytorchs_adam_is_pytorchs():
+    recipe = train_config("recipe=authors", "recipe.adam_form=pytorch").recipe
+    ours, theirs = (nn.Parameter(torch.tensor([1.0, -3.0])) for _ in range(2))
+    trainer = Trainer(nn.ParameterList([ours]), None, recipe, 300_000, CPU, "fp32", False)
+    optimizer = torch.optim.Adam([theirs], lr=0.001, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(5):
+        ours.grad, theirs.grad = 2 * ours.detach(), 2 * theirs.detach()
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, 300_000)
+        trainer.set_rate(adam_rate(recipe, step, 300_000))
+        trainer.optimizer.step(), optimizer.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_steps_lower_the_loss():
     config = train_config(*TINY, "recipe.learning_rate=0.01")
     model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 100, CPU, "fp32")
+    trainer = Trainer(model, config.loss, config.recipe, 100, CPU, "fp32", False)
     images = torch.rand(8, 1, 28, 28)
     batch = Batch(images, torch.arange(8)[:, None], images[:, None])
-    losses = [trainer.step(batch, step)[1].total.item() for step in range(20)]
+    losses = [trainer.step(batch, step).losses.total.item() for step in range(20)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -93,9 +102,9 @@ def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
     with pytest.raises(UserError, match="no CUDA GPU here; use device=cpu"):
         resolve_device("cuda")
     assert resolve_precision("bf16", CPU) == "bf16"
-    monkeypatch.setattr(training_step, "_cpu_flags", lambda: {"avx2", "avx512f"})
+    monkeypatch.setattr(training_step, "cpu_features", lambda: {"avx2", "avx512f"})
     assert resolve_precision("auto", CPU) == "fp32"
-    monkeypatch.setattr(training_step, "_cpu_flags", lambda: {"avx512f", "avx512_bf16"})
+    monkeypatch.setattr(training_step, "cpu_features", lambda: {"avx512f", "avx512_bf16"})
     assert resolve_precision("auto", CPU) == "bf16"
 
 
@@ -107,7 +116,7 @@ def test_the_gpu_is_used_and_computes_the_same():
     losses = []
     for device in (CPU, torch.device("cuda")):
         model = build_model(config.model, config.routing, config.dataset)
-        trainer = Trainer(model, config.loss, config.recipe, 100, device, "fp32")
+        trainer = Trainer(model, config.loss, config.recipe, 100, device, "fp32", False)
         batch = Batch(*(t.to(device) for t in (images, torch.arange(8)[:, None], images[:, None])))
-        losses.append([trainer.step(batch, step)[1].total.item() for step in range(10)])
+        losses.append([trainer.step(batch, step).losses.total.item() for step in range(10)])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-5)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
+from capsrun.data.batches import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.runs import progress, record
 from capsrun.runs.checkpoint import load_checkpoint, load_model
@@ -107,7 +108,7 @@ class StopAfter:
 
     def __init__(self, monkeypatch, steps):
         self.left = steps
-        original = train_command.training_batch
+        original = TrainingBatches.batch
 
         def count(*args):
             self.left -= 1
@@ -115,7 +116,7 @@ class StopAfter:
                 signal.raise_signal(signal.SIGINT)
             return original(*args)
 
-        monkeypatch.setattr(train_command, "training_batch", count)
+        monkeypatch.setattr(TrainingBatches, "batch", count)
 
 
 @pytest.mark.parametrize("stops", [[5], [1, 6, 4], [8], [11]])
@@ -159,14 +160,14 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tiny_run, in_tmp):
     """Killed without warning after six steps, with a checkpoint after every one."""
     script = (
         "import os, signal, sys\n"
-        "from capsrun.commands import train\n"
-        "original, left = train.training_batch, [7]\n"
+        "from capsrun.data.batches import TrainingBatches\n"
+        "original, left = TrainingBatches.batch, [7]\n"
         "def count(*args):\n"
         "    left[0] -= 1\n"
         "    if left[0] == 0:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(*args)\n"
-        "train.training_batch = count\n"
+        "TrainingBatches.batch = count\n"
         "from capsrun.cli import main\n"
         "sys.exit(main())\n"
     )
@@ -230,13 +231,13 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
 
 def test_the_shift_of_the_configuration_is_used(tmp_path, monkeypatch):
     seen = []
-    original = train_command.training_batch
+    original = TrainingBatches.batch
 
     def watch(*args):
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(train_command, "training_batch", watch)
+    monkeypatch.setattr(TrainingBatches, "batch", watch)
     for shift in (0, 2, 9):
         train(
             train_config(*TINY, "recipe.steps=1", f"dataset.shift_px={shift}"),
@@ -262,15 +263,15 @@ def test_a_damaged_configuration_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """The state that led there is kept apart, and the last good checkpoint is left as it was."""
     config = train_config(*TINY, "record.checkpoint_every_seconds=0", "record.log_every_steps=12")
-    original = train_command.training_batch
+    original = TrainingBatches.batch
 
-    def poison(images, labels, seed, step, *rest):
-        batch = original(images, labels, seed, step, *rest)
+    def poison(batches, step):
+        batch = original(batches, step)
         if step == 6:
             batch.images_BCHW[0, 0, 5, 5] = float("nan")
         return batch
 
-    monkeypatch.setattr(train_command, "training_batch", poison)
+    monkeypatch.setattr(TrainingBatches, "batch", poison)
     with pytest.raises(UserError, match=r"after step 6: the loss is nan.*not_finite\.pt"):
         train(config, tmp_path)
     for name in ("not_finite.pt", "checkpoint.pt"):

@@ -35,7 +35,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     if not trained.finished:
         print(f"this run is not finished: its model after {trained.step:,} steps is tested")
     began = time.perf_counter()
-    model = to_device(trained.model, device)
+    model = to_device(trained.model, device, fast=config.compile)
     score = score_split(model, split, precision, config.mask, bar)
     seconds = time.perf_counter() - began
     print_table(score, dataset.class_names)

@@ -51,7 +51,7 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
             f"checkpoint {checkpoint} has no decoder, and without one there is nothing to draw; "
             "train with model.reconstruction=true"
         )
-    to_device(model, device).eval()
+    to_device(model, device, fast=False).eval()
     if config.perturb.image is not None:
         place = "own-image"
         subjects = [own_image(config.perturb, model, device)]

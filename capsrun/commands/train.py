@@ -7,22 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from capsrun.config import TrainConfig
 from capsrun.data import Dataset, load_dataset
-from capsrun.data.batches import Batch, training_batch
+from capsrun.data.batches import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
-from capsrun.models.capsnet import CapsNetOutput
 from capsrun.models.routing import RoutingIteration
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, stop_requests
 from capsrun.runs.scores import answer, reconstruction_grid, score_figures, score_summary
-from capsrun.training.losses import Losses, class_presence
+from capsrun.training.losses import class_presence
 from capsrun.training.metrics import Score, score_split
-from capsrun.training.step import Trainer, resolve_device, resolve_precision, total_steps
+from capsrun.training.step import (
+    Trainer,
+    Update,
+    autocast,
+    learning_rate,
+    resolve_device,
+    resolve_precision,
+    total_steps,
+)
 
 NOT_FINITE = "not_finite.pt"
+# Images of the batch for which it is logged what routing did: they are routed once more for that.
+ROUTING_LOGGED = 16
 
 
 @dataclass
@@ -85,28 +96,27 @@ def training_loop(run: Run, stop: StopRequest) -> None:
     weight that is not finite.
     """
     config, training_images = run.config, run.dataset.train
-    log_every = config.record.log_every_steps
+    batches = TrainingBatches(
+        training_images.images_NCHW,
+        training_images.labels_N,
+        config.seed,
+        config.recipe.batch_size,
+        config.dataset.shift_px,
+    )
     evaluate_every = config.record.evaluate_every_steps or math.ceil(
         len(training_images) / config.recipe.batch_size
     )
     saved_at = time.monotonic()
     run.clock.start()
     while run.step < run.steps:
-        batch = training_batch(
-            training_images.images_NCHW,
-            training_images.labels_N,
-            config.seed,
-            run.step,
-            config.recipe.batch_size,
-            config.dataset.shift_px,
-        )
-        to_log = (run.step + 1) % log_every == 0 or run.step + 1 == run.steps
-        history: list[RoutingIteration] | None = [] if to_log else None
-        output, losses = run.trainer.step(batch, run.step, history)
-        run.step += 1
-        run.progress.advance()
-        if history is not None:
-            log_step(run, batch, output, losses, history)
+        log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
+        stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
+        count = min(stop_at - run.step, run.trainer.steps_at_once)
+        update = run.trainer.advance(batches, run.step, count)
+        run.step += count
+        run.progress.advance(count)
+        if run.step == log_at:
+            log_step(run, update)
         if run.step % evaluate_every == 0 and run.step < run.steps:
             with run.clock.paused():
                 log_evaluation(run)
@@ -118,6 +128,11 @@ def training_loop(run: Run, stop: StopRequest) -> None:
             at = f"step {run.step:,} of {run.steps:,}"
             raise Stopped(f"stopped after {at}, which is saved", stop.signal_number)
     run.clock.pause()
+
+
+def next_multiple(step: int, every: int, last: int) -> int:
+    """The first multiple of `every` after `step`, or `last` where that comes before."""
+    return min((step // every + 1) * every, last)
 
 
 def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
@@ -132,13 +147,15 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     if checkpoint is not None:
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         load_weights(model, checkpoint["model"], folder.checkpoint)
-    trainer = Trainer(model, config.loss, config.recipe, steps, device, precision)
+    trainer = Trainer(
+        model, config.loss, config.recipe, steps, device, precision, fast=config.compile
+    )
     step, seconds, metrics_bytes = 0, 0.0, 0
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         metrics_bytes = checkpoint["metrics_bytes"]
         if checkpoint["optimizer"] is not None:  # absent once the last step is made
-            trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+            trainer.load_optimizer(checkpoint["optimizer"])
     where = f"{precision} on {record.describe_device(device)}"
     print(
         f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}"
@@ -158,10 +175,9 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     )
 
 
-def log_step(
-    run: Run, batch: Batch, output: CapsNetOutput, losses: Losses, history: list[RoutingIteration]
-) -> None:
+def log_step(run: Run, update: Update) -> None:
     """Record what the last step computed. Raises FloatingPointError when its loss is not finite."""
+    batch, output, losses = update
     total = losses.total.item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total}")
@@ -171,10 +187,13 @@ def log_step(
         "loss/total": total,
         "loss/margin": losses.margin.item(),
         "loss/reconstruction": losses.reconstruction.item(),
-        "learning_rate": run.trainer.optimizer.param_groups[0]["lr"],
+        "learning_rate": learning_rate(run.config.recipe, run.step - 1, run.steps),
         "capsule_length/true_class": lengths_BJ[present_BJ].mean().item(),
         "capsule_length/other_classes": lengths_BJ[~present_BJ].mean().item(),
     }
+    history: list[RoutingIteration] = []
+    with torch.inference_mode(), autocast(run.trainer.device, run.trainer.precision):
+        run.trainer.model.encode(batch.images_BCHW[:ROUTING_LOGGED], history)
     for number, iteration in enumerate(history, 1):
         change = iteration.logit_changes_BIJ.abs().mean().item()
         values[f"routing_logit_change/iteration_{number}"] = change

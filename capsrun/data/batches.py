@@ -3,6 +3,7 @@
 Shapes: N images of the data set, B batch, T digits in one image, C channels, H and W pixels.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -73,14 +74,15 @@ def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tens
 
 
 def batch_indices(
-    seed: int, step: int, batch_size: int, count: int, device: torch.device
+    seed: int, step: int, batch_size: int, count: int, device: torch.device, steps: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Which images are in the batch of `step` (from 0); returns (indices, positions), each (B,).
+    """Which images are in the batches of `steps` steps from `step` on (the first step is 0).
 
-    Epochs follow each other without a gap, so every batch is full and one may span two epochs.
-    positions: how many images the run had seen before each of these.
+    Returns (indices, positions), each (steps · B,). Epochs follow each other without a gap, so
+    every batch is full and one may span two epochs. positions: how many images the run had seen
+    before each of these.
     """
-    start, stop = step * batch_size, (step + 1) * batch_size
+    start, stop = step * batch_size, (step + steps) * batch_size
     parts = []
     for epoch in range(start // count, (stop - 1) // count + 1):
         order = epoch_order(seed, epoch, count, device)
@@ -115,18 +117,36 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def training_batch(
-    images_NCHW: Tensor, labels_N: Tensor, seed: int, step: int, batch_size: int, shift_px: int
-) -> Batch:
-    """The batch of `step`, each image moved by its own random shift of up to ±`shift_px` (§5).
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The batches of a training run, each image moved by its own random shift (§5).
 
-    Every one of the (2·shift_px + 1)² shifts is equally likely; what moves in is black. An image
-    is its own reconstruction target, shifted as it is.
+    Every one of the (2·shift_px + 1)² shifts is equally likely; what moves in is black.
     """
-    device = images_NCHW.device
-    indices_B, positions_B = batch_indices(seed, step, batch_size, len(labels_N), device)
-    counters_B2 = positions_B[:, None] * 2 + torch.arange(2, device=device)
-    offsets_B2 = random_integers(counters_B2, -shift_px, shift_px, seed, SHIFT)
-    moved_BCHW = place(images_NCHW[indices_B], offsets_B2, images_NCHW.shape[-1])
-    pixels_BCHW = to_pixels(moved_BCHW).contiguous()
-    return Batch(pixels_BCHW, labels_N[indices_B][:, None], pixels_BCHW[:, None])
+
+    images_NCHW: Tensor
+    """uint8, on the device on which the batches are to be."""
+    labels_N: Tensor
+    seed: int
+    batch_size: int
+    shift_px: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, from 0."""
+        return self.assemble(*self.draw(step))
+
+    def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
+        """Which images the next `steps` batches hold; see `batch_indices`."""
+        count = len(self.labels_N)
+        return batch_indices(self.seed, step, self.batch_size, count, self.labels_N.device, steps)
+
+    def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
+        """Make one batch of what `draw` returned, without any work or waiting on the host.
+
+        An image is its own reconstruction target, shifted as it is.
+        """
+        counters_B2 = positions_B[:, None] * 2 + torch.arange(2, device=positions_B.device)
+        offsets_B2 = random_integers(counters_B2, -self.shift_px, self.shift_px, self.seed, SHIFT)
+        moved_BCHW = place(self.images_NCHW[indices_B], offsets_B2, self.images_NCHW.shape[-1])
+        pixels_BCHW = to_pixels(moved_BCHW).contiguous()
+        return Batch(pixels_BCHW, self.labels_N[indices_B][:, None], pixels_BCHW[:, None])

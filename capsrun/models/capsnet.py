@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from capsrun.config import CapsNetConfig, RoutingConfig
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
+from capsrun.models.routing_cpu import route_fused
+from capsrun.models.strided_conv import relu_strided_conv2d
 
 # Images do not depend on each other, and the votes of this many stay in a processor's cache while
 # they are routed: less than half the time of routing a batch of 128 as a whole.
@@ -38,6 +40,9 @@ class CapsNet(nn.Module):
     apart. Raises ValueError when the image is too small for the two convolutions.
     """
 
+    fast = False
+    """Whether to compute the same numbers, to rounding, in the fastest way that is known here."""
+
     def __init__(
         self,
         config: CapsNetConfig,
@@ -57,6 +62,8 @@ class CapsNet(nn.Module):
         self.config, self.routing = config, routing
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.primary_capsules = config.primary_types * grid_px**2
+        # Where the stride does not come out even, the last row and column reach no capsule.
+        self.seen_px = 2 * (grid_px - 1) + 2 * config.kernel_px - 1
 
         self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
         self.primarycaps = nn.Conv2d(
@@ -117,8 +124,11 @@ class CapsNet(nn.Module):
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """
-        features = F.relu(self.conv1(images_BCHW))
-        maps = F.conv2d(features, self.primarycaps.weight, stride=2)
+        maps = self.conv1(images_BCHW[..., : self.seen_px, : self.seen_px])
+        if self.fast and maps.device.type == "cpu":
+            maps = relu_strided_conv2d(maps, self.primarycaps.weight, stride=2)
+        else:
+            maps = F.conv2d(F.relu(maps), self.primarycaps.weight, stride=2)
         # Capsules compute in the precision of their weights (float32), whatever autocast does.
         maps = maps.to(self.digitcaps_weight.dtype) * self._primary_scale()
         assert self.primarycaps.bias is not None
@@ -142,23 +152,42 @@ class CapsNet(nn.Module):
 
         history: see `route`.
         """
-        poses_BIK = self.primary_poses(images_BCHW)
+        return self.route_poses(self.primary_poses(images_BCHW), history)
+
+    def route_poses(
+        self, poses_BIK: Tensor, history: list[RoutingIteration] | None = None
+    ) -> Tensor:
+        """Input capsules u (B, I, K) to class capsules v (B, J, D), in float32; see `route`."""
+        with torch.autocast(poses_BIK.device.type, enabled=False):
+            if self.fast and history is None and not self.routing.detach:
+                routed_BJD = route_fused(
+                    poses_BIK,
+                    self.digitcaps_weight,
+                    self.digitcaps_bias,
+                    self.routing.iterations,
+                    self.routing.leaky,
+                )
+                if routed_BJD is not None:
+                    return routed_BJD
+            return self._route_plainly(poses_BIK, history)
+
+    def _route_plainly(self, poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
+        """Votes and routing as the functions of `routing.py`."""
         on_cpu = poses_BIK.device.type == "cpu"
         pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if on_cpu else [poses_BIK]
         capsules: list[Tensor] = []
         histories: list[list[RoutingIteration]] = []
-        with torch.autocast(poses_BIK.device.type, enabled=False):
-            for piece_BIK in pieces:
-                histories.append([])
-                capsules_BJD = route(
-                    capsule_votes(piece_BIK, self.digitcaps_weight),
-                    self.digitcaps_bias,
-                    self.routing.iterations,
-                    self.routing.leaky,
-                    self.routing.detach,
-                    None if history is None else histories[-1],
-                )
-                capsules.append(capsules_BJD)
+        for piece_BIK in pieces:
+            histories.append([])
+            capsules_BJD = route(
+                capsule_votes(piece_BIK, self.digitcaps_weight),
+                self.digitcaps_bias,
+                self.routing.iterations,
+                self.routing.leaky,
+                self.routing.detach,
+                None if history is None else histories[-1],
+            )
+            capsules.append(capsules_BJD)
         if history is not None:
             for parts in zip(*histories):
                 history.append(RoutingIteration(*map(torch.cat, zip(*parts))))

@@ -4,8 +4,9 @@ Every function returns a matplotlib figure and knows neither files nor models.
 Shapes: C channels, H and W pixels, J classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -113,4 +114,38 @@ def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: st
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(title, fontsize=10)
+    return figure
+
+
+def step_times(result: Mapping[str, Any]) -> Figure:
+    """Bars of how long each kind of training step takes, from what `capsrun bench` found.
+
+    The rest of each bar beyond the dark part is what the step takes longer than its arithmetic at
+    the rate of a large matrix product.
+    """
+    rows = result["steps"].values()
+    figure = new_figure(8, 0.9 + 0.45 * len(rows))
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        milliseconds = row["median_ms"]
+        floor = milliseconds * row["percent_of_matrix_rate"] / 100
+        axes.barh(place, milliseconds, color="#9ecae1", label="step" if place == 0 else None)
+        axes.barh(
+            place,
+            floor,
+            color="#3182bd",
+            label="its arithmetic, at the rate of a large matrix product" if place == 0 else None,
+        )
+        text = f" {milliseconds:,.3g} ms, {row['times_textbook']:.1f}×"
+        axes.text(milliseconds, place, text, va="center", fontsize=FONT_SIZE)
+    axes.set_yticks(range(len(rows)), list(result["steps"]), fontsize=FONT_SIZE)
+    axes.invert_yaxis()
+    axes.tick_params(axis="x", labelsize=FONT_SIZE)
+    axes.set_xlim(0, 1.2 * max(row["median_ms"] for row in rows))
+    axes.set_xlabel(f"ms for a training step of {result['batch_size']} images", fontsize=FONT_SIZE)
+    axes.set_title(f"{result['device']}, {result['date']}", fontsize=FONT_SIZE)
+    axes.legend(fontsize=FONT_SIZE, loc="lower right", frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
     return figure

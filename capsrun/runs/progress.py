@@ -28,9 +28,9 @@ class ProgressLine:
         # When and after which step the last plain line was printed.
         self.printed_at, self.printed_step = time.monotonic(), start
 
-    def advance(self) -> None:
-        self.step += 1
-        self.bar.update()
+    def advance(self, steps: int) -> None:
+        self.step += steps
+        self.bar.update(steps)
 
     def show(self, values: Mapping[str, float]) -> None:
         """Show the latest numbers."""

@@ -25,7 +25,7 @@ from capsrun.errors import UserError
 from capsrun.runs.checkpoint import FILE_NAME, load_checkpoint, replacing
 
 # Settings that do not change what a run computes: they may differ when it is resumed.
-FREE_KEYS = ("runs_dir", "device", "dataset.data_dir")
+FREE_KEYS = ("runs_dir", "device", "compile", "dataset.data_dir")
 FREE_SECTION = "record."
 
 
@@ -183,8 +183,13 @@ def memory_gb(device: torch.device) -> float:
     """Most memory held so far, in 10⁹ bytes: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    try:
+        # Not getrusage: a process inherits that of the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def describe_device(device: torch.device) -> str:

@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from capsrun.config import LossConfig, RecipeConfig
-from capsrun.data.batches import Batch
+from capsrun.data.batches import Batch, TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet, CapsNetOutput
-from capsrun.models.routing import RoutingIteration
+from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
 from capsrun.training.losses import Losses, capsnet_losses
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -38,10 +39,10 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & cpu_features() else "fp32"
 
 
-def _cpu_flags() -> set[str]:
+def cpu_features() -> set[str]:
     """What Linux says the CPU can do; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -50,11 +51,13 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
-def to_device(model: CapsNet, device: torch.device) -> CapsNet:
+def to_device(model: CapsNet, device: torch.device, fast: bool) -> CapsNet:
     """Move a model to the device, in the memory order in which training and testing run it.
 
-    Channels-last convolutions are 5 to 15 % faster on a CPU, and what GPUs compute natively.
+    fast: see `CapsNet.fast`. Channels-last convolutions are 5 to 15 % faster on a CPU, and what
+    GPUs compute natively.
     """
+    model.fast = fast
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -86,19 +89,36 @@ def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
     return max(decayed, recipe.learning_rate_floor)
 
 
-def adam_epsilon(recipe: RecipeConfig, step: int) -> float:
-    """PyTorch's ε that gives this step (from 0) the recipe's form of Adam.
+def adam_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
+    """The rate to give to PyTorch's Adam at a step, from 0, for the recipe's form of Adam.
 
-    TensorFlow adds ε to sqrt(v) before the bias of v is corrected, PyTorch after it. So PyTorch
-    computes TensorFlow's update with ε / sqrt(1 − β₂^t) at step t, counted from 1.
+    TensorFlow adds ε to sqrt(v) before the bias of v is corrected, PyTorch after it. TensorFlow's
+    form is θ −= α_t m / (sqrt(v) + ε) with α_t = lr · sqrt(1 − β₂^t) / (1 − β₁^t), t from 1: this
+    is α_t, for an Adam that corrects nothing itself (see `CORRECTED`).
     """
+    rate = learning_rate(recipe, step, steps)
     if recipe.adam_form == "pytorch":
-        return recipe.adam_epsilon
-    return recipe.adam_epsilon / math.sqrt(1 - recipe.adam_beta2 ** (step + 1))
+        return rate
+    unbiased_variance = math.sqrt(1 - recipe.adam_beta2 ** (step + 1))
+    return rate * unbiased_variance / (1 - recipe.adam_beta1 ** (step + 1))
+
+
+# A step count at which β^t is 0 for every β, so that PyTorch's Adam finds no bias to correct; in
+# float32 it stays the same when 1 is added. So ε and all else that is told to Adam are constants,
+# but for the rate, as a captured graph needs it.
+CORRECTED = 2.0**60
+
+
+class Update(NamedTuple):
+    """What one update saw and computed, before it changed the weights."""
+
+    batch: Batch
+    output: CapsNetOutput
+    losses: Losses
 
 
 class Trainer:
-    """A model and its optimiser on one device; `step` makes one update."""
+    """A model and its optimiser on one device; `step` makes one update, `advance` several."""
 
     def __init__(
         self,
@@ -108,32 +128,97 @@ class Trainer:
         steps: int,
         device: torch.device,
         precision: str,
+        fast: bool,
     ) -> None:
-        """steps: length of the run. precision: 'fp32' or 'bf16', already resolved."""
-        self.model = to_device(model, device)
+        """steps: length of the run. precision: 'fp32' or 'bf16', already resolved.
+
+        fast: compute the same numbers, to rounding, in the fastest way known for the device: on a
+        CPU with the kernels of `models/`, on a GPU compiled and captured (`training/graph.py`).
+        """
+        self.model = to_device(model, device, fast)
         self.loss, self.recipe, self.steps = loss, recipe, steps
         self.device, self.precision = device, precision
+        on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            model.parameters(), betas=(recipe.adam_beta1, recipe.adam_beta2), fused=True
+            model.parameters(),
+            lr=torch.zeros((), device=device) if on_gpu else 0.0,
+            betas=(recipe.adam_beta1, recipe.adam_beta2),
+            eps=recipe.adam_epsilon,
+            fused=True,
+            capturable=on_gpu,
         )
+        self._reset_optimizer()
+        self.compute: Callable[[Batch], tuple[CapsNetOutput, Losses]] = self.forward
+        self._graphs: GraphedSteps | None = None
+        if on_gpu and fast:
+            rates = [adam_rate(recipe, step, steps) for step in range(steps)]
+            self._graphs = GraphedSteps(self, torch.tensor(rates, device=device))
 
-    def step(
-        self, batch: Batch, step: int, history: list[RoutingIteration] | None = None
-    ) -> tuple[CapsNetOutput, Losses]:
-        """Make update number `step` (from 0); returns output and losses from before the update.
+    def _reset_optimizer(self) -> None:
+        corrected = self.recipe.adam_form == "tensorflow"
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(CORRECTED if corrected else 0.0, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
-        history: see `capsrun.models.routing.route`. Raises FloatingPointError, before anything is
-        updated, for a loss that is not finite; on a CPU only, as a GPU would have to be waited for.
-        """
+    def changing_tensors(self) -> list[Tensor]:
+        """Everything that an update changes: the weights and the optimiser's state."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.model.parameters(), *moments]
+
+    @property
+    def steps_at_once(self) -> int:
+        """How many updates `advance` makes best in one call."""
+        return 1 if self._graphs is None or self._graphs.failed else STEPS_PER_REPLAY
+
+    def set_rate(self, rate: float | Tensor) -> None:
+        """Tell Adam the rate of the next update; see `adam_rate`."""
         group = self.optimizer.param_groups[0]
-        group["lr"] = learning_rate(self.recipe, step, self.steps)
-        group["eps"] = adam_epsilon(self.recipe, step)
-        with autocast(self.device, self.precision):
-            output = self.model(batch.images_BCHW, batch.labels_BT, history)
-        losses = capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
+        if self.device.type == "cuda":
+            group["lr"].copy_(torch.as_tensor(rate))  # in place: a captured graph reads this one
+        else:
+            group["lr"] = float(rate)
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Go on with the optimiser's state of a checkpoint, of a run on any device."""
+        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        self.optimizer.load_state_dict(state)
+        self.optimizer.param_groups[0].update(settings)
+
+    def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
+        """Make `count` updates from number `step` (from 0) on; returns the last one.
+
+        Raises as `step` does.
+        """
+        if self._graphs is not None and not self._graphs.failed:
+            return self._graphs.advance(batches, step, count)
+        for number in range(step, step + count):
+            update = self.step(batches.batch(number), number)
+        return update
+
+    def step(self, batch: Batch, step: int) -> Update:
+        """Make update number `step` (from 0).
+
+        Raises FloatingPointError, before anything is updated, for a loss that is not finite; on a
+        CPU only, as a GPU would have to be waited for.
+        """
+        self.set_rate(adam_rate(self.recipe, step, self.steps))
+        return self.update(batch)
+
+    def update(self, batch: Batch) -> Update:
+        """Make one update at the rate that is set; see `step`."""
+        output, losses = self.compute(batch)
         if self.device.type == "cpu" and not losses.total.isfinite():
             raise FloatingPointError(f"the loss is {losses.total.item()}")
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         self.optimizer.step()
-        return output, losses
+        return Update(batch, output, losses)
+
+    def forward(self, batch: Batch) -> tuple[CapsNetOutput, Losses]:
+        """What the model says about a batch, and its losses."""
+        with autocast(self.device, self.precision):
+            output = self.model(batch.images_BCHW, batch.labels_BT)
+        return output, capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)

@@ -1,0 +1,298 @@
+"""The fast ways of computing give the numbers of the plain ones."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, train_config
+from torch.nn import functional as F
+
+from capsrun import errors
+from capsrun.commands.train import train
+from capsrun.data import load_dataset
+from capsrun.data.batches import TrainingBatches
+from capsrun.models import build_model, routing_cpu
+from capsrun.models.routing import capsule_votes, route
+from capsrun.models.routing_cpu import load_kernels, route_fused
+from capsrun.models.strided_conv import relu_strided_conv2d
+from capsrun.training.graph import CapturedSteps
+from capsrun.training.step import Trainer, adam_rate
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    reason="no C++ compiler here",
+)
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def routing_inputs(batch, count, dimensions, outputs, output_dimensions, bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return (
+        draw(batch, count, dimensions) * 0.3,
+        draw(count, dimensions, outputs, output_dimensions) * 0.5,
+        draw(outputs, output_dimensions) if bias else None,
+        draw(batch, outputs, output_dimensions),
+    )
+
+
+def with_gradients(function, inputs, weights, bias, seed):
+    """The value of a function and its gradients."""
+    given = [None if t is None else t.clone().requires_grad_() for t in (inputs, weights, bias)]
+    value = function(*given)
+    value.backward(seed)
+    return [value.detach()] + [tensor.grad for tensor in given if tensor is not None]
+
+
+@needs_compiler
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("shape", "leaky", "bias"),
+    [
+        ((128, 50, 8, 10, 16), False, True),
+        ((1, 7, 8, 10, 16), False, False),
+        ((17, 33, 8, 10, 16), True, True),
+        ((5, 4, 3, 7, 5), False, True),
+        ((19, 12, 1, 2, 9), True, False),
+        ((3, 1, 8, 1, 1), False, True),
+    ],
+)
+def test_fused_routing_is_routing(shape, leaky, bias, iterations):
+    *tensors, seed = routing_inputs(*shape, bias)
+
+    def plain(inputs, weights, bias):
+        return route(capsule_votes(inputs, weights), bias, iterations, leaky)
+
+    def fused(inputs, weights, bias):
+        return route_fused(inputs, weights, bias, iterations, leaky)
+
+    exact = with_gradients(plain, *(t if t is None else t.double() for t in (*tensors, seed)))
+    ours = with_gradients(fused, *tensors, seed)
+    for name, a, b in zip(("v", "du", "dW", "dbias"), ours, exact):
+        assert relative_error(a, b) < 1e-5, name
+
+
+@needs_compiler
+def test_fused_routing_depends_on_neither_threads_nor_batch_mates():
+    *tensors, seed = routing_inputs(40, 30, 8, 10, 16, True)
+
+    def fused(inputs, weights, bias):
+        return route_fused(inputs, weights, bias, 3, False)
+
+    threads = torch.get_num_threads()
+    both = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        both.append(with_gradients(fused, *tensors, seed))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*both))
+    inputs, weights, bias = tensors
+    assert torch.equal(fused(inputs[7:20], weights, bias), both[0][0][7:20])
+
+
+@needs_compiler
+def test_fused_routing_of_strange_numbers():
+    """Zeros have finite gradients, huge logits no overflow, and a NaN is not swallowed."""
+    inputs, weights, bias, seed = routing_inputs(3, 6, 8, 10, 16, False)
+
+    def fused(inputs, weights, bias):
+        return route_fused(inputs, weights, bias, 3, False)
+
+    zeros = with_gradients(fused, 0 * inputs, weights, bias, seed)
+    assert all(tensor.isfinite().all() for tensor in zeros)
+    huge = with_gradients(fused, 1e4 * inputs, weights, bias, seed)
+    assert all(tensor.isfinite().all() for tensor in huge)
+    torch.testing.assert_close(huge[0], route(capsule_votes(1e4 * inputs, weights), None, 3))
+    inputs[1, 2, 3] = float("nan")
+    value = fused(inputs, weights, bias)
+    assert value[1].isnan().all()
+    assert value[[0, 2]].isfinite().all()
+
+
+def test_fused_routing_leaves_double_precision_alone():
+    inputs, weights, bias, _ = routing_inputs(2, 3, 8, 10, 16, True)
+    assert route_fused(inputs.double(), weights.double(), bias.double(), 3, False) is None
+
+
+def test_fused_routing_leaves_very_many_outputs_alone(capsys, monkeypatch):
+    monkeypatch.setattr(errors, "notices", [])
+    for _ in range(2):
+        assert route_fused(torch.ones(1, 1, 2), torch.ones(1, 2, 300, 10), None, 3, False) is None
+    assert capsys.readouterr().err.count("routing to 300 capsules of 10 dimensions") == 1
+
+
+@pytest.fixture
+def fresh_kernels(tmp_path, monkeypatch):
+    """Nothing built yet, and an empty cache folder."""
+    monkeypatch.setattr(errors, "notices", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_kernels.cache_clear()
+    yield tmp_path
+    load_kernels.cache_clear()
+
+
+@needs_compiler
+def test_kernels_are_built_once(fresh_kernels, monkeypatch):
+    assert load_kernels(2, 3, 4) is not None
+    (built,) = (fresh_kernels / "cache" / "capsrun").iterdir()
+    written = built.stat().st_mtime_ns
+    load_kernels.cache_clear()
+    original = routing_cpu._run
+
+    def only_version(*command):
+        assert command[1:] == ("--version",)
+        return original(*command)
+
+    monkeypatch.setattr(routing_cpu, "_run", only_version)
+    assert load_kernels(2, 3, 4) is not None
+    assert built.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "no C++ compiler (g++ or clang++) here"),
+        ("/bin/false", "could not be built"),
+        ("/no/such/compiler", "could not be built"),
+    ],
+)
+def test_without_a_working_compiler_training_goes_the_plain_way(
+    fresh_kernels, monkeypatch, capsys, compiler, said
+):
+    if compiler is None:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CXX", compiler)
+    result = train(train_config(*TINY), fresh_kernels / "run")
+    assert result["steps"] == 12
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_compile_false_needs_no_compiler(fresh_kernels, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    train(train_config(*TINY, "compile=false"), fresh_kernels / "run")
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("image", "kernel", "stride"),
+    [
+        ((20, 20), (9, 9), 2),
+        ((19, 19), (9, 9), 2),
+        ((13, 10), (4, 5), 3),
+        ((9, 8), (3, 3), 1),
+        ((8, 9), (1, 2), 3),
+        ((5, 5), (5, 5), 2),
+    ],
+)
+def test_strided_convolution_is_a_convolution(image, kernel, stride, dtype):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 4, *image, generator=generator, dtype=torch.float64)
+    weight = torch.randn(6, 4, *kernel, generator=generator, dtype=torch.float64) / 6
+    values = []
+    for function, kind in (
+        (lambda m, w: F.conv2d(F.relu(m), w, stride=stride), torch.float64),
+        (lambda m, w: relu_strided_conv2d(m, w, stride), dtype),
+    ):
+        m = maps.to(dtype).to(kind).to(memory_format=torch.channels_last).requires_grad_()
+        w = weight.clone().requires_grad_()
+        value = function(m, w)
+        value.backward(torch.ones_like(value) + value.detach())
+        values.append([value.detach(), m.grad, w.grad])
+    assert values[1][2].dtype == torch.float64, "the weight's gradient has the weight's type"
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    for name, exact, ours in zip(("output", "maps", "weight"), *values):
+        assert relative_error(ours.double(), exact) < tolerance, name
+
+
+def trained(config, steps, fast, precision="fp32"):
+    """A trainer after some steps on real digits, and its losses."""
+    digits = load_dataset(config.dataset, CPU).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, config.recipe.batch_size, 2)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, steps, CPU, precision, fast)
+    losses = [trainer.advance(batches, s, 1).losses.total.item() for s in range(steps)]
+    return trainer, torch.tensor(losses)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["routing.leaky=true", "routing.iterations=2"], ["dataset.image_px=28", "loss=paper"]],
+)
+def test_fast_training_is_plain_training(overrides):
+    """Losses of 100 steps; the differences of rounding grow while the weights move."""
+    config = train_config(*TINY, *overrides)
+    (fast, ours), (plain, theirs) = (trained(config, 100, fast) for fast in (True, False))
+    torch.testing.assert_close(ours[:10], theirs[:10], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)
+    assert theirs[-10:].mean() < 0.8 * theirs[:10].mean(), "nothing was learnt"
+    assert list(fast.model.state_dict()) == list(plain.model.state_dict())
+
+
+@needs_compiler
+def test_fast_training_in_bf16_is_plain_training_in_bf16():
+    config = train_config(*TINY)
+    (_, ours), (_, theirs) = (trained(config, 100, fast, "bf16") for fast in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
+
+
+@needs_compiler
+def test_a_fast_run_can_go_on_without_compiling(tmp_path, monkeypatch):
+    """`compile` is how a run is computed, not what: it may change when the run is resumed."""
+    from test_train import StopAfter
+
+    from capsrun.errors import Stopped
+
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5)
+        with pytest.raises(Stopped):
+            train(train_config(*TINY, "name=run"), tmp_path)
+    result = train(train_config(*TINY, "name=run", "compile=false"), tmp_path)
+    assert result["steps"] == 12
+
+
+def test_steps_from_buffers_are_the_steps():
+    """What a GPU captures, run on the CPU: several steps that read buffers on the device."""
+    config = train_config(*TINY)
+    reference, losses = trained(config, 12, False)
+    digits = load_dataset(config.dataset, CPU).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
+    rates = torch.tensor(
+        [adam_rate(config.recipe, step, 12) for step in range(12)], dtype=torch.float64
+    )
+    several = CapturedSteps(trainer, batches, rates, 5)
+    single = CapturedSteps(trainer, batches, rates, 1)
+    seen = [s.replay(step).losses.total.item() for s, step in ((several, 0), (several, 5))]
+    seen += [single.replay(step).losses.total.item() for step in (10, 11)]
+    torch.testing.assert_close(torch.tensor(seen), losses[[4, 9, 10, 11]], rtol=1e-6, atol=0)
+    for ours, theirs in zip(model.parameters(), reference.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_optimisers_state_is_taken_over():
+    """Also from a device whose optimiser has other settings."""
+    config = train_config(*TINY)
+    trainer, _ = trained(config, 3, False)
+    state = trainer.optimizer.state_dict()
+    state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(7.0), "fused": None}
+    other, _ = trained(config, 1, False)
+    settings = dict(other.optimizer.param_groups[0])
+    other.load_optimizer(state)
+    for key in ("capturable", "lr", "fused", "eps", "betas"):
+        assert other.optimizer.param_groups[0][key] == settings[key]
+    moments = [s["exp_avg"] for s in other.optimizer.state.values()]
+    expected = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, expected))
