@@ -10,6 +10,7 @@ from conftest import REPOSITORY, TINY, run_capsrun, train_config, without_root
 
 from capsrun import cli
 from capsrun.config import (
+    BenchConfig,
     DataConfig,
     EvalConfig,
     PerturbConfig,
@@ -19,7 +20,13 @@ from capsrun.config import (
 )
 from capsrun.errors import UserError
 
-SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "perturb": PerturbConfig, "data": DataConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "perturb": PerturbConfig,
+    "data": DataConfig,
+    "bench": BenchConfig,
+}
 CHOICES = [
     f"{folder.name}={file.stem}"
     for folder in sorted((REPOSITORY / "configs").iterdir())

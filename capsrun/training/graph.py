@@ -28,6 +28,8 @@ class GraphedSteps:
         self.failed = False
         """Whether steps cannot be captured here; then the trainer makes them one by one."""
         self._trainer, self._rates = trainer, rates
+        # Shapes never change, so the library may try its algorithms once and keep the fastest.
+        torch.backends.cudnn.benchmark = True
         self._captured: dict[int, CapturedSteps] = {}
 
     def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
