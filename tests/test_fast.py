@@ -1,7 +1,11 @@
 """The fast ways of computing give the numbers of the plain ones."""
 
+import importlib.util
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,8 @@ from capsrun.models import build_model, routing_cpu
 from capsrun.models.routing import capsule_votes, route
 from capsrun.models.routing_cpu import load_kernels, route_fused
 from capsrun.models.strided_conv import relu_strided_conv2d
-from capsrun.training.graph import CapturedSteps
+from capsrun.training import graph
+from capsrun.training.graph import CapturedSteps, Way
 from capsrun.training.step import Trainer, adam_rate
 
 CPU = torch.device("cpu")
@@ -115,6 +120,53 @@ def test_fused_routing_of_strange_numbers():
     value = fused(inputs, weights, bias)
     assert value[1].isnan().all()
     assert value[[0, 2]].isfinite().all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+def test_triton_routing_is_routing():
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    script = "import test_fast; test_fast.check_triton_routing('cpu', test_fast.ODD_SHAPES)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checked") == len(ODD_SHAPES)
+
+
+@pytest.mark.gpu
+def test_triton_routing_on_a_gpu():
+    check_triton_routing("cuda", [*ODD_SHAPES, ((128, 1152, 8, 10, 16), False, True, 3)])
+
+
+# Sizes (B, I, K, J, D), leaky, bias, iterations.
+ODD_SHAPES = [
+    ((17, 33, 8, 10, 16), True, True, 3),
+    ((5, 4, 3, 7, 5), False, True, 5),
+    ((19, 12, 1, 2, 9), False, False, 2),
+    ((1, 3, 8, 1, 1), False, True, 1),
+]
+
+
+def check_triton_routing(device, cases):
+    from capsrun.models import routing_gpu
+
+    for shape, leaky, bias, iterations in cases:
+        *tensors, seed = routing_inputs(*shape, bias)
+        exact = with_gradients(
+            lambda u, w, b, r=iterations, leaky=leaky: route(capsule_votes(u, w), b, r, leaky),
+            *(t if t is None else t.double() for t in (*tensors, seed)),
+        )
+        ours = with_gradients(
+            lambda u, w, b, r=iterations, leaky=leaky: routing_gpu.route_fused(u, w, b, r, leaky),
+            *(t if t is None else t.to(device) for t in (*tensors, seed)),
+        )
+        for name, a, b in zip(("v", "du", "dW", "dbias"), ours, exact):
+            assert relative_error(a.cpu(), b) < 1e-5, (shape, name)
+        given = [t if t is None else t.to(device) for t in tensors]
+        compiled = torch.compile(routing_gpu.route_fused, backend="aot_eager", fullgraph=True)
+        assert relative_error(compiled(*given, iterations, leaky).cpu(), exact[0]) < 1e-5
+        print("checked")
 
 
 def test_fused_routing_leaves_double_precision_alone():
@@ -280,6 +332,116 @@ def test_steps_from_buffers_are_the_steps():
     torch.testing.assert_close(torch.tensor(seen), losses[[4, 9, 10, 11]], rtol=1e-6, atol=0)
     for ours, theirs in zip(model.parameters(), reference.model.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+class FakeSteps:
+    """Captured steps that take as long as the test says, or do not work."""
+
+    took: dict
+
+    def __init__(self, trainer, batches, rates, count, pool=None):
+        self.way = Way(trainer.compute != trainer.forward, trainer.model.triton)
+        self.count, self.pool = count, pool or "pool"
+        if isinstance(self.took.get(self.way), Exception):
+            raise self.took[self.way]
+
+    def seconds(self):
+        return self.took[self.way]
+
+
+BROKEN = RuntimeError("no compiler\nand more about it")
+
+
+@pytest.mark.parametrize(
+    ("took", "chosen", "said"),
+    [
+        ({Way(True, True): 1.0, Way(True, False): 2.0}, Way(True, True), 0),
+        ({Way(True, True): 2.0, Way(True, False): 1.0}, Way(True, False), 0),
+        ({Way(True, True): BROKEN, Way(True, False): 3.0}, Way(True, False), 1),
+        (
+            {Way(True, True): BROKEN, Way(True, False): BROKEN, Way(False, True): 3.0}
+            | {Way(False, False): 2.0},
+            Way(False, False),
+            2,
+        ),
+    ],
+)
+def test_a_gpu_takes_the_fastest_way_that_works(monkeypatch, capsys, took, chosen, said):
+    monkeypatch.setattr(errors, "notices", [])
+    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
+    monkeypatch.setattr(FakeSteps, "took", took, raising=False)
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
+    steps = graph.GraphedSteps(trainer, torch.zeros(12))
+    steps._choose_way(None)
+    assert not steps.failed
+    assert {size: s.way for size, s in steps._captured.items()} == {1: chosen, 10: chosen}
+    assert capsys.readouterr().err.count("(no compiler)") == said
+
+
+def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "notices", [])
+    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
+    monkeypatch.setattr(FakeSteps, "took", dict.fromkeys(graph.WAYS, BROKEN), raising=False)
+    config = train_config(*TINY)
+    digits = load_dataset(config.dataset, CPU).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
+    trainer._graphs = graph.GraphedSteps(trainer, torch.zeros(12))
+    assert trainer.steps_at_once == 10
+    update = trainer.advance(batches, 0, 10)
+    assert trainer.steps_at_once == 1
+    _, losses = trained(config, 12, False)
+    assert update.losses.total.item() == losses[9].item()
+    assert trainer.compute == trainer.forward
+    assert not trainer.model.triton
+
+
+@pytest.mark.gpu
+def test_captured_training_is_plain_training():
+    """Every way in which a GPU may compute an update, 30 steps in turns of 10 and of 1."""
+    config = train_config(*TINY, "recipe.steps=30")
+    gpu = torch.device("cuda")
+    digits = load_dataset(config.dataset, gpu).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+
+    def losses(fast, ways=graph.WAYS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "WAYS", ways)
+            model = build_model(config.model, config.routing, config.dataset)
+            trainer = Trainer(model, config.loss, config.recipe, 30, gpu, "fp32", fast)
+            counts = [10, 1, 9, 10]
+            firsts = [sum(counts[:n]) for n in range(4)]
+            values = [
+                trainer.advance(batches, first, count).losses.total.item()
+                for first, count in zip(firsts, counts)
+            ]
+        if fast:
+            assert list(trainer._graphs.seconds) == list(ways)
+            assert not trainer._graphs.failed
+        return torch.tensor(values)
+
+    plain = losses(False)
+    for way in graph.WAYS:
+        torch.testing.assert_close(losses(True, (way,)), plain, rtol=2e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_fast_training_on_a_gpu_in_bf16():
+    config = train_config("dataset=mnist5k", "recipe.epochs=null", "recipe.steps=100")
+    gpu = torch.device("cuda")
+    digits = load_dataset(config.dataset, gpu).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 128, 2)
+    values = []
+    for fast in (False, True):
+        model = build_model(config.model, config.routing, config.dataset)
+        trainer = Trainer(model, config.loss, config.recipe, 100, gpu, "bf16", fast)
+        values.append(
+            [trainer.advance(batches, s, 10).losses.total.item() for s in range(0, 100, 10)]
+        )
+    torch.testing.assert_close(*map(torch.tensor, values), rtol=0.05, atol=0)
 
 
 def test_the_optimisers_state_is_taken_over():

@@ -70,9 +70,12 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     return advance
 
 
-def routing_alone(config: BenchConfig, device: torch.device, fast: bool) -> Run:
-    """Votes and routing of a batch, forward and backward."""
+def routing_alone(
+    config: BenchConfig, device: torch.device, fast: bool, triton: bool = False
+) -> Run:
+    """Votes and routing of a batch, forward and backward; on a GPU, when fast, compiled."""
     model = make_model(config, device, fast)
+    model.triton = triton
     shape = (config.recipe.batch_size, model.primary_capsules, config.model.primary_dimensions)
     poses_BIK = (torch.rand(shape, device=device) / 10).requires_grad_()
     inputs = [poses_BIK, model.digitcaps_weight]

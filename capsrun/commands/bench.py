@@ -43,6 +43,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     others["copy"] = Task(copying)
     for kind in ("plain", "fast"):
         others[f"routing {kind}"] = Task(tasks.routing_alone(config, device, kind == "fast"))
+    if device.type == "cuda":
+        others["routing triton"] = Task(tasks.routing_alone(config, device, True, triton=True))
     everything = steps | others
     first_seconds = {n: warm_up(t, config.turn_seconds, device) for n, t in everything.items()}
     time_in_turns(everything, config.rounds, device, bar)

@@ -6,6 +6,7 @@ K input dimension, D output dimension, T digits in one image.
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capsrun.config import CapsNetConfig, RoutingConfig
+from capsrun.models import routing_cpu
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
-from capsrun.models.routing_cpu import route_fused
 from capsrun.models.strided_conv import relu_strided_conv2d
 
 # Images do not depend on each other, and the votes of this many stay in a processor's cache while
@@ -42,6 +43,8 @@ class CapsNet(nn.Module):
 
     fast = False
     """Whether to compute the same numbers, to rounding, in the fastest way that is known here."""
+    triton = False
+    """Whether a fast network routes with Triton kernels on a GPU, not with PyTorch's operations."""
 
     def __init__(
         self,
@@ -159,8 +162,9 @@ class CapsNet(nn.Module):
     ) -> Tensor:
         """Input capsules u (B, I, K) to class capsules v (B, J, D), in float32; see `route`."""
         with torch.autocast(poses_BIK.device.type, enabled=False):
-            if self.fast and history is None and not self.routing.detach:
-                routed_BJD = route_fused(
+            fused = self._fused_routing(poses_BIK.device)
+            if fused is not None and history is None and not self.routing.detach:
+                routed_BJD = fused(
                     poses_BIK,
                     self.digitcaps_weight,
                     self.digitcaps_bias,
@@ -170,6 +174,16 @@ class CapsNet(nn.Module):
                 if routed_BJD is not None:
                     return routed_BJD
             return self._route_plainly(poses_BIK, history)
+
+    def _fused_routing(self, device: torch.device) -> Callable[..., Tensor | None] | None:
+        """Votes and routing as one function, where there is one for the device."""
+        if self.fast and device.type == "cpu":
+            return routing_cpu.route_fused
+        if self.fast and self.triton:
+            from capsrun.models import routing_gpu  # not everywhere is there a Triton to import
+
+            return routing_gpu.route_fused
+        return None
 
     def _route_plainly(self, poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
         """Votes and routing as the functions of `routing.py`."""

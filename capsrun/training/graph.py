@@ -5,7 +5,9 @@ Shapes: B batch, S steps of one graph.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,21 @@ STEPS_PER_REPLAY = 10
 WARM_UPS = 3  # libraries choose their algorithms and allocate during the first calls
 
 
+class Way(NamedTuple):
+    """How an update may be computed on a GPU."""
+
+    compiled: bool
+    """Whether the forward and backward pass go through `torch.compile`."""
+    triton: bool
+    """Whether votes and routing are the Triton kernels of `models/routing_gpu.py`."""
+
+    def __str__(self) -> str:
+        return ("compiled" if self.compiled else "eager") + (", Triton routing" * self.triton)
+
+
+WAYS = (Way(True, True), Way(True, False), Way(False, True), Way(False, False))
+
+
 class GraphedSteps:
     """Makes a trainer's updates by replaying graphs, captured when the first is asked for."""
 
@@ -27,6 +44,8 @@ class GraphedSteps:
         """rates: what `adam_rate` gives for every step of the run, on the trainer's device."""
         self.failed = False
         """Whether steps cannot be captured here; then the trainer makes them one by one."""
+        self.seconds: dict[Way, float] = {}
+        """How long an update took in each of the ways that work here."""
         self._trainer, self._rates = trainer, rates
         # Shapes never change, so the library may try its algorithms once and keep the fastest.
         torch.backends.cudnn.benchmark = True
@@ -37,7 +56,9 @@ class GraphedSteps:
 
         What it returns is overwritten by the next call. Nothing is waited for.
         """
-        if not self._captured and not self._capture(batches):
+        if not self._captured:
+            self._choose_way(batches)
+        if self.failed:
             return self._trainer.advance(batches, step, count)
         while count:
             size = STEPS_PER_REPLAY if count >= STEPS_PER_REPLAY else 1
@@ -45,26 +66,35 @@ class GraphedSteps:
             step, count = step + size, count - size
         return update
 
-    def _capture(self, batches: TrainingBatches) -> bool:
-        """Capture the updates, compiled where that works; False, having said so, where not."""
-        trainer = self._trainer
-        for compiled in (True, False):
-            # One compilation, for one shape: a batch is always full.
-            compute = torch.compile(trainer.forward, dynamic=False) if compiled else trainer.forward
-            trainer.compute = compute
+    def _choose_way(self, batches: TrainingBatches) -> None:
+        """Capture the updates in the fastest way of those that work here, as measured here."""
+        for way in WAYS:
+            if not way.compiled and self.seconds:
+                break  # what is compiled works, and is faster
             try:
-                pool = None  # one working memory for both
-                for size in (1, STEPS_PER_REPLAY):
-                    steps = CapturedSteps(trainer, batches, self._rates, size, pool)
-                    self._captured[size], pool = steps, steps.pool
-                return True
+                self._use(way)
+                self.seconds[way] = CapturedSteps(self._trainer, batches, self._rates, 1).seconds()
             except Exception as error:  # whatever a compiler or a driver finds wrong
-                self._captured.clear()
-                what = "compiled" if compiled else "captured"
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                notice(f"the training step could not be {what} ({reason}), so it is slower")
-        self.failed = True
-        return False
+                notice(
+                    f"the training step cannot be captured {way} ({reason}), so it may be slower"
+                )
+        self.failed = not self.seconds
+        if self.failed:
+            self._use(Way(False, False))
+            return
+        self._use(min(self.seconds, key=lambda way: self.seconds[way]))
+        pool = None  # one working memory for both
+        for size in (1, STEPS_PER_REPLAY):
+            steps = CapturedSteps(self._trainer, batches, self._rates, size, pool)
+            self._captured[size], pool = steps, steps.pool
+
+    def _use(self, way: Way) -> None:
+        trainer = self._trainer
+        trainer.model.triton = way.triton
+        # One compilation, for one shape: a batch is always full.
+        forward = trainer.forward
+        trainer.compute = torch.compile(forward, dynamic=False) if way.compiled else forward
 
 
 class CapturedSteps:
@@ -95,7 +125,7 @@ class CapturedSteps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._update: Update
         if device.type == "cuda":
-            self._graph = self._captured()
+            self._graph = self._capture()
 
     def replay(self, step: int) -> Update:
         """Make the updates from number `step` on; returns the last one."""
@@ -117,21 +147,42 @@ class CapturedSteps:
             update = self._trainer.update(self._batches.assemble(indices_B, positions_B))
         return update
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """Capture `_run`, after warm-ups whose changes to weights and optimiser are undone."""
-        changed = self._trainer.changing_tensors()
-        saved = [tensor.clone() for tensor in changed]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
+    def seconds(self, replays: int = 20) -> float:
+        """How long one replay takes; the weights and the optimiser stay as they are."""
+        assert self._graph is not None
+        with unchanged(self._trainer):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._graph.replay()
+            start.record()
+            for _ in range(replays):
+                self._graph.replay()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3 / replays
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            self._update = self._run()
+        with unchanged(self._trainer):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self.pool):
+                self._update = self._run()
         self.pool = graph.pool()
+        return graph
+
+
+@contextmanager
+def unchanged(trainer: Trainer) -> Iterator[None]:
+    """Undo what updates do to the weights and the optimiser meanwhile."""
+    changed = trainer.changing_tensors()
+    saved = [tensor.clone() for tensor in changed]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for tensor, value in zip(changed, saved):
                 tensor.copy_(value)
-        return graph
