@@ -69,7 +69,7 @@ class GraphedSteps:
     def _choose_way(self, batches: TrainingBatches) -> None:
         """Capture the updates in the fastest way of those that work here, as measured here."""
         for way in WAYS:
-            if not way.compiled and self.seconds:
+            if not way.compiled and any(known.compiled for known in self.seconds):
                 break  # what is compiled works, and is faster
             try:
                 self._use(way)
