@@ -108,6 +108,23 @@ def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
     assert resolve_precision("auto", CPU) == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("said", "threads"),
+    [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 4), ("900000 100000", 4), (None, 4)],
+)
+def test_threads_are_no_more_than_a_container_may_use(tmp_path, said, threads):
+    group = tmp_path / "cpu.max"
+    if said is not None:
+        group.write_text(said + "\n")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        training_step.heed_cpu_quota(group)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.gpu
 def test_the_gpu_is_used_and_computes_the_same():
     assert resolve_device("auto").type == "cuda"

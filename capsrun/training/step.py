@@ -30,7 +30,23 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             "device=cuda, but PyTorch finds no CUDA GPU here; use device=cpu or device=auto"
         )
+    if name == "cpu":
+        heed_cpu_quota()
     return torch.device(name)
+
+
+def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """Use no more threads than a container may run at once, where it is limited by a quota.
+
+    PyTorch counts the cores that the process may use, but knows nothing of quotas: threads beyond
+    them would wait for each other.
+    """
+    try:
+        quota, period = group.read_text().split()
+        cores = int(quota) / int(period)
+    except (OSError, ValueError):  # no quota ("max"), or not a Linux with control groups
+        return
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, round(cores))))
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
