@@ -65,11 +65,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "batch_size": config.recipe.batch_size,
         "step_gflop": flop / 1e9,
         "matrix_gflops": gflops,
-        "copy_gb_per_second": copied_bytes / others["copy"].median_seconds / 1e9,
         "steps": {},
         "others": {name: timing(task, config) for name, task in others.items()},
         "notes": list(errors.notices),
     }
+    gb_per_second = copied_bytes / others["copy"].median_seconds / 1e9
+    result["others"]["copy"]["gb_per_second"] = gb_per_second
     for name in variants:
         result["steps"][name] = timing(steps[name], config) | {
             "times_textbook": ratio(steps[variants[0]], steps[name]),
@@ -128,7 +129,8 @@ def print_table(result: dict[str, Any]) -> None:
     """Print the steps, then the rest, with their spreads."""
     rates = ", ".join(f"{rate:,.0f} GFLOP/s {p}" for p, rate in result["matrix_gflops"].items())
     print(f"\nthis machine: {rates} in large matrix products; ", end="")
-    print(f"copies {result['copy_gb_per_second']:.0f} GB/s")
+    copying = quoted(result["others"]["copy"], "gb_per_second", ".0f")
+    print(f"copies {copying} GB/s")
     print(f"a step of {result['batch_size']} images: {result['step_gflop']:.0f} GFLOP\n")
     heads = ("ms", "± %", "images/s", "× textbook", "% of matrix rate", "memory GB")
     print(f"{'training step':<24}" + "".join(f"{head:>17}" for head in heads))
