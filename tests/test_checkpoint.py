@@ -38,6 +38,16 @@ def test_what_is_saved_comes_back(saved):
     assert (trained.step, trained.train_seconds, trained.finished) == (5, 1.5, True)
 
 
+def test_a_checkpoint_from_before_there_was_a_fast_way_can_be_used(tmp_path):
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    stored = dataclasses.asdict(config)
+    del stored["compile"]
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, stored, 5, model=model.state_dict(), **REST)
+    assert load_model(path).config == config
+
+
 def test_names_of_the_weights_are_fixed(saved):
     """Other programs and later versions read them."""
     assert list(saved[1].state_dict()) == [

@@ -1,34 +1,34 @@
 """The fast ways of computing give the numbers of the plain ones."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, train_config
+from conftest import MNIST_DIR, TINY, needs_compiler, train_config
 from torch.nn import functional as F
 
-from capsrun import errors
+from capsrun import errors, models
 from capsrun.commands.train import train
 from capsrun.data import load_dataset
 from capsrun.data.batches import TrainingBatches
 from capsrun.models import build_model, routing_cpu
+from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import capsule_votes, route
 from capsrun.models.routing_cpu import load_kernels, route_fused
 from capsrun.models.strided_conv import relu_strided_conv2d
 from capsrun.training import graph
 from capsrun.training.graph import CapturedSteps, Way
-from capsrun.training.step import Trainer, adam_rate
+from capsrun.training.step import CORRECTED, Trainer, adam_rate
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(
-    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
-    reason="no C++ compiler here",
-)
 
 
 def relative_error(ours, theirs):
@@ -174,11 +174,90 @@ def test_fused_routing_leaves_double_precision_alone():
     assert route_fused(inputs.double(), weights.double(), bias.double(), 3, False) is None
 
 
-def test_fused_routing_leaves_very_many_outputs_alone(capsys, monkeypatch):
+@pytest.mark.parametrize(("dimensions", "outputs"), [(2, 300), (900, 20), (1025, 1)])
+def test_fused_routing_leaves_large_capsules_alone(capsys, monkeypatch, dimensions, outputs):
     monkeypatch.setattr(errors, "notices", [])
+    inputs, weights = torch.ones(1, 1, dimensions), torch.ones(1, dimensions, outputs, 10)
     for _ in range(2):
-        assert route_fused(torch.ones(1, 1, 2), torch.ones(1, 2, 300, 10), None, 3, False) is None
-    assert capsys.readouterr().err.count("routing to 300 capsules of 10 dimensions") == 1
+        assert route_fused(inputs, weights, None, 3, False) is None
+    said = f"routing from {dimensions} dimensions to {outputs} capsules of 10 is too large"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(2, 2, 6, 2, 1024), (2, 2, 64, 128, 16), (2, 2, 1024, 8, 16)])
+def test_the_largest_capsules_of_fused_routing(shape):
+    *tensors, seed = routing_inputs(*shape, True)
+    tensors[1] /= shape[2] ** 0.5
+    values = [
+        with_gradients(function, *tensors, seed)
+        for function in (
+            lambda u, w, b: route_fused(u, w, b, 2, False),
+            lambda u, w, b: route(capsule_votes(u, w), b, 2),
+        )
+    ]
+    assert all(relative_error(a, b) < 1e-4 for a, b in zip(*values))
+
+
+@needs_compiler
+def test_testing_keeps_nothing_for_a_backward_pass(monkeypatch):
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    model.fast = True
+    kept = []
+    monkeypatch.setattr(
+        routing_cpu._Route, "apply", lambda *args: kept.append(args[-1]) or torch.zeros(1)
+    )
+    poses = torch.ones(1, model.primary_capsules, 8)
+    with torch.inference_mode():
+        model.route_poses(poses)
+    with torch.no_grad():
+        model.route_poses(poses)
+    model.route_poses(poses)
+    assert kept == [False, False, True]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+@pytest.mark.parametrize("sizes", [(8, 10, 16), (3, 7, 5), (1, 2, 1), (8, 1, 1)])
+def test_triton_kernels_compile_for_a_gpu(sizes):
+    """For an H100, which need not be there: what the interpreter takes, a compiler may not."""
+    from capsrun.models import routing_gpu
+
+    compiler = pytest.importorskip("triton.compiler")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    launch = routing_gpu._launch(torch.empty(1, *sizes))
+    options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+    given = {
+        routing_gpu._forward_pass: {"FIRST": False, "SECOND": False, "LEAKY": True, "STEP": 32},
+        routing_gpu._backward_pass: {"LAST": False, "STEP": 32},
+        routing_gpu._input_gradients: {"SHARES": 11, "R": 3},
+    }
+    for kernel, more in given.items():
+        constants = launch | more
+        signature = {
+            name: "constexpr" if name in constants else "*fp32" if name.endswith("_ptr") else "i32"
+            for name in kernel.arg_names
+        }
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
+        assert "ptx" in compiler.compile(source, target=target, options=options).asm
+
+
+def test_a_network_uses_triton_where_it_is_told_to(monkeypatch):
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    gpu = torch.device("cuda")
+    routing_gpu = types.SimpleNamespace(route_fused=lambda: "triton")
+    monkeypatch.setattr(models, "routing_gpu", routing_gpu, raising=False)
+    monkeypatch.setitem(sys.modules, "capsrun.models.routing_gpu", routing_gpu)
+    assert model._fused_routing(gpu) is None
+    model.fast = True
+    assert model._fused_routing(gpu) is None
+    assert model._fused_routing(CPU) is routing_cpu.route_fused
+    model.triton = True
+    assert model._fused_routing(gpu) is routing_gpu.route_fused
+    model.routing.detach = True
+    assert model._fused_routing(gpu) is model._fused_routing(CPU) is None
 
 
 @pytest.fixture
@@ -208,6 +287,18 @@ def test_kernels_are_built_once(fresh_kernels, monkeypatch):
     assert built.stat().st_mtime_ns == written
 
 
+@needs_compiler
+def test_where_the_cache_cannot_be_written_kernels_are_built_all_the_same(
+    fresh_kernels, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nope")
+    monkeypatch.setenv("TMPDIR", str(fresh_kernels))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert load_kernels(2, 3, 4) is not None
+    assert len(list(fresh_kernels.glob("capsrun-*/routing-*.so"))) == 1
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("compiler", "said"),
     [
@@ -227,6 +318,7 @@ def test_without_a_working_compiler_training_goes_the_plain_way(
     result = train(train_config(*TINY), fresh_kernels / "run")
     assert result["steps"] == 12
     assert capsys.readouterr().err.count(said) == 1
+    assert any(said in note for note in result["notes"])
 
 
 def test_compile_false_needs_no_compiler(fresh_kernels, monkeypatch, capsys):
@@ -309,9 +401,19 @@ def test_a_fast_run_can_go_on_without_compiling(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         StopAfter(patch, 5)
         with pytest.raises(Stopped):
-            train(train_config(*TINY, "name=run"), tmp_path)
-    result = train(train_config(*TINY, "name=run", "compile=false"), tmp_path)
+            train(train_config(*TINY, "name=run"), tmp_path / "resumed")
+    result = train(train_config(*TINY, "name=run", "compile=false"), tmp_path / "resumed")
+    straight = train(train_config(*TINY, "name=run"), tmp_path / "straight")
     assert result["steps"] == 12
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("resumed", "straight")
+    )
+    for key, tolerance in (("loss/total", 0.02), ("loss/margin", 0.05)):
+        values = [[line[key] for line in lines if key in line] for lines in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance)
+        assert len(values[0]) == 6
+    assert result["errors"] == pytest.approx(straight["errors"], abs=30)
 
 
 def test_steps_from_buffers_are_the_steps():
@@ -332,6 +434,24 @@ def test_steps_from_buffers_are_the_steps():
     torch.testing.assert_close(torch.tensor(seen), losses[[4, 9, 10, 11]], rtol=1e-6, atol=0)
     for ours, theirs in zip(model.parameters(), reference.model.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
+def test_three_epochs_err_the_same_over_three_seeds(tmp_path):
+    """A network of an eighth of the size, a quarter of an hour."""
+    small = ["dataset=mnist", f"dataset.data_dir={MNIST_DIR}", "recipe.epochs=3"]
+    small += ["model.conv1_channels=64", "model.primary_types=8"]
+    wrong: dict[bool, list[int]] = {True: [], False: []}
+    for fast, counts in wrong.items():
+        for seed in range(3):
+            config = train_config(*small, f"compile={fast}", f"seed={seed}")
+            counts.append(train(config, tmp_path / f"{fast}-{seed}")["errors"])
+    means = [sum(values) / 3 for values in wrong.values()]
+    # The standard error of a mean of three counts around 85 is 5; of the difference of two, 7.5.
+    assert abs(means[0] - means[1]) < 3 * 7.5
+    assert max(means) < 150
 
 
 class FakeSteps:
@@ -374,10 +494,34 @@ def test_a_gpu_takes_the_fastest_way_that_works(monkeypatch, capsys, took, chose
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
     steps = graph.GraphedSteps(trainer, torch.zeros(12))
+    monkeypatch.setattr(steps, "_outcome", lambda way, batches: steps._use(way) or torch.ones(1))
     steps._choose_way(None)
     assert not steps.failed
     assert {size: s.way for size, s in steps._captured.items()} == {1: chosen, 10: chosen}
     assert capsys.readouterr().err.count("(no compiler)") == said
+
+
+def test_a_way_that_computes_something_else_is_not_taken(monkeypatch, capsys):
+    """Even if it is the fastest: here Triton routing gives a tenth more."""
+    monkeypatch.setattr(errors, "notices", [])
+    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
+    monkeypatch.setattr(FakeSteps, "took", {w: 2.0 - w.triton for w in graph.WAYS}, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda batch: function(batch))
+    original = CapsNet.route_poses
+
+    def wrong_with_triton(self, poses, history=None):
+        return original(self, poses, history) * (1.1 if self.triton else 1.0)
+
+    monkeypatch.setattr(CapsNet, "route_poses", wrong_with_triton)
+    config = train_config(*TINY)
+    digits = load_dataset(config.dataset, CPU).train
+    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
+    steps = graph.GraphedSteps(trainer, torch.zeros(12))
+    steps._choose_way(batches)
+    assert list(steps.seconds) == [Way(True, False)]
+    assert "compiled, Triton routing (" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, capsys):
@@ -453,6 +597,10 @@ def test_the_optimisers_state_is_taken_over():
     other, _ = trained(config, 1, False)
     settings = dict(other.optimizer.param_groups[0])
     other.load_optimizer(state)
+    for moments in state["state"].values():
+        moments["step"] = torch.tensor(3.0)  # as an older capsrun counted them
+    other.load_optimizer(state)
+    assert all(s["step"] == CORRECTED for s in other.optimizer.state.values())
     for key in ("capturable", "lr", "fused", "eps", "betas"):
         assert other.optimizer.param_groups[0][key] == settings[key]
     moments = [s["exp_avg"] for s in other.optimizer.state.values()]

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, train_config
+from conftest import GOLDEN, needs_compiler, train_config
 
 from capsrun.data.batches import Batch
 from capsrun.interop import load_authors_weights, to_authors_arrays
 from capsrun.models import build_model
+from capsrun.models.routing_cpu import load_kernels
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import count_correct
 from capsrun.training.step import Trainer, to_device
@@ -95,7 +96,11 @@ def assert_close(ours, theirs, tolerance: float, what: str) -> None:
 CPU = torch.device("cpu")
 WAYS = pytest.mark.parametrize(
     ("dtype", "fast"),
-    [(torch.float64, False), (torch.float32, False), (torch.float32, True)],
+    [
+        (torch.float64, False),
+        (torch.float32, False),
+        pytest.param(torch.float32, True, marks=needs_compiler),
+    ],
     ids=["float64", "float32", "float32-fast"],
 )
 
@@ -106,6 +111,8 @@ def test_forward_and_gradients(name, dtype, fast):
     case = Case(name, dtype)
     golden, batch, model = case.golden, case.batch(0), case.model
     to_device(model, CPU, fast)
+    if fast:
+        assert load_kernels(*model.digitcaps_weight.shape[1:]) is not None
     poses = model.primary_poses(batch.images_BCHW)
     votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps_weight)
     output = model(batch.images_BCHW, batch.labels_BT)

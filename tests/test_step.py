@@ -110,7 +110,7 @@ def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     ("said", "threads"),
-    [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 4), ("900000 100000", 4), (None, 4)],
+    [("250000 100000", 2), ("20000 100000", 1), ("max 100000", 4), ("900000 100000", 4), (None, 4)],
 )
 def test_threads_are_no_more_than_a_container_may_use(tmp_path, said, threads):
     group = tmp_path / "cpu.max"

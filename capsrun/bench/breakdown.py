@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -53,6 +54,8 @@ def breakdown_ms(advance: Callable[[int], None], steps: int, device: torch.devic
     parts: dict[str, float] = defaultdict(float)
     operations: dict[str, float] = defaultdict(float)
     for event in recorded.events():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, which the operation that launched it counts as its own
         on_gpu = device.type == "cuda"
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         parts[part_of(event)] += spent / 1e3 / steps

@@ -23,6 +23,7 @@ from capsrun.training.step import Trainer, resolve_device, to_device
 Run = Callable[[int], None]
 
 TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000
+STEPS = 200_000  # of a run that is timed in its first half, again and again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -49,7 +50,7 @@ def random_split(config: BenchConfig, count: int, device: torch.device) -> Split
 def training_steps(config: BenchConfig, device: torch.device, name: str, capture: bool) -> Run:
     """Training steps of a variant, batches included.
 
-    capture: whether a fast variant may replay graphs on a GPU, as training does.
+    capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
     """
     kind, precision = name.split()
     split = random_split(config, TRAINING_IMAGES, device)
@@ -58,13 +59,13 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
         return textbook_steps(make_model(config, device, False), split, size, shift_px, device)
     model = build_model(config.model, config.routing, config.dataset)
     fast = kind == "fast" and (capture or device.type == "cpu")
-    trainer = Trainer(model, config.loss, config.recipe, 200_000, device, precision, fast)
+    trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     batches = TrainingBatches(split.images_NCHW, split.labels_N, 0, size, shift_px)
     made = 0
 
     def advance(count: int) -> None:
         nonlocal made
-        trainer.advance(batches, made, count)
+        trainer.advance(batches, made % (STEPS // 2), count)
         made += count
 
     return advance
@@ -109,8 +110,12 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Run, int]:
     result = torch.empty_like(left)
 
     def run(count: int) -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        # The convolutions, which are nearly all of a step, may use TF32 on a GPU.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
         for _ in range(count):
             torch.mm(left, right, out=result)
+        torch.backends.cuda.matmul.allow_tf32 = before
 
     return run, 2 * size**3
 

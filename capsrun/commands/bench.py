@@ -1,8 +1,11 @@
 """`capsrun bench`: how fast training is here, beside a textbook and beside what the machine can."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from capsrun import errors
 from capsrun.bench import tasks
@@ -23,13 +26,15 @@ TESTING_ROUNDS = 5  # on a CPU each takes seconds, and a step's spread is what m
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Time training steps and what they consist of; returns what `bench.json` holds.
 
-    Raises Noisy, and draws no chart, when the turns of a kind of step differed by more than
-    `config.spread_percent`; `bench.json` then says so of each figure that is not to be quoted.
+    Raises Noisy, and draws no chart, when the turns of a kind of step, or of the matrix products
+    that it is compared with, differed by more than `config.spread_percent`; `bench.json` says so of
+    each figure that is not to be quoted.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")
     record.make_folder(out_dir)
+    load_before = os.getloadavg()[0]
     variants = tasks.variant_names(precision)
     print(f"{config.rounds} turns each on {record.describe_device(device)}: {', '.join(variants)}")
 
@@ -41,10 +46,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     copying, copied_bytes = tasks.large_copy(device)
     others = {f"matrix product {name}": Task(run) for name, (run, _) in products.items()}
     others["copy"] = Task(copying)
-    for kind in ("plain", "fast"):
-        others[f"routing {kind}"] = Task(tasks.routing_alone(config, device, kind == "fast"))
-    if device.type == "cuda":
-        others["routing triton"] = Task(tasks.routing_alone(config, device, True, triton=True))
+    others |= routing_tasks(config, device)
     everything = steps | others
     first_seconds = {n: warm_up(t, config.turn_seconds, device) for n, t in everything.items()}
     time_in_turns(everything, config.rounds, device, bar)
@@ -64,11 +66,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "batch_size": config.recipe.batch_size,
         "step_gflop": flop / 1e9,
+        "load_before": load_before,
         "matrix_gflops": gflops,
         "steps": {},
         "others": {name: timing(task, config) for name, task in others.items()},
         "notes": list(errors.notices),
     }
+    for name, rate in gflops.items():
+        result["others"][f"matrix product {name}"]["gflops"] = rate
     gb_per_second = copied_bytes / others["copy"].median_seconds / 1e9
     result["others"]["copy"]["gb_per_second"] = gb_per_second
     for name in variants:
@@ -82,10 +87,26 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "memory_gb": tasks.memory_alone(config, name) if config.memory else None,
         }
     if config.profile:
-        uncaptured = tasks.training_steps(config, device, variants[-1], capture=False)
-        result["profile"] = breakdown_ms(uncaptured, PROFILED_STEPS, device)
+        # The kernels of a captured graph belong to no operation, so on a GPU it is the plain step.
+        name = variants[-1] if device.type == "cpu" else f"plain {precision}"
+        profiled = tasks.training_steps(config, device, name, capture=False)
+        result["profile"] = {"of": name} | breakdown_ms(profiled, PROFILED_STEPS, device)
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
+
+
+def routing_tasks(config: BenchConfig, device: torch.device) -> dict[str, Task]:
+    """Votes and routing alone, in each of the ways that work here."""
+    kinds = {"plain": (False, False), "fast": (True, False)}
+    if device.type == "cuda":
+        kinds["triton"] = (True, True)
+    found = {}
+    for kind, (fast, triton) in kinds.items():
+        try:
+            found[f"routing {kind}"] = Task(tasks.routing_alone(config, device, fast, triton))
+        except Exception as error:  # whatever a compiler or a driver finds wrong
+            errors.notice(f"routing {kind} does not work here: {str(error).splitlines()[0]}")
+    return found
 
 
 def timing(task: Task, config: BenchConfig) -> dict[str, Any]:
@@ -101,60 +122,81 @@ def timing(task: Task, config: BenchConfig) -> dict[str, Any]:
 
 def finish(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """Show and write the figures. Raises Noisy for those that cannot be trusted."""
-    noisy = [name for name, row in result["steps"].items() if row["noisy"]]
+    decisive = result["steps"] | {
+        name: row for name, row in result["others"].items() if name.startswith("matrix product")
+    }
+    noisy = [name for name, row in decisive.items() if row["noisy"]]
+    result["refused"] = noisy
     print_table(result)
     if "profile" in result:
         print_profile(result)
     record.write_json(out_dir / "bench.json", result)
     if noisy:
         (out_dir / "bench.png").unlink(missing_ok=True)
+        limit = result["config"]["spread_percent"]
         raise Noisy(
-            f"too noisy to be quoted: {', '.join(noisy)} (turns differ by more than "
-            f"{result['config']['spread_percent']:g} %); stop other programs and run it again, or "
-            "with more rounds=… or a longer turn_seconds=…"
+            f"too noisy to be quoted: {', '.join(noisy)} (the middle half of the turns spans more "
+            f"than {limit:g} %); stop other programs and run it again, or with a longer "
+            f"turn_seconds=…; all turns are in {out_dir / 'bench.json'}, and no chart is drawn"
         )
     figures.save(figures.step_times(result), out_dir / "bench.png")
     print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
     return result
 
 
-def quoted(row: dict[str, Any], key: str, form: str) -> str:
-    """A figure of a row as text; `noisy` where it is not to be quoted, `–` where there is none."""
-    if row["noisy"] and key != "spread_percent":
-        return "noisy"
-    return "–" if row[key] is None else format(row[key], form)
+# Columns: heading, key of a row, form.
+COLUMNS = (
+    ("ms", "median_ms", ",.2f"),
+    ("spread %", "spread_percent", ".1f"),
+    ("images/s", "images_per_second", ",.0f"),
+    ("× textbook", "times_textbook", ".1f"),
+    ("% of matrix", "percent_of_matrix_rate", ".2g"),
+    ("memory GB", "memory_gb", ".2f"),
+)
+
+
+def quoted(result: dict[str, Any], name: str, key: str, form: str) -> str:
+    """A figure as text; `noisy` where it, or what it is compared with, is not to be quoted."""
+    row = (result["steps"] | result["others"])[name]
+    if row.get(key) is None:
+        return "–"
+    noisy = row["noisy"] and key not in ("spread_percent", "memory_gb")
+    if key == "times_textbook":
+        noisy = noisy or next(iter(result["steps"].values()))["noisy"]
+    if key == "percent_of_matrix_rate":
+        noisy = noisy or result["others"][f"matrix product {name.split()[1]}"]["noisy"]
+    return "noisy" if noisy else format(row[key], form)
 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the steps, then the rest, with their spreads."""
-    rates = ", ".join(f"{rate:,.0f} GFLOP/s {p}" for p, rate in result["matrix_gflops"].items())
-    print(f"\nthis machine: {rates} in large matrix products; ", end="")
-    copying = quoted(result["others"]["copy"], "gb_per_second", ".0f")
-    print(f"copies {copying} GB/s")
-    print(f"a step of {result['batch_size']} images: {result['step_gflop']:.0f} GFLOP\n")
-    heads = ("ms", "± %", "images/s", "× textbook", "% of matrix rate", "memory GB")
-    print(f"{'training step':<24}" + "".join(f"{head:>17}" for head in heads))
-    keys = (
-        ("median_ms", ",.2f"),
-        ("spread_percent", ".1f"),
-        ("images_per_second", ",.0f"),
-        ("times_textbook", ".1f"),
-        ("percent_of_matrix_rate", ".0f"),
-        ("memory_gb", ".2f"),
+    rates = [
+        f"{quoted(result, f'matrix product {p}', 'gflops', ',.0f')} GFLOP/s {p}"
+        for p in result["matrix_gflops"]
+    ]
+    copies = quoted(result, "copy", "gb_per_second", ",.0f")
+    print(f"\nthis machine: {', '.join(rates)} in large matrix products; copies {copies} GB/s")
+    print(f"a step of {result['batch_size']} images: {result['step_gflop']:.3g} GFLOP\n")
+    print(f"{'training step':<24}" + "".join(f"{head:>13}" for head, _, _ in COLUMNS))
+    for name in result["steps"]:
+        cells = (quoted(result, name, key, form) for _, key, form in COLUMNS)
+        print(f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells))
+    print()
+    for name in result["others"]:
+        cells = (quoted(result, name, key, form) for _, key, form in COLUMNS[:2])
+        print(f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells))
+    print(
+        "\nms: median of the turns; spread: of their middle half; × textbook: median over rounds, "
+        f"each\nof which compares its own turns. testing: {tasks.TEST_IMAGES:,} images.\n"
     )
-    for name, row in result["steps"].items():
-        print(f"{name:<24}" + "".join(f"{quoted(row, key, form):>17}" for key, form in keys))
-    print()
-    for name, row in result["others"].items():
-        print(f"{name:<24}" + "".join(f"{quoted(row, key, form):>17}" for key, form in keys[:2]))
-    print()
 
 
 def print_profile(result: dict[str, Any]) -> None:
     """Print where the time of a step goes."""
     parts = result["profile"]["parts_ms"]
     total = sum(parts.values())
-    print(f"where the {total:,.1f} ms of a step go, profiled ({list(result['steps'])[-1]}):")
+    of = result["profile"]["of"]
+    print(f"where the {total:,.1f} ms of a step ({of}) go, watched, which slows it a little:")
     for part, milliseconds in parts.items():
         print(f"  {part:<32}{milliseconds:>10,.2f} ms{100 * milliseconds / total:>6.1f} %")
     print()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from capsrun import errors
 from capsrun.config import TrainConfig
 from capsrun.data import Dataset, load_dataset
 from capsrun.data.batches import TrainingBatches
@@ -32,7 +33,8 @@ from capsrun.training.step import (
 )
 
 NOT_FINITE = "not_finite.pt"
-# Images of the batch for which it is logged what routing did: they are routed once more for that.
+# Images of the batch for which it is logged what routing does: they are routed once more for that,
+# with the weights as they are after the update.
 ROUTING_LOGGED = 16
 
 
@@ -280,6 +282,7 @@ def finish(run: Run) -> dict[str, Any]:
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
+        "notes": list(errors.notices),
         "config": run.folder.config,
     }
     run.folder.write_result(result)

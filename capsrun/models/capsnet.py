@@ -162,8 +162,8 @@ class CapsNet(nn.Module):
     ) -> Tensor:
         """Input capsules u (B, I, K) to class capsules v (B, J, D), in float32; see `route`."""
         with torch.autocast(poses_BIK.device.type, enabled=False):
-            fused = self._fused_routing(poses_BIK.device)
-            if fused is not None and history is None and not self.routing.detach:
+            fused = None if history is not None else self._fused_routing(poses_BIK.device)
+            if fused is not None:
                 routed_BJD = fused(
                     poses_BIK,
                     self.digitcaps_weight,
@@ -177,6 +177,8 @@ class CapsNet(nn.Module):
 
     def _fused_routing(self, device: torch.device) -> Callable[..., Tensor | None] | None:
         """Votes and routing as one function, where there is one for the device."""
+        if self.routing.detach:
+            return None  # a gradient that only the plain functions can leave out
         if self.fast and device.type == "cpu":
             return routing_cpu.route_fused
         if self.fast and self.triton:

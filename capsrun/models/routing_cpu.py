@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +26,9 @@ from torch.autograd.function import once_differentiable
 from capsrun.errors import notice
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# A thread keeps a few vectors of J · D numbers for 16 images on its stack.
-LARGEST_OUTPUT = 2048
+# A thread has vectors of K and of J · D numbers for 16 images on its stack, and the K · J · D
+# weights of an input capsule: with these limits about a megabyte.
+LARGEST_INPUT, LARGEST_OUTPUT, LARGEST_WEIGHT = 1024, 2048, 2**17
 
 
 def route_fused(
@@ -42,16 +44,22 @@ def route_fused(
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None  # nothing that a user could mend: checks in double precision, say
     _, dimensions, outputs, output_dimensions = weights_IKJD.shape
-    if outputs * output_dimensions > LARGEST_OUTPUT:
+    output_size = outputs * output_dimensions
+    if (
+        dimensions > LARGEST_INPUT
+        or output_size > LARGEST_OUTPUT
+        or dimensions * output_size > LARGEST_WEIGHT
+    ):
         notice(
-            f"routing to {outputs} capsules of {output_dimensions} dimensions takes the slow way: "
-            f"the fast one ends at {LARGEST_OUTPUT} numbers an image"
+            f"routing from {dimensions} dimensions to {outputs} capsules of {output_dimensions} is "
+            "too large for the fast way, so it takes ten times longer"
         )
         return None
     kernels = load_kernels(dimensions, outputs, output_dimensions)
     if kernels is None:
         return None
-    return _Route.apply(inputs_BIK, weights_IKJD, bias_JD, iterations, leaky, kernels)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _Route.apply(inputs_BIK, weights_IKJD, bias_JD, iterations, leaky, kernels, keep)
 
 
 class _Route(torch.autograd.Function):
@@ -64,14 +72,16 @@ class _Route(torch.autograd.Function):
         iterations: int,
         leaky: bool,
         kernels: ctypes.CDLL,
+        keep: bool,
     ) -> Tensor:
+        """keep: keep what the backward pass needs; autograd does not tell while testing."""
         inputs_BIK, weights_IKJD = inputs_BIK.contiguous(), weights_IKJD.contiguous()
         bias_JD = None if bias_JD is None else bias_JD.contiguous()
         batch, count = inputs_BIK.shape[:2]
         outputs, dimensions = weights_IKJD.shape[2:]
         capsules_BJD = inputs_BIK.new_empty(batch, outputs, dimensions)
         sums_BRJD = couplings = None
-        if any(ctx.needs_input_grad):
+        if keep:
             lanes = kernels.lanes()
             groups = -(-batch // lanes)
             sums_BRJD = inputs_BIK.new_empty(batch, iterations, outputs, dimensions)
@@ -105,7 +115,7 @@ class _Route(torch.autograd.Function):
             *map(_address, (to_couplings, terms, to_inputs_BIK, to_weights_IKJD, to_sums_BRJD)),
         )
         to_bias_JD = to_sums_BRJD.sum((0, 1)) if ctx.needs_input_grad[2] else None
-        return to_inputs_BIK, to_weights_IKJD, to_bias_JD, None, None, None
+        return to_inputs_BIK, to_weights_IKJD, to_bias_JD, None, None, None, None
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -118,17 +128,25 @@ def load_kernels(dimensions: int, outputs: int, output_dimensions: int) -> ctype
 
     Says once why there are none.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        notice("no C++ compiler (g++ or clang++) here, so routing takes ten times longer")
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(
+        filter(None, [shutil.which("g++") or shutil.which("clang++")])
+    )
+    if not compiler:
+        notice(
+            "no C++ compiler (g++ or clang++) here, so routing takes ten times longer; install g++ "
+            "for the fast way"
+        )
         return None
     sizes = [f"-DK={dimensions}", f"-DJ={outputs}", f"-DD={output_dimensions}"]
     try:
         kernels = ctypes.CDLL(str(_build(compiler, sizes)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         reason = next(iter(said.strip().splitlines()), type(error).__name__)
-        notice(f"the fast routing could not be built ({reason}), so routing takes ten times longer")
+        notice(
+            f"the fast routing could not be built with {compiler[0]} ({reason}), so routing takes "
+            "ten times longer; install g++, or name another compiler in the variable CXX"
+        )
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernels.route_forward.argtypes = [pointer] * 3 + [number] * 5 + [pointer] * 3
@@ -137,21 +155,20 @@ def load_kernels(dimensions: int, outputs: int, output_dimensions: int) -> ctype
     return kernels
 
 
-def _build(compiler: str, sizes: list[str]) -> Path:
+def _build(compiler: list[str], sizes: list[str]) -> Path:
     """Compile the kernels into the cache folder, unless they are there; returns the library."""
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", *sizes]
     # Two OpenMP runtimes in one process would fight for the cores, so PyTorch's own is linked.
     openmp = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
-    version = _run(compiler, "--version")
-    key = "\n".join([SOURCE.read_text(), compiler, version, *flags, *openmp, _cpu()])
+    version = _run(*compiler, "--version")
+    key = "\n".join([SOURCE.read_text(), *compiler, version, *flags, *openmp, _cpu()])
     library = _cache_dir() / f"routing-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             # Built aside and renamed: another process never loads half a library.
             compiled, linked = Path(folder) / "routing.o", Path(folder) / "routing.so"
-            _run(compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
-            _run(compiler, "-shared", str(compiled), "-o", str(linked), *(openmp or ["-fopenmp"]))
+            _run(*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
+            _run(*compiler, "-shared", str(compiled), "-o", str(linked), *(openmp or ["-fopenmp"]))
             linked.replace(library)
     return library
 
@@ -161,7 +178,14 @@ def _run(*command: str) -> str:
 
 
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsrun"
+    """The user's cache folder, or where it cannot be written one for this process alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsrun"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="capsrun-"))
 
 
 def _cpu() -> str:

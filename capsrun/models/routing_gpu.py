@@ -189,14 +189,16 @@ def _input_gradients(
 def _launch(weights_IKJD: Tensor) -> dict[str, int]:
     """Sizes and launch settings of every kernel: with these none spills its registers (sm_90)."""
     dimensions, outputs, output_dimensions = weights_IKJD.shape[1:]
+    rounded_outputs = triton.next_power_of_2(outputs)
     return {
         "BB": IMAGES_AT_ONCE,
         "K": dimensions,
         "J": outputs,
         "D": output_dimensions,
         "KP": max(16, triton.next_power_of_2(dimensions)),
-        "JP": triton.next_power_of_2(outputs),
-        "DP": triton.next_power_of_2(output_dimensions),
+        "JP": rounded_outputs,
+        # A matrix product in Triton sums over 16 numbers at least.
+        "DP": max(triton.next_power_of_2(output_dimensions), 16 // rounded_outputs),
         "num_warps": 8,
         "num_stages": 1,
     }

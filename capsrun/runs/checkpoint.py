@@ -95,7 +95,8 @@ def load_model(path: Path) -> Trained:
     """
     checkpoint = load_checkpoint(path)
     try:
-        config = from_dict(TrainConfig, checkpoint["config"])
+        # The first checkpoints do not have this setting, which says nothing of a model.
+        config = from_dict(TrainConfig, {"compile": True, **checkpoint["config"]})
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error

@@ -124,7 +124,7 @@ def step_times(result: Mapping[str, Any]) -> Figure:
     the rate of a large matrix product.
     """
     rows = result["steps"].values()
-    figure = new_figure(8, 0.9 + 0.45 * len(rows))
+    figure = new_figure(8, 1.3 + 0.4 * len(rows))
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         milliseconds = row["median_ms"]
@@ -143,9 +143,13 @@ def step_times(result: Mapping[str, Any]) -> Figure:
     axes.tick_params(axis="x", labelsize=FONT_SIZE)
     axes.set_xlim(0, 1.2 * max(row["median_ms"] for row in rows))
     axes.set_xlabel(f"ms for a training step of {result['batch_size']} images", fontsize=FONT_SIZE)
-    axes.set_title(f"{result['device']}, {result['date']}", fontsize=FONT_SIZE)
-    axes.legend(fontsize=FONT_SIZE, loc="lower right", frameon=False)
+    title = (
+        f"{result['device']}, torch {result['versions']['torch']}, {result['date']}\n"
+        f"{result['step_gflop']:.3g} GFLOP a step, {result['dataset']}; × the speed of the textbook"
+    )
+    axes.set_title(title, fontsize=FONT_SIZE)
+    figure.legend(fontsize=FONT_SIZE, loc="lower center", ncols=2, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure

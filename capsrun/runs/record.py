@@ -182,7 +182,7 @@ def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> 
 def memory_gb(device: torch.device) -> float:
     """Most memory held so far, in 10⁹ bytes: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9  # with what graphs hold
     try:
         # Not getrusage: a process inherits that of the one that started it.
         status = Path("/proc/self/status").read_text()

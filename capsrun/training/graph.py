@@ -5,6 +5,7 @@ Shapes: B batch, S steps of one graph.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,11 +69,14 @@ class GraphedSteps:
 
     def _choose_way(self, batches: TrainingBatches) -> None:
         """Capture the updates in the fastest way of those that work here, as measured here."""
+        reference = self._outcome(Way(False, False), batches)
         for way in WAYS:
             if not way.compiled and any(known.compiled for known in self.seconds):
                 break  # what is compiled works, and is faster
             try:
-                self._use(way)
+                # A way that computes something else is none, however fast it may be.
+                outcome = self._outcome(way, batches)
+                torch.testing.assert_close(outcome, reference, rtol=0.05, atol=1e-6)
                 self.seconds[way] = CapturedSteps(self._trainer, batches, self._rates, 1).seconds()
             except Exception as error:  # whatever a compiler or a driver finds wrong
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -88,6 +92,13 @@ class GraphedSteps:
         for size in (1, STEPS_PER_REPLAY):
             steps = CapturedSteps(self._trainer, batches, self._rates, size, pool)
             self._captured[size], pool = steps, steps.pool
+
+    def _outcome(self, way: Way, batches: TrainingBatches) -> Tensor:
+        """The loss of a batch, and the length of the gradient of each weight, in some way."""
+        self._use(way)
+        losses = self._trainer.compute(batches.batch(0))[1]
+        gradients = torch.autograd.grad(losses.total, list(self._trainer.model.parameters()))
+        return torch.stack([losses.total.detach(), *(grad.norm() for grad in gradients)])
 
     def _use(self, way: Way) -> None:
         trainer = self._trainer
@@ -165,7 +176,9 @@ class CapturedSteps:
         with unchanged(self._trainer):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # Adam finds it strange that it is told of graphs, but not captured yet.
+                warnings.filterwarnings("ignore", message=".*capturable")
                 for _ in range(WARM_UPS):
                     self._run()
             torch.cuda.current_stream().wait_stream(stream)

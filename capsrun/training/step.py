@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.batches import Batch, TrainingBatches
@@ -46,7 +46,7 @@ def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
         cores = int(quota) / int(period)
     except (OSError, ValueError):  # no quota ("max"), or not a Linux with control groups
         return
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, round(cores))))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, math.floor(cores))))
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -74,7 +74,11 @@ def to_device(model: CapsNet, device: torch.device, fast: bool) -> CapsNet:
     GPUs compute natively.
     """
     model.fast = fast
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # only these: the capsules' weights have four axes too
+            module.to(memory_format=torch.channels_last)
+    return model
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -161,7 +165,7 @@ class Trainer:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             eps=recipe.adam_epsilon,
             fused=True,
-            capturable=on_gpu,
+            capturable=on_gpu and fast,
         )
         self._reset_optimizer()
         self.compute: Callable[[Batch], tuple[CapsNetOutput, Losses]] = self.forward
@@ -198,10 +202,17 @@ class Trainer:
             group["lr"] = float(rate)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Go on with the optimiser's state of a checkpoint, of a run on any device."""
+        """Go on with the optimiser's state of a checkpoint, of a run on any device.
+
+        Steps that an older capsrun counted, which told TensorFlow's form to Adam by its ε, become
+        `CORRECTED`.
+        """
         settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         self.optimizer.load_state_dict(state)
         self.optimizer.param_groups[0].update(settings)
+        if self.recipe.adam_form == "tensorflow":
+            for moments in self.optimizer.state.values():
+                moments["step"].fill_(CORRECTED)
 
     def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
         """Make `count` updates from number `step` (from 0) on; returns the last one.
