@@ -130,6 +130,8 @@ def test_triton_routing_is_routing():
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checked") == len(ODD_SHAPES)
 
@@ -528,6 +530,7 @@ def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, ca
     monkeypatch.setattr(errors, "notices", [])
     monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
     monkeypatch.setattr(FakeSteps, "took", dict.fromkeys(graph.WAYS, BROKEN), raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda batch: function(batch))
     config = train_config(*TINY)
     digits = load_dataset(config.dataset, CPU).train
     batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
