@@ -150,7 +150,7 @@ COLUMNS = (
     ("spread %", "spread_percent", ".1f"),
     ("images/s", "images_per_second", ",.0f"),
     ("× textbook", "times_textbook", ".1f"),
-    ("% of matrix", "percent_of_matrix_rate", ".2g"),
+    ("% of matrix", "percent_of_matrix_rate", ".3g"),
     ("memory GB", "memory_gb", ".2f"),
 )
 
