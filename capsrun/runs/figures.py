@@ -120,8 +120,8 @@ def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: st
 def step_times(result: Mapping[str, Any]) -> Figure:
     """Bars of how long each kind of training step takes, from what `capsrun bench` found.
 
-    The rest of each bar beyond the dark part is what the step takes longer than its arithmetic at
-    the rate of a large matrix product.
+    The dark part of a bar is how long its arithmetic would take at the rate of a large matrix
+    product; the light part is what the step takes beyond that.
     """
     rows = result["steps"].values()
     figure = new_figure(8, 1.3 + 0.4 * len(rows))
