@@ -312,9 +312,9 @@ def run_name(config: Any, overrides: Iterable[str]) -> str:
 
 def checkpoint_of(config: Any) -> Path:
     """The checkpoint file that eval and perturb are to use; see `find_checkpoint`."""
-    from capsrun.runs.checkpoint import find_checkpoint
+    from capsrun.runs.checkpoint import find_checkpoint, train_command
 
-    train = f"capsrun train dataset={config.dataset.trained_on}"
+    train = train_command(config.dataset)
     if config.seed:
         train += f" seed={config.seed}"
     return find_checkpoint(config.checkpoint, train)

@@ -54,18 +54,41 @@ class DatasetConfig:
     validation: int = setting(minimum=0)
     """How many training images are held out for choosing between models; 0 trains on all."""
     split_seed: int = setting(minimum=0, maximum=2**63 - 1)
-    """Decides which images are held out (and, for mnist5k, which are test images)."""
+    """Decides which images are held out, and how images that are made of others are made."""
     trained_on: str
     """The data set on which the model to evaluate on this one was trained."""
+    trained_by: str
+    """Model and recipe of that run, as in its name: `capsnet-quick`."""
+    digits: int = setting(minimum=1, maximum=2)
+    """How many digits one image shows."""
+    source: str | None
+    """The data set of whose images these are made; None: they are on disk as they are."""
+    test: str = setting(choices=("sample", "all"))
+    """Which of the possible test images are used; see the data set's file."""
+    flip: bool
+    """Whether training images are mirrored, left to right, half of the time."""
+    brightness: float = setting(minimum=0, maximum=1)
+    """Training images become lighter or darker by up to this share of the range of pixels."""
+    contrast: float = setting(minimum=0, maximum=1)
+    """The contrast of training images is multiplied by 1 − this to 1 + this."""
+    standardise: bool
+    """Whether the network sees each image with mean 0 and standard deviation 1."""
 
 
 @dataclass(kw_only=True)
-class CapsNetConfig:
+class ModelConfig:
+    """Some network."""
+
+    name: str
+
+
+@dataclass(kw_only=True)
+class CapsNetConfig(ModelConfig):
     """The layers of CapsNet. Values and their sources: `configs/model/capsnet.yaml`."""
 
-    name: str = setting(choices=("capsnet",))
     conv1_channels: int = setting(minimum=1)
     kernel_px: int = setting(minimum=1)
+    padding: str = setting(choices=("valid", "same"))
     primary_types: int = setting(minimum=1)
     primary_dimensions: int = setting(minimum=1)
     primary_scale: str = setting(choices=("authors", "one"))
@@ -74,6 +97,23 @@ class CapsNetConfig:
     initialisation: str = setting(choices=("authors", "pytorch"))
     reconstruction: bool
     decoder_widths: list[int] = setting(minimum=1)
+
+
+@dataclass(kw_only=True)
+class CNNConfig(ModelConfig):
+    """The layers of a convolutional network. Values and sources: `configs/model/cnn_*.yaml`."""
+
+    channels: list[int] = setting(minimum=1)
+    """Output channels of each convolution."""
+    kernels_px: list[int] = setting(minimum=1)
+    pools_px: list[int] = setting(minimum=1)
+    """Size and stride of the max-pooling after each convolution; 1: none."""
+    padding: str = setting(choices=("valid", "same"))
+    hidden: list[int] = setting(minimum=1)
+    """Widths of the fully connected layers before the last one."""
+    dropout: float = setting(minimum=0, maximum=0.99)
+    """Share of the last hidden layer's units that is dropped in training."""
+    initialisation: str = setting(choices=("authors", "pytorch"))
 
 
 @dataclass(kw_only=True)
@@ -87,9 +127,24 @@ class RoutingConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The margin loss and the weight of the reconstruction. Values: `configs/loss/`."""
+    """Some loss. Values: `configs/loss/`."""
 
     name: str
+
+
+@dataclass(kw_only=True)
+class CrossEntropyConfig(LossConfig):
+    """What the CNNs minimise."""
+
+    activation: str = setting(choices=("softmax", "sigmoid"))
+    present_target: float = setting(above=0, maximum=1)
+    """Sigmoid only: the target of a class that is present."""
+
+
+@dataclass(kw_only=True)
+class MarginLossConfig(LossConfig):
+    """The margin loss and the weight of the reconstruction."""
+
     margin_present: float = setting(minimum=0, maximum=1)
     margin_absent: float = setting(minimum=0, maximum=1)
     absent_weight: float = setting(minimum=0)
@@ -128,7 +183,21 @@ class RecordConfig:
     log_every_steps: int = setting(minimum=1)
     evaluate_every_steps: int | None = setting(minimum=1)
     """None: once an epoch."""
+    evaluate_images: int = setting(minimum=1)
+    """How many test images an evaluation during training uses; the last one uses all."""
     checkpoint_every_seconds: float = setting(minimum=0)
+
+
+@dataclass(kw_only=True)
+class StopConfig:
+    """Whether to end a run before its last step. Values: `configs/train.yaml`."""
+
+    accuracy_percent: float | None = setting(above=0, maximum=100)
+    """Stop at the first evaluation that reaches this; None: make every step."""
+    on: str = setting(choices=("test", "validation"))
+    """The images that decide."""
+    every_steps: int | None = setting(minimum=1)
+    """How often it is looked at; None: once an epoch."""
 
 
 @dataclass(kw_only=True)
@@ -144,10 +213,12 @@ class TrainConfig:
     compile: bool
     """Whether to build and use the fastest code for this machine, or PyTorch's operations only."""
     dataset: DatasetConfig
-    model: CapsNetConfig
-    routing: RoutingConfig
+    model: ModelConfig
+    routing: RoutingConfig | None
+    """None for a network without capsules."""
     loss: LossConfig
     recipe: RecipeConfig
+    stop: StopConfig
     record: RecordConfig
 
 
@@ -157,6 +228,8 @@ class EvalConfig:
 
     checkpoint: str
     """A checkpoint file, or the folder of a run."""
+    ensemble: list[str]
+    """More checkpoints, whose scores are averaged with those of the first."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Picks the run whose checkpoint is the default."""
     runs_dir: str
@@ -207,6 +280,8 @@ class DataConfig:
     out_dir: str | None
     samples: int = setting(minimum=1, maximum=100)
     """How many images of each class the contact sheet shows."""
+    statistics_images: int = setting(minimum=1)
+    """How many images of each split the statistics are taken from."""
     dataset: DatasetConfig
 
 
@@ -229,10 +304,41 @@ class BenchConfig:
     profile: bool
     """Whether to show where the time of a step goes."""
     dataset: DatasetConfig
-    model: CapsNetConfig
-    routing: RoutingConfig
+    model: ModelConfig
+    routing: RoutingConfig | None
     loss: LossConfig
     recipe: RecipeConfig
+
+
+# Settings that came later, with the values that everything before them had.
+LATER_SETTINGS: dict[str, Any] = {
+    "compile": True,
+    "dataset": {
+        "trained_by": "capsnet-quick",
+        "digits": 1,
+        "source": None,
+        "test": "all",
+        "flip": False,
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "standardise": False,
+    },
+    "model": {"padding": "valid"},
+    "record": {"evaluate_images": 10_000},
+    "stop": {"accuracy_percent": None, "on": "test", "every_steps": None},
+}
+
+
+def with_later_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A training configuration as an older capsrun saved it, with what it lacks."""
+    completed = {**values}
+    for key, later in LATER_SETTINGS.items():
+        if isinstance(later, Mapping) and isinstance(completed.get(key, {}), Mapping):
+            later = {**later, **completed.get(key, {})}
+        elif key in completed:
+            continue
+        completed[key] = later
+    return completed
 
 
 def from_dict(schema: type[Config], values: Any) -> Config:
@@ -241,7 +347,7 @@ def from_dict(schema: type[Config], values: Any) -> Config:
     Raises UserError for a missing or unknown key, a wrong type, or a value out of range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        merged = OmegaConf.merge(_structured(schema, values), values)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
@@ -251,6 +357,20 @@ def from_dict(schema: type[Config], values: Any) -> Config:
     if isinstance(config, TrainConfig):
         _check_training(config)
     return config
+
+
+def _structured(schema: type, values: Any) -> Any:
+    """An empty `schema` with the kind of model and of loss that the values are about."""
+    node = OmegaConf.structured(schema)
+    names = {field.name for field in dataclasses.fields(schema)}
+    given = OmegaConf.create(values) if isinstance(values, dict) else values
+    if "model" in names:
+        is_cnn = str(OmegaConf.select(given, "model.name")).startswith("cnn")
+        node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
+    if "loss" in names:
+        by_entropy = OmegaConf.select(given, "loss.activation") is not None
+        node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)
+    return node
 
 
 def describe_config_error(error: OmegaConfBaseException) -> str:
@@ -299,10 +419,39 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError("set exactly one of recipe.steps and recipe.epochs (the other to null)")
     if (recipe.decay_steps is None) == (recipe.decay_periods is None):
         raise UserError("set exactly one of recipe.decay_steps and recipe.decay_periods")
+    check_kinds(config.model, config.routing, config.loss)
+    if isinstance(config.model, CNNConfig):
+        model = config.model
+        if not len(model.channels) == len(model.kernels_px) == len(model.pools_px) > 0:
+            raise UserError("model.channels, model.kernels_px and model.pools_px: one each a layer")
+    stop = config.stop
+    if (
+        stop.accuracy_percent is not None
+        and stop.on == "validation"
+        and not config.dataset.validation
+    ):
+        raise UserError(
+            "stop.on=validation needs held-out training images: dataset.validation=10000"
+        )
     if config.name is not None:
         path = PurePath(config.name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise UserError(f"name={config.name} does not name a folder below runs_dir")
+
+
+def check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
+    """Refuse a loss that is not for the outputs of the model."""
+    is_capsnet = isinstance(model, CapsNetConfig)
+    if is_capsnet and (isinstance(loss, CrossEntropyConfig) or routing is None):
+        raise UserError(
+            f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
+            "loss=paper"
+        )
+    if not is_capsnet and isinstance(loss, MarginLossConfig):
+        raise UserError(
+            f"loss={loss.name} is for capsules, which model={model.name} has not: "
+            "loss=cross_entropy or loss=sigmoid_cross_entropy"
+        )
 
 
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list:

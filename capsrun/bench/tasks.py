@@ -12,8 +12,11 @@ import torch
 from capsrun.bench.textbook import textbook_steps
 from capsrun.bench.timing import captured
 from capsrun.config import BenchConfig
-from capsrun.data import Split
+from capsrun.data import MADE, Split
 from capsrun.data.batches import TrainingBatches
+from capsrun.data.files import RawData
+from capsrun.data.splits import stored_dataset
+from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs.record import memory_gb
@@ -23,6 +26,7 @@ from capsrun.training.step import Trainer, resolve_device, to_device
 Run = Callable[[int], None]
 
 TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000
+DIGIT_PX = 28
 STEPS = 200_000  # of a run that is timed in its first half, again and again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,17 +38,45 @@ def variant_names(precision: str) -> list[str]:
 
 
 def make_model(config: BenchConfig, device: torch.device, fast: bool) -> CapsNet:
-    """The untrained network on the device."""
-    return to_device(build_model(config.model, config.routing, config.dataset), device, fast)
+    """The untrained network on the device. Raises UserError for one without capsules."""
+    model = build_model(config.model, config.routing, config.dataset)
+    if not isinstance(model, CapsNet):
+        raise UserError(f"bench times CapsNets, which model={config.model.name} is not")
+    return to_device(model, device, fast)
+
+
+def random_images(config: BenchConfig, count: int) -> RawData:
+    """Training images as large as the data set's, of random pixels.
+
+    Their content does not change how long anything takes.
+    """
+    dataset, generator = config.dataset, torch.Generator().manual_seed(0)
+    # What is made of other images is made of MNIST's size; else they are as large as the canvas.
+    side = DIGIT_PX if dataset.name in MADE else dataset.image_px
+    shape = (count, dataset.channels, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, dataset.classes, (count,), dtype=torch.uint8, generator=generator)
+    names = tuple(str(number) for number in range(dataset.classes))
+    return RawData(images, labels, images[:0], labels[:0], names, ())
 
 
 def random_split(config: BenchConfig, count: int, device: torch.device) -> Split:
-    """Images of the data set's shape; their content does not change how long anything takes."""
-    dataset, generator = config.dataset, torch.Generator().manual_seed(0)
-    shape = (count, dataset.channels, dataset.image_px, dataset.image_px)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, dataset.classes, (count,), generator=generator)
-    return Split(images.to(device), labels.to(device))
+    """Training images of random pixels, as the data set makes them."""
+    raw, dataset = random_images(config, count), config.dataset
+    if dataset.name not in MADE:
+        return stored_dataset(raw, dataset, device).train
+    made = MADE[dataset.name](raw, dataset, device).train
+    if not len(made):
+        raise UserError(f"{dataset.name} is for testing; bench times training")
+    return made
+
+
+def batches_alone(config: BenchConfig, device: torch.device) -> Run:
+    """The images and targets of a training batch, from the numbers of the images."""
+    split = random_split(config, TRAINING_IMAGES, device)
+    batches = TrainingBatches(split, 0, config.recipe.batch_size)
+    indices, positions = batches.draw(0)
+    return captured(lambda: batches.assemble(indices, positions), device)
 
 
 def training_steps(config: BenchConfig, device: torch.device, name: str, capture: bool) -> Run:
@@ -53,14 +85,17 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
     """
     kind, precision = name.split()
-    split = random_split(config, TRAINING_IMAGES, device)
-    size, shift_px = config.recipe.batch_size, config.dataset.shift_px
+    size = config.recipe.batch_size
     if kind == "textbook":
-        return textbook_steps(make_model(config, device, False), split, size, shift_px, device)
-    model = build_model(config.model, config.routing, config.dataset)
+        raw = random_images(config, TRAINING_IMAGES)
+        like = make_model(config, device, False)
+        images, labels = raw.train_images, raw.train_labels
+        return textbook_steps(like, images, labels, config.dataset, size, device)
+    split = random_split(config, TRAINING_IMAGES, device)
+    model = make_model(config, torch.device("cpu"), False)
     fast = kind == "fast" and (capture or device.type == "cpu")
     trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
-    batches = TrainingBatches(split.images_NCHW, split.labels_N, 0, size, shift_px)
+    batches = TrainingBatches(split, 0, size)
     made = 0
 
     def advance(count: int) -> None:
@@ -77,7 +112,7 @@ def routing_alone(
     """Votes and routing of a batch, forward and backward; on a GPU, when fast, compiled."""
     model = make_model(config, device, fast)
     model.triton = triton
-    shape = (config.recipe.batch_size, model.primary_capsules, config.model.primary_dimensions)
+    shape = (config.recipe.batch_size, model.primary_capsules, model.config.primary_dimensions)
     poses_BIK = (torch.rand(shape, device=device) / 10).requires_grad_()
     inputs = [poses_BIK, model.digitcaps_weight]
     inputs += [] if model.digitcaps_bias is None else [model.digitcaps_bias]
@@ -94,11 +129,11 @@ def routing_alone(
 def testing(config: BenchConfig, device: torch.device, precision: str) -> Run:
     """Classify as many images as MNIST has for testing."""
     model = make_model(config, device, fast=True)
-    split = random_split(config, TEST_IMAGES, device)
+    split = random_split(config, TRAINING_IMAGES, device)
 
     def run(count: int) -> None:
         for _ in range(count):
-            score_split(model, split, precision)
+            score_split(model, split, precision, most=TEST_IMAGES)
 
     return run
 
@@ -132,13 +167,14 @@ def large_copy(device: torch.device) -> tuple[Run, int]:
     return run, 2 * source.numel() * source.element_size()
 
 
-def step_flop(model: CapsNet, batch_size: int) -> float:
+def step_flop(model: CapsNet, batch_size: int, digits: int) -> float:
     """Floating-point operations of a training step: three times those of the forward pass.
 
     An addition and a multiplication count as two. Routing counts as it is defined, with each vote
-    computed once.
+    computed once. digits: how many of an image are reconstructed.
     """
-    conv1_px = model.seen_px - model.config.kernel_px + 1
+    same = model.config.padding == "same"
+    conv1_px = model.image_px if same else model.seen_px - model.config.kernel_px + 1
     votes = model.digitcaps_weight.numel()
     multiplications = (
         model.conv1.weight.numel() * conv1_px**2
@@ -147,7 +183,8 @@ def step_flop(model: CapsNet, batch_size: int) -> float:
         + (2 * model.routing.iterations - 1) * votes // model.config.primary_dimensions
     )
     if model.decoder is not None:
-        multiplications += sum(p.numel() for p in model.decoder.parameters() if p.dim() == 2)
+        decoder = sum(p.numel() for p in model.decoder.parameters() if p.dim() == 2)
+        multiplications += digits * decoder
     return 3.0 * 2 * multiplications * batch_size
 
 

@@ -78,7 +78,7 @@ def ratio(slower: Task, faster: Task) -> float:
     return statistics.median(a / b for a, b in zip(slower.seconds, faster.seconds))
 
 
-def captured(once: Callable[[], None], device: torch.device) -> Callable[[int], None]:
+def captured(once: Callable[[], Any], device: torch.device) -> Callable[[int], None]:
     """Repeat some work; on a GPU as a captured graph, so that the host's time does not count."""
     repeat: Callable[[], Any] = once
     if device.type == "cuda":

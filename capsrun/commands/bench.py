@@ -47,6 +47,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     others = {f"matrix product {name}": Task(run) for name, (run, _) in products.items()}
     others["copy"] = Task(copying)
     others |= routing_tasks(config, device)
+    others["making a batch"] = Task(tasks.batches_alone(config, device))
     everything = steps | others
     first_seconds = {n: warm_up(t, config.turn_seconds, device) for n, t in everything.items()}
     time_in_turns(everything, config.rounds, device, bar)
@@ -54,7 +55,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     warm_up(others["testing"], config.turn_seconds, device)
     time_in_turns({"testing": others["testing"]}, TESTING_ROUNDS, device, bar)
 
-    flop = tasks.step_flop(tasks.make_model(config, device, fast=False), config.recipe.batch_size)
+    size, digits = config.recipe.batch_size, config.dataset.digits
+    flop = tasks.step_flop(tasks.make_model(config, device, fast=False), size, digits)
     gflops = {
         name: flops / others[f"matrix product {name}"].median_seconds / 1e9
         for name, (_, flops) in products.items()
@@ -91,6 +93,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         name = variants[-1] if device.type == "cpu" else f"plain {precision}"
         profiled = tasks.training_steps(config, device, name, capture=False)
         result["profile"] = {"of": name} | breakdown_ms(profiled, PROFILED_STEPS, device)
+    share = others["making a batch"].median_seconds / steps[variants[-1]].median_seconds
+    result["others"]["making a batch"]["percent_of_step"] = 100 * share
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
 
@@ -185,6 +189,10 @@ def print_table(result: dict[str, Any]) -> None:
     for name in result["others"]:
         cells = (quoted(result, name, key, form) for _, key, form in COLUMNS[:2])
         print(f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells))
+    last = list(result["steps"])[-1]
+    if not result["steps"][last]["noisy"]:
+        share = result["others"]["making a batch"]["percent_of_step"]
+        print(f"\nmaking a batch is {share:.2g} % of a step ({last})")
     print(
         "\nms: median of the turns; spread: of their middle half; × textbook: median over rounds, "
         f"each\nof which compares its own turns. testing: {tasks.TEST_IMAGES:,} images.\n"

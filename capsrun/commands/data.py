@@ -1,18 +1,29 @@
 """`capsrun data`: fetch, verify and show a data set."""
 
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from capsrun.config import DataConfig
-from capsrun.data import Dataset, load_dataset
-from capsrun.data.batches import to_pixels
+from capsrun.data import Dataset, Split, load_dataset
+from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
+from capsrun.data.multimnist import DigitPairs, ink_overlap
+from capsrun.data.splits import StoredImages
 from capsrun.runs import figures, record
+from capsrun.runs.progress import bar
+from capsrun.runs.scores import displayed, in_colours
+
+AT_ONCE = 2000
+# Test images among which those of each class are looked for.
+LOOKED_THROUGH = 10_000
 
 
 def show_data(config: DataConfig) -> Path:
-    """Print counts and checksums, and write a contact sheet of training images; returns its path.
+    """Print counts, checksums and statistics, and draw a contact sheet; returns its path.
 
     Raises UserError when the data set cannot be had or is damaged.
     """
@@ -23,6 +34,18 @@ def show_data(config: DataConfig) -> Path:
         state = "verified" if source.verified else "not verified: no published checksum for it"
         print(f"{source.name}: MD5 {source.md5} ({state})")
     print_counts(dataset)
+    statistics = {}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        if len(split):
+            statistics[name] = split_statistics(split, config.statistics_images)
+            print_statistics(name, statistics[name])
+    if isinstance(dataset.test, TransformedDigits):
+        transforms = all_transforms(dataset.test)
+        print_transforms(transforms)
+        path = out_dir / "transforms.npz"
+        np.savez_compressed(path, **{k: v.numpy() for k, v in transforms._asdict().items()})
+        print(f"how each image was made: {path}")
+    record.write_json(out_dir / "statistics.json", statistics)
     sheet = out_dir / "contact_sheet.png"
     figures.save(contact_sheet(dataset, config.samples), sheet)
     print(f"contact sheet: {sheet}")
@@ -30,28 +53,112 @@ def show_data(config: DataConfig) -> Path:
 
 
 def print_counts(dataset: Dataset) -> None:
-    """Images of each class in each split."""
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    splits = {name: split for name, split in splits.items() if len(split)}
+    """Images (or digits, where an image has two) of each class in each split."""
+    named = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    splits = {name: split for name, split in named.items() if len(split)}
     width = max(8, *map(len, dataset.class_names))
-    print(f"{'class':>{width}} " + " ".join(f"{name:>10}" for name in splits))
-    counts = [
-        split.labels_N.bincount(minlength=len(dataset.class_names)).tolist()
-        for split in splits.values()
-    ]
+    print(f"{'class':>{width}} " + " ".join(f"{name:>12}" for name in splits))
+    counts = [class_counts(split, len(dataset.class_names)) for split in splits.values()]
     for name, *row in zip(dataset.class_names, *counts, strict=True):
-        print(f"{name:>{width}} " + " ".join(f"{count:>10,}" for count in row))
-    print(f"{'all':>{width}} " + " ".join(f"{len(split):>10,}" for split in splits.values()))
-    shape = "×".join(str(size) for size in dataset.train.images_NCHW.shape[1:])
-    print(f"images of {shape}, uint8")
+        print(f"{name:>{width}} " + " ".join(f"{count:>12,}" for count in row))
+    print(f"{'images':>{width}} " + " ".join(f"{len(split):>12,}" for split in splits.values()))
+    shape = "×".join(
+        str(size) for size in dataset.test.batch(torch.tensor([0])).images_BCHW.shape[1:]
+    )
+    print(f"images of {shape}")
+    if dataset.test.digits > 1:
+        print(
+            f"with {dataset.test.digits} digits each; the classes are those of their first digits"
+        )
+
+
+def class_counts(split: Split, classes: int) -> list[int]:
+    """How many images have each class as that of their (first) digit."""
+    # Where images are made of digits, each digit has as many.
+    times = len(split) // split.epoch_images if isinstance(split, DigitPairs) else 1
+    labels = split.labels(torch.arange(len(split) // times))[:, 0]
+    return (times * labels.bincount(minlength=classes)).tolist()
+
+
+def split_statistics(split: Split, most: int) -> dict[str, Any]:
+    """What the pixels of the first images of a split are like, and how fast they are made."""
+    count = min(most, len(split))
+    sums = torch.zeros(3, dtype=torch.float64)
+    brightest, frames, boxes = 0.0, [], []
+    began = time.perf_counter()
+    for start in bar(range(0, count, AT_ONCE)):
+        indices = split.indices(start, min(start + AT_ONCE, count))
+        batch = split.batch(indices)
+        pixels = batch.targets_BTCHW.sum(1).clamp(max=1)
+        sums += torch.stack([pixels.sum(), pixels.square().sum(), (pixels > 0).sum()]).double()
+        brightest = max(brightest, pixels.max().item())
+        if isinstance(split, DigitPairs):
+            frames.append(split.frame_overlap(indices))
+            boxes.append(ink_overlap(batch.targets_BTCHW))
+    seconds = time.perf_counter() - began
+    mean, square, ink = (sums / (count * pixels[0].numel())).tolist()
+    found = {
+        "images": count,
+        "mean": mean,
+        "standard_deviation": max(square - mean**2, 0.0) ** 0.5,
+        "ink_percent": 100 * ink,
+        "brightest": brightest,
+        "seconds": seconds,
+    }
+    if frames:
+        found["frame_overlap_percent"] = 100 * torch.cat(frames).mean().item()
+        found["ink_box_overlap_percent"] = 100 * torch.cat(boxes).mean().item()
+    return found
+
+
+def print_statistics(name: str, found: dict[str, Any]) -> None:
+    """Say what `split_statistics` found."""
+    print(
+        f"{name}: {found['images']:,} images in {found['seconds']:.1f} s; pixels in [0, 1]: mean "
+        f"{found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
+        f"{found['ink_percent']:.1f} % not black, brightest {found['brightest']:.3f}"
+    )
+    if "frame_overlap_percent" in found:
+        print(
+            f"{name}: the frames (28×28) of the two digits overlap by "
+            f"{found['frame_overlap_percent']:.1f} % (§6: 80 %, with shifts of up to 4 px), the "
+            f"boxes of their ink by {found['ink_box_overlap_percent']:.1f} % of the smaller one"
+        )
+
+
+def all_transforms(split: TransformedDigits) -> Transforms:
+    """How every image of a split is made."""
+    starts = range(0, len(split), AT_ONCE)
+    pieces = [split.transforms(split.indices(start, start + AT_ONCE)) for start in starts]
+    return Transforms(*map(torch.cat, zip(*pieces)))
+
+
+def print_transforms(transforms: Transforms) -> None:
+    """Range and mean of each number that says how the images are made."""
+    for name, values in transforms._asdict().items():
+        print(
+            f"{name.removesuffix('_B'):>17}: {values.min():7.3f} to {values.max():6.3f}, mean "
+            f"{values.mean():6.3f}"
+        )
 
 
 def contact_sheet(dataset: Dataset, samples: int) -> Figure:
-    """The first training images of each class, a row a class."""
+    """Images of each class, a row a class; two digits in their colours too."""
+    split, kind = dataset.train, "training images"
+    if not isinstance(split, StoredImages) or not len(split) or dataset.name == "mnist_padded":
+        split, kind = dataset.test, "test images"
     rows = []
+    first_labels = split.labels(split.indices(0, LOOKED_THROUGH))[:, 0]
     for label, name in enumerate(dataset.class_names):
-        members = (dataset.train.labels_N == label).nonzero().squeeze(1)[:samples]
-        rows.append((name, list(to_pixels(dataset.train.images_NCHW[members]))))
+        members = (first_labels == label).nonzero().squeeze(1)[:samples]
+        if isinstance(split, TransformedDigits) and len(members):
+            members = members[0] + len(split.labels_N) * torch.arange(min(samples, VERSIONS))
+        targets_BTCHW = split.batch(members).targets_BTCHW
+        rows.append((name, list(displayed(targets_BTCHW.sum(1).clamp(max=1)))))
+        if split.digits > 1:
+            rows.append(("", list(in_colours(targets_BTCHW))))
+    of = "one digit of each class in many versions" if isinstance(split, TransformedDigits) else ""
     return figures.image_grid(
-        rows, title=f"{dataset.name}: the first training images of each class"
+        [row for row in rows if row[1]],
+        title=f"{dataset.name}: {of or f'the first {kind} of each class'}",
     )

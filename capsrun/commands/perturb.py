@@ -14,24 +14,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from capsrun.config import PerturbConfig, SweepConfig
-from capsrun.data import Dataset, load_dataset
-from capsrun.data.batches import to_pixels
+from capsrun.data import Dataset, Split, load_dataset
+from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import check_dataset, load_model
+from capsrun.runs.scores import displayed
+from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import resolve_device, to_device
 
 MOST_VALUES = 101
 # How many images of a class are looked through for one that is classified rightly.
 LOOK_THROUGH = 100
+# Among how many test images they are looked for, where there are millions.
+LOOK_THROUGH_TEST = 100_000
 
 
 @dataclass(frozen=True)
 class Subject:
     """An image whose capsule is perturbed."""
 
+    image_CHW: Tensor
+    """As the network sees it."""
     pixels_CHW: Tensor
+    """As it is shown."""
     label: int
     title: str
     file_name: str
@@ -46,6 +53,11 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     device = resolve_device(config.device)
     trained = load_model(checkpoint)
     model = trained.model
+    if not isinstance(model, CapsNet):
+        raise UserError(
+            f"checkpoint {checkpoint} is of model={trained.config.model.name}, which has no "
+            "capsules to perturb; train with model=capsnet"
+        )
     if model.decoder is None:
         raise UserError(
             f"checkpoint {checkpoint} has no decoder, and without one there is nothing to draw; "
@@ -54,7 +66,8 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     to_device(model, device, fast=False).eval()
     if config.perturb.image is not None:
         place = "own-image"
-        subjects = [own_image(config.perturb, model, device)]
+        standardised = trained.config.dataset.standardise
+        subjects = [own_image(config.perturb, model, standardised, device)]
     else:
         place = config.dataset.name
         check_dataset(config.dataset, trained.config, "test")
@@ -91,12 +104,12 @@ def sweep_values(sweep: SweepConfig) -> list[float]:
 
 
 @torch.inference_mode()
-def perturbed(model: CapsNet, pixels_CHW: Tensor, label: int, values: list[float]) -> Tensor:
+def perturbed(model: CapsNet, image_CHW: Tensor, label: int, values: list[float]) -> Tensor:
     """Reconstruct with each dimension d of the label's capsule moved by each value.
 
     Returns (D, V, C, H, W).
     """
-    capsules_1JD = model.encode(pixels_CHW[None])
+    capsules_1JD = model.encode(image_CHW[None])
     dimensions = capsules_1JD.shape[2]
     moves_DVD = (
         torch.eye(dimensions, device=capsules_1JD.device)[:, None]
@@ -111,17 +124,19 @@ def perturbed(model: CapsNet, pixels_CHW: Tensor, label: int, values: list[float
 @torch.inference_mode()
 def draw(model: CapsNet, subject: Subject, values: list[float]) -> Figure:
     """A row for each dimension, and at the bottom the input and its plain reconstruction."""
-    images_DVCHW = perturbed(model, subject.pixels_CHW, subject.label, values)
-    plain_CHW = perturbed(model, subject.pixels_CHW, subject.label, [0.0])[0, 0]
-    rows = [(f"dimension {d}", list(row)) for d, row in enumerate(images_DVCHW)]
-    rows.append(("input, output", [subject.pixels_CHW, plain_CHW]))
+    images_DVCHW = perturbed(model, subject.image_CHW, subject.label, values)
+    plain_CHW = perturbed(model, subject.image_CHW, subject.label, [0.0])[0, 0]
+    rows = [(f"dimension {d}", list(displayed(row))) for d, row in enumerate(images_DVCHW)]
+    rows.append(("input, output", list(displayed(torch.stack([subject.pixels_CHW, plain_CHW])))))
     titles = [f"{value:+.2f}" for value in values]
     return figures.image_grid(rows, titles, subject.title)
 
 
 def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[Subject]:
     """The asked-for test image of one class or of each."""
-    names, labels_N = dataset.class_names, dataset.test.labels_N
+    names, test = dataset.class_names, dataset.test
+    # With two digits in an image it is the first one that is perturbed.
+    labels_N = test.labels(test.indices(0, LOOK_THROUGH_TEST))[:, 0]
     if sweep.digit is not None and sweep.digit >= len(names):
         raise UserError(f"perturb.digit is {sweep.digit}; the classes are 0 to {len(names) - 1}")
     subjects = []
@@ -132,25 +147,32 @@ def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[
                 f"perturb.index is {sweep.index}, but class {names[label]} has only "
                 f"{len(members)} test images (from 0)"
             )
+        if not len(members):
+            raise UserError(f"{dataset.name} has no test image of class {names[label]}")
         index = sweep.index
         if index is None:
-            index = _first_right(model, dataset.test.images_NCHW[members[:LOOK_THROUGH]], label)
-        pixels = to_pixels(dataset.test.images_NCHW[members[index]])
+            index = _first_right(model, test, members[:LOOK_THROUGH])
+        batch = test.batch(members[index : index + 1])
+        pixels = batch.targets_BTCHW[0].sum(0).clamp(max=1)
         title = f"{dataset.name}: class {names[label]}, its test image {index}"
         name = f"digit_{label}" + (f"_index_{index}" if sweep.index is not None else "")
-        subjects.append(Subject(pixels, label, title, name))
+        subjects.append(Subject(batch.images_BCHW[0], pixels, label, title, name))
     return subjects
 
 
 @torch.inference_mode()
-def _first_right(model: CapsNet, images_NCHW: Tensor, label: int) -> int:
-    """Index of the first image that the model takes for `label`; 0 when there is none."""
-    right = model(to_pixels(images_NCHW)).lengths_BJ.argmax(1) == label
-    return int(right.int().argmax())
+def _first_right(model: CapsNet, test: Split, members: Tensor) -> int:
+    """Which of some images is the first that the model classifies rightly; 0 when there is none."""
+    batch = test.batch(members)
+    predicted_BT = predicted_classes(model(batch.images_BCHW).scores_BJ, test.digits)
+    right_B = (predicted_BT == batch.labels_BT.sort(dim=1).values).all(1)
+    return int(right_B.int().argmax())
 
 
 @torch.inference_mode()
-def own_image(sweep: SweepConfig, model: CapsNet, device: torch.device) -> Subject:
+def own_image(
+    sweep: SweepConfig, model: CapsNet, standardised: bool, device: torch.device
+) -> Subject:
     """The image `perturb.image`, as `perturb.digit` or as the class that the model sees in it."""
     assert sweep.image is not None
     if sweep.index is not None:
@@ -158,15 +180,21 @@ def own_image(sweep: SweepConfig, model: CapsNet, device: torch.device) -> Subje
     if sweep.digit is not None and sweep.digit >= model.classes:
         raise UserError(f"perturb.digit is {sweep.digit}; the classes are 0 to {model.classes - 1}")
     path = Path(sweep.image).expanduser()
+    if model.channels not in (1, 3):
+        raise UserError(
+            "perturb.image is for models of grey or colour images, not of images of "
+            f"{model.channels} channels"
+        )
     pixels, remarks = read_image(path, model.image_px, model.channels, sweep.invert)
     for remark in remarks:
         print(f"{path}: {remark}")
     pixels = pixels.to(device)
-    lengths = model(pixels[None]).lengths_BJ[0]
+    image = standardise(pixels[None])[0] if standardised else pixels
+    lengths = model(image[None]).lengths_BJ[0]
     longest = int(lengths.argmax())
     print(f"{path}: looks like a {longest} (capsule length {lengths[longest]:.2f})")
     label = longest if sweep.digit is None else sweep.digit
-    return Subject(pixels, label, f"{path.name}: as {label}", f"{path.stem}_as_{label}")
+    return Subject(image, pixels, label, f"{path.name}: as {label}", f"{path.stem}_as_{label}")
 
 
 def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[Tensor, list[str]]:

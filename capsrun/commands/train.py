@@ -10,16 +10,23 @@ from typing import Any
 import torch
 
 from capsrun import errors
-from capsrun.config import TrainConfig
+from capsrun.config import MarginLossConfig, TrainConfig
 from capsrun.data import Dataset, load_dataset
 from capsrun.data.batches import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
+from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, stop_requests
-from capsrun.runs.scores import answer, reconstruction_grid, score_figures, score_summary
+from capsrun.runs.scores import (
+    almost_line,
+    answer,
+    reconstruction_grid,
+    score_figures,
+    score_summary,
+)
 from capsrun.training.losses import class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import (
@@ -58,6 +65,10 @@ class Run:
     """Updates of the whole run."""
     logged: tuple[int, float]
     """Step and seconds of training when the speed was last logged."""
+    reached: bool = False
+    """Whether the accuracy at which to stop was reached."""
+    tested: dict[str, Score] | None = None
+    """What the last evaluation found, if the model has not changed since and it was complete."""
 
 
 def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
@@ -87,30 +98,26 @@ def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
             run.progress.close()
             run.recorder.close()
         print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
+    if result.get("stopped"):
+        print(result["stopped"])
+    if "almost_correct" in result:
+        print(almost_line(result["almost_correct"], result["count"]))
     print(answer("test", result["errors"], result["count"]))
     return result
 
 
 def training_loop(run: Run, stop: StopRequest) -> None:
-    """Make every step that is left.
+    """Make every step that is left, or those until the accuracy at which to stop is reached.
 
     Raises Stopped, having saved, when that is asked for, and FloatingPointError for a loss or a
     weight that is not finite.
     """
-    config, training_images = run.config, run.dataset.train
-    batches = TrainingBatches(
-        training_images.images_NCHW,
-        training_images.labels_N,
-        config.seed,
-        config.recipe.batch_size,
-        config.dataset.shift_px,
-    )
-    evaluate_every = config.record.evaluate_every_steps or math.ceil(
-        len(training_images) / config.recipe.batch_size
-    )
+    config = run.config
+    batches = TrainingBatches(run.dataset.train, config.seed, config.recipe.batch_size)
+    evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
-    while run.step < run.steps:
+    while run.step < run.steps and not run.reached:
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
         count = min(stop_at - run.step, run.trainer.steps_at_once)
@@ -121,7 +128,7 @@ def training_loop(run: Run, stop: StopRequest) -> None:
             log_step(run, update)
         if run.step % evaluate_every == 0 and run.step < run.steps:
             with run.clock.paused():
-                log_evaluation(run)
+                run.reached = log_evaluation(run)
         if stop.asked or time.monotonic() - saved_at >= config.record.checkpoint_every_seconds:
             with run.clock.paused():
                 save(run)
@@ -130,6 +137,14 @@ def training_loop(run: Run, stop: StopRequest) -> None:
             at = f"step {run.step:,} of {run.steps:,}"
             raise Stopped(f"stopped after {at}, which is saved", stop.signal_number)
     run.clock.pause()
+
+
+def evaluation_steps(run: Run) -> int:
+    """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
+    config = run.config
+    stopping = config.stop.accuracy_percent is not None
+    chosen = config.stop.every_steps if stopping else config.record.evaluate_every_steps
+    return chosen or math.ceil(run.dataset.train.epoch_images / config.recipe.batch_size)
 
 
 def next_multiple(step: int, every: int, last: int) -> int:
@@ -142,7 +157,11 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     dataset = load_dataset(config.dataset, device)
-    steps = total_steps(config.recipe, len(dataset.train))
+    if not len(dataset.train):
+        raise UserError(
+            f"{dataset.name} is for testing; train on dataset={config.dataset.trained_on}"
+        )
+    steps = total_steps(config.recipe, dataset.train.epoch_images)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     folder.make()
     checkpoint = folder.unfinished()
@@ -152,11 +171,13 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     trainer = Trainer(
         model, config.loss, config.recipe, steps, device, precision, fast=config.compile
     )
-    step, seconds, metrics_bytes = 0, 0.0, 0
+    step, seconds, metrics_bytes, reached = 0, 0.0, 0, False
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         metrics_bytes = checkpoint["metrics_bytes"]
-        if checkpoint["optimizer"] is not None:  # absent once the last step is made
+        if checkpoint["optimizer"] is None:  # the last step is made; only the result is missing
+            reached = step < steps
+        else:
             trainer.load_optimizer(checkpoint["optimizer"])
     where = f"{precision} on {record.describe_device(device)}"
     print(
@@ -174,6 +195,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
         step,
         steps,
         logged=(step, seconds),
+        reached=reached,
     )
 
 
@@ -183,47 +205,94 @@ def log_step(run: Run, update: Update) -> None:
     total = losses.total.item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss is {total}")
-    lengths_BJ = output.lengths_BJ.detach()
-    present_BJ = class_presence(batch.labels_BT, lengths_BJ.shape[1])
+    kind, seen = kinds(run.config)
+    scores_BJ = output.scores_BJ.detach()
+    present_BJ = class_presence(batch.labels_BT, scores_BJ.shape[1])
     values = {
         "loss/total": total,
-        "loss/margin": losses.margin.item(),
-        "loss/reconstruction": losses.reconstruction.item(),
+        f"loss/{kind}": losses.classification.item(),
         "learning_rate": learning_rate(run.config.recipe, run.step - 1, run.steps),
-        "capsule_length/true_class": lengths_BJ[present_BJ].mean().item(),
-        "capsule_length/other_classes": lengths_BJ[~present_BJ].mean().item(),
+        f"{seen}/true_class": scores_BJ[present_BJ].mean().item(),
+        f"{seen}/other_classes": scores_BJ[~present_BJ].mean().item(),
     }
-    history: list[RoutingIteration] = []
-    with torch.inference_mode(), autocast(run.trainer.device, run.trainer.precision):
-        run.trainer.model.encode(batch.images_BCHW[:ROUTING_LOGGED], history)
-    for number, iteration in enumerate(history, 1):
-        change = iteration.logit_changes_BIJ.abs().mean().item()
-        values[f"routing_logit_change/iteration_{number}"] = change
+    if output.reconstructions_BTCHW is not None:
+        values["loss/reconstruction"] = losses.reconstruction.item()
+    values |= routing_changes(run, batch.images_BCHW[:ROUTING_LOGGED])
     steps, seconds = run.step - run.logged[0], run.clock.seconds - run.logged[1]
     values["images_per_second"] = steps * run.config.recipe.batch_size / seconds
     run.logged = (run.step, run.clock.seconds)
     values["memory_gb"] = record.memory_gb(run.trainer.device)
     run.recorder.numbers(run.step, values)
-    run.progress.show({"loss": total, "margin": values["loss/margin"]})
+    run.progress.show({"loss": total, kind: values[f"loss/{kind}"]})
 
 
-def log_evaluation(run: Run) -> Score:
-    """Test the model as it is now; record the error and what it reconstructs."""
+def kinds(config: TrainConfig) -> tuple[str, str]:
+    """What the loss of a model and its scores are called."""
+    if isinstance(config.loss, MarginLossConfig):
+        return "margin", "capsule_length"
+    return "cross_entropy", "probability"
+
+
+def routing_changes(run: Run, images_BCHW: torch.Tensor) -> dict[str, float]:
+    """How much each routing iteration changes the logits of some images (figure A.1)."""
+    if not isinstance(run.trainer.model, CapsNet):
+        return {}
+    history: list[RoutingIteration] = []
+    with torch.inference_mode(), autocast(run.trainer.device, run.trainer.precision):
+        run.trainer.model.encode(images_BCHW, history)
+    return {
+        f"routing_logit_change/iteration_{number}": i.logit_changes_BIJ.abs().mean().item()
+        for number, i in enumerate(history, 1)
+    }
+
+
+def log_evaluation(run: Run) -> bool:
+    """Test the model as it is now; whether the accuracy at which to stop is reached.
+
+    Of the test images as many are used as `record.evaluate_images` says, but all where they decide
+    whether to stop.
+    """
+    stop, most = run.config.stop, run.config.record.evaluate_images
+    deciding = None if stop.accuracy_percent is None else stop.on
+    scores = test_model(run, None if deciding == "test" else most)
+    if deciding is None:
+        return False
+    run.tested = scores if deciding == "test" else None
+    accuracy = 100 - scores[deciding].error_percent
+    assert stop.accuracy_percent is not None
+    # Counted in images, so that 99.23 % of 10,000 is 9,923 and no rounding decides.
+    needed = math.ceil(stop.accuracy_percent * scores[deciding].count / 100 - 1e-6)
+    reached = scores[deciding].count - scores[deciding].errors >= needed
+    if reached:
+        run.progress.say(f"{deciding} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
+    return reached
+
+
+def test_model(run: Run, most: int | None) -> dict[str, Score]:
+    """Test the model as it is now; record its errors and what it reconstructs.
+
+    most: how many of the test images are used; None: all.
+    """
     values, scores = {}, {}
+    model = run.trainer.model
     for name, split in (("test", run.dataset.test), ("validation", run.dataset.validation)):
         if len(split):
+            limit = most if name == "test" else None
             scores[name] = score_split(
-                run.trainer.model, split, run.trainer.precision, mask="label"
+                model, split, run.trainer.precision, mask="label", most=limit
             )
             values[f"error_percent/{name}"] = scores[name].error_percent
+            if split.digits > 1:
+                almost = 100 * scores[name].almost_correct / scores[name].count
+                values[f"almost_correct_percent/{name}"] = almost
     run.recorder.numbers(run.step, values)
-    if run.config.model.reconstruction:
-        grid = reconstruction_grid(run.trainer.model, run.dataset.test, run.dataset.class_names)
+    if isinstance(model, CapsNet) and model.decoder is not None:
+        grid = reconstruction_grid(model, run.dataset.test, run.dataset.class_names)
         run.recorder.picture(run.step, "reconstructions", grid)
     run.recorder.flush()
     shown = ", ".join(answer(name, result.errors, result.count) for name, result in scores.items())
     run.progress.say(f"after {run.step:,} steps: {shown}")
-    return scores["test"]
+    return scores
 
 
 def save(run: Run, finished: bool = False) -> None:
@@ -264,7 +333,8 @@ def save_unfinite(run: Run) -> None:
 def finish(run: Run) -> dict[str, Any]:
     """Save the trained model, test it, draw its pictures, and write `result.json` last."""
     save(run, finished=True)
-    final = log_evaluation(run)
+    # Where the last evaluation has stopped the run there is nothing new to find.
+    final = (run.tested if run.reached and run.tested else test_model(run, None))["test"]
     model, dataset, config = run.trainer.model, run.dataset, run.config
     for name, figure in score_figures(model, dataset.test, dataset.class_names, final).items():
         figures.save(figure, run.folder.pictures / f"{name}.png")
@@ -282,8 +352,21 @@ def finish(run: Run) -> dict[str, Any]:
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
+        "stopped": stopped_line(run),
         "notes": list(errors.notices),
         "config": run.folder.config,
     }
     run.folder.write_result(result)
     return result
+
+
+def stopped_line(run: Run) -> str | None:
+    """Whether and when the run stopped before its last step, or None where it was not to."""
+    stop = run.config.stop
+    if stop.accuracy_percent is None:
+        return None
+    asked = f"{stop.accuracy_percent:g} % on the {stop.on} images"
+    epochs = run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images
+    if run.reached:
+        return f"stopped after {run.step:,} steps ({epochs:.2f} epochs), which reached {asked}"
+    return f"{asked} was not reached in {run.step:,} steps ({epochs:.2f} epochs)"

@@ -1,66 +1,48 @@
-"""The data sets, found by name, as uint8 images that live on the device.
-
-Shapes: N images, C channels, H and W pixels.
-"""
+"""The data sets, found by name. Their images are uint8 and live on the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data import mnist, mnist5k
-from capsrun.data.batches import SPLIT, random_bits
-from capsrun.data.files import RawData, Source
+from capsrun.data import (
+    affnist,
+    affnist_like,
+    cifar10,
+    mnist,
+    mnist5k,
+    mnist_padded,
+    multimnist,
+    smallnorb,
+    svhn,
+)
+from capsrun.data.files import RawData
+from capsrun.data.splits import Dataset, Split, stored_dataset
 from capsrun.errors import UserError
 
-LOADERS: dict[str, Callable[[DatasetConfig], RawData]] = {
+__all__ = ["Dataset", "Split", "is_part_of", "load_dataset"]
+
+# Images on disk, and how they are read.
+STORED: dict[str, Callable[[DatasetConfig], RawData]] = {
     "mnist": mnist.load,
     "fashion_mnist": mnist.load,
     "kmnist": mnist.load,
     "mnist5k": mnist5k.load,
+    "cifar10": cifar10.load,
+    "svhn": svhn.load,
+    "smallnorb": smallnorb.load,
 }
-
+# Data sets that are made of the images of one of these four, and how.
+SOURCES = ("mnist", "mnist5k", "fashion_mnist", "kmnist")
+MADE: dict[str, Callable[[RawData, DatasetConfig, torch.device], Dataset]] = {
+    "mnist_padded": mnist_padded.make,
+    "affnist_like": affnist_like.make,
+    "multimnist": multimnist.make,
+}
+# Data sets of which dataset.test chooses some of the test images or all of them.
+SAMPLED = ("mnist_padded", "multimnist")
 # Data sets that consist of training images of another.
 PART_OF = {"mnist5k": "mnist"}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some images and what they show."""
-
-    images_NCHW: Tensor
-    """uint8, 0 is black."""
-    labels_N: Tensor
-    """int64 class numbers."""
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set on a device, with the validation images taken out of the training images."""
-
-    name: str
-    class_names: tuple[str, ...]
-    train: Split
-    validation: Split
-    """Empty unless the configuration asks for one."""
-    test: Split
-    sources: tuple[Source, ...]
-    """Where it came from, and what vouches for it."""
-
-    def split(self, name: str) -> Split:
-        """The split called `name`. Raises UserError when it is empty."""
-        split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
-        if not len(split):
-            raise UserError(
-                f"no training images of {self.name} are held out, so there is no {name} split; "
-                "train with dataset.validation=10000, and say so here too"
-            )
-        return split
 
 
 def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
@@ -68,44 +50,32 @@ def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
 
     Raises UserError when it cannot be had, is damaged, or is not what `config` says.
     """
-    if config.name not in LOADERS:
-        raise UserError(f"there is no data set {config.name!r}; there are {', '.join(LOADERS)}")
-    raw = LOADERS[config.name](config)
-    shape = tuple(raw.train_images.shape[1:])
-    expected = (config.channels, config.image_px, config.image_px)
-    if shape != expected:
+    if config.test == "sample" and config.name not in SAMPLED:
+        raise UserError(f"dataset.test=sample is for {' and '.join(SAMPLED)}, not {config.name}")
+    digits = 2 if config.name == "multimnist" else 1
+    if config.digits != digits:
         raise UserError(
-            f"{config.name} has images of shape {shape}, but dataset.channels and "
-            f"dataset.image_px say {expected}"
+            f"images of {config.name} have {digits} digit(s) each, but dataset.digits is "
+            f"{config.digits}"
         )
-    if len(raw.class_names) != config.classes:
-        raise UserError(
-            f"{config.name} has {len(raw.class_names)} classes, but dataset.classes is "
-            f"{config.classes}"
-        )
-    train, validation = _hold_out(raw, config)
-
-    def on_device(images: Tensor, labels: Tensor) -> Split:
-        return Split(images.to(device), labels.long().to(device))
-
-    return Dataset(
-        config.name,
-        raw.class_names,
-        on_device(raw.train_images[train], raw.train_labels[train]),
-        on_device(raw.train_images[validation], raw.train_labels[validation]),
-        on_device(raw.test_images, raw.test_labels),
-        raw.sources,
-    )
+    if config.name == "affnist":
+        return affnist.load(config, device)
+    if config.name in MADE:
+        if config.source not in SOURCES:
+            raise UserError(
+                f"dataset.source is {config.source}; {config.name} is made of the images of one "
+                f"of: {', '.join(SOURCES)}"
+            )
+        return MADE[config.name](STORED[config.source](config), config, device)
+    if config.name not in STORED:
+        names = ", ".join([*STORED, *MADE, "affnist"])
+        raise UserError(f"there is no data set {config.name!r}; there are {names}")
+    if config.source is not None:
+        raise UserError(f"dataset.source is for {', '.join(MADE)}; {config.name} has its own files")
+    return stored_dataset(STORED[config.name](config), config, device)
 
 
-def _hold_out(raw: RawData, config: DatasetConfig) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation images, each in the order of the file."""
-    count = len(raw.train_labels)
-    if config.validation >= count:
-        raise UserError(
-            f"dataset.validation is {config.validation}, but {config.name} has only {count} "
-            "training images"
-        )
-    order = random_bits(torch.arange(count), config.split_seed, SPLIT).argsort()
-    kept = count - config.validation
-    return order[:kept].sort().values, order[kept:].sort().values
+def is_part_of(config: DatasetConfig, other: DatasetConfig) -> bool:
+    """Whether the test images of one data set are, or are made of, training images of the other."""
+    ours, theirs = (c.source or c.name for c in (config, other))
+    return PART_OF.get(ours) == theirs

@@ -1,17 +1,17 @@
-"""Training batches made on the device: shuffled, moved, scaled; pure functions of (seed, step).
+"""Batches made on the device: shuffled, moved, scaled; pure functions of (seed, step).
 
 Shapes: N images of the data set, B batch, T digits in one image, C channels, H and W pixels.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 # One number for each thing that is drawn, so that they do not depend on each other.
-ORDER, SHIFT, SPLIT = 1, 2, 3
+ORDER, SHIFT, SPLIT, NOISE, LIGHT, PLACE, PARTNER, WARP = range(1, 9)
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 _GAMMA = 0x9E3779B97F4A7C15
@@ -20,13 +20,15 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Batch(NamedTuple):
-    """What one training step sees."""
+    """Some images, as a network sees them."""
 
     images_BCHW: Tensor
-    """Pixels in [0, 1], float32."""
+    """float32; pixels in [0, 1] unless the data set says `standardise`."""
     labels_BT: Tensor
     targets_BTCHW: Tensor
-    """What the reconstruction of each label should look like."""
+    """What the reconstruction of each label should look like, pixels in [0, 1]."""
+    noise_B: Tensor | None = None
+    """In training, a random number for each image, int64, for a network that draws (dropout)."""
 
 
 def _signed(value: int) -> int:
@@ -64,6 +66,17 @@ def random_integers(counters: Tensor, low: int, high: int, *keys: int) -> Tensor
     Some are likelier than others by at most (high − low + 1) / 2^63.
     """
     return low + _shift_right(random_bits(counters, *keys), 1) % (high - low + 1)
+
+
+def random_unit(counters: Tensor, *keys: int) -> Tensor:
+    """Random float32 numbers in [0, 1), multiples of 2^−24; see `random_bits`."""
+    return _shift_right(random_bits(counters, *keys), 40).float() / 2**24
+
+
+def random_offsets(counters_B: Tensor, shift_px: int, *keys: int) -> Tensor:
+    """Shifts (B, 2) by −shift_px to shift_px rows and columns, each of them equally likely."""
+    axes = torch.arange(2, device=counters_B.device)
+    return random_integers(counters_B[:, None] * 2 + axes, -shift_px, shift_px, *keys)
 
 
 @lru_cache(maxsize=2)
@@ -117,19 +130,25 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+class TrainingImages(Protocol):
+    """Images that a run is trained on; see `Split` in `splits.py`."""
+
+    @property
+    def epoch_images(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch: ...
+
+
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The batches of a training run, each image moved by its own random shift (§5).
+    """The batches of a training run: in random order, changed at random as the images allow."""
 
-    Every one of the (2·shift_px + 1)² shifts is equally likely; what moves in is black.
-    """
-
-    images_NCHW: Tensor
-    """uint8, on the device on which the batches are to be."""
-    labels_N: Tensor
+    images: TrainingImages
     seed: int
     batch_size: int
-    shift_px: int
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0."""
@@ -137,16 +156,10 @@ class TrainingBatches:
 
     def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
         """Which images the next `steps` batches hold; see `batch_indices`."""
-        count = len(self.labels_N)
-        return batch_indices(self.seed, step, self.batch_size, count, self.labels_N.device, steps)
+        count, device = self.images.epoch_images, self.images.device
+        return batch_indices(self.seed, step, self.batch_size, count, device, steps)
 
     def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
-        """Make one batch of what `draw` returned, without any work or waiting on the host.
-
-        An image is its own reconstruction target, shifted as it is.
-        """
-        counters_B2 = positions_B[:, None] * 2 + torch.arange(2, device=positions_B.device)
-        offsets_B2 = random_integers(counters_B2, -self.shift_px, self.shift_px, self.seed, SHIFT)
-        moved_BCHW = place(self.images_NCHW[indices_B], offsets_B2, self.images_NCHW.shape[-1])
-        pixels_BCHW = to_pixels(moved_BCHW).contiguous()
-        return Batch(pixels_BCHW, self.labels_N[indices_B][:, None], pixels_BCHW[:, None])
+        """Make one batch of what `draw` returned, without any work or waiting on the host."""
+        batch = self.images.training_batch(indices_B, positions_B, self.seed)
+        return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))

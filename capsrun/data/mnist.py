@@ -64,7 +64,7 @@ def load(config: DatasetConfig) -> RawData:
 
     Raises UserError; see `capsrun.data.files`.
     """
-    dataset = DATASETS[config.name]
+    dataset = DATASETS[config.source or config.name]
     data_dir = Path(config.data_dir).expanduser()
     raw_folder = f"{dataset.torchvision_name}/raw"
     files = _files(dataset)

@@ -33,6 +33,18 @@ class CapsNetOutput(NamedTuple):
     reconstructions_BTCHW: Tensor | None
     """What the decoder draws for each asked-for class, pixels in [0, 1]; None when not asked."""
 
+    @property
+    def scores_BJ(self) -> Tensor:
+        """How much each class is seen in each image, in [0, 1): the lengths."""
+        return self.lengths_BJ
+
+
+def same_padding(size_px: int, kernel_px: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after, so that ⌈size / stride⌉ places result, as TensorFlow has it."""
+    places = -(-size_px // stride)
+    total = max((places - 1) * stride + kernel_px - size_px, 0)
+    return total // 2, total - total // 2
+
 
 class CapsNet(nn.Module):
     """The network of §4, in the authors' variant or the paper's, as `config` and `routing` say.
@@ -55,18 +67,24 @@ class CapsNet(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
-        conv1_px = image_px - config.kernel_px + 1
-        grid_px = (conv1_px - config.kernel_px) // 2 + 1
-        if conv1_px < config.kernel_px:
+        kernel_px = config.kernel_px
+        self._conv1_pads = self._primary_pads = (0, 0)
+        if config.padding == "same":
+            self._conv1_pads = same_padding(image_px, kernel_px, 1)
+            self._primary_pads = same_padding(image_px, kernel_px, 2)
+        conv1_px = image_px + sum(self._conv1_pads) - kernel_px + 1
+        grid_px = (conv1_px + sum(self._primary_pads) - kernel_px) // 2 + 1
+        if grid_px < 1:
             raise ValueError(
-                f"images of {image_px} px are too small for two {config.kernel_px}×"
-                f"{config.kernel_px} convolutions: at least {2 * config.kernel_px - 1} px"
+                f"images of {image_px} px are too small for two {kernel_px}×"
+                f"{kernel_px} convolutions: at least {2 * kernel_px - 1} px"
             )
         self.config, self.routing = config, routing
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
-        self.seen_px = 2 * (grid_px - 1) + 2 * config.kernel_px - 1
+        padded = sum(self._conv1_pads) + sum(self._primary_pads)
+        self.seen_px = min(2 * (grid_px - 1) + 2 * kernel_px - 1 - padded, image_px)
 
         self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
         self.primarycaps = nn.Conv2d(
@@ -127,7 +145,9 @@ class CapsNet(nn.Module):
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """
-        maps = self.conv1(images_BCHW[..., : self.seen_px, : self.seen_px])
+        seen_BCHW = images_BCHW[..., : self.seen_px, : self.seen_px]
+        maps = self.conv1(F.pad(seen_BCHW, 2 * self._conv1_pads))
+        maps = F.pad(maps, 2 * self._primary_pads)
         if self.fast and maps.device.type == "cpu":
             maps = relu_strided_conv2d(maps, self.primarycaps.weight, stride=2)
         else:
@@ -222,18 +242,24 @@ class CapsNet(nn.Module):
             1, (self.channels, self.image_px, self.image_px)
         )
 
+    def decode_all(self, capsules_BJD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Draw each of the `labels_BT` classes by itself: (B, T, C, H, W); see `decode`."""
+        drawn = [self.decode(capsules_BJD, labels_B) for labels_B in labels_BT.unbind(1)]
+        return torch.stack(drawn, dim=1)
+
     def forward(
         self,
         images_BCHW: Tensor,
         labels_BT: Tensor | None = None,
-        history: list[RoutingIteration] | None = None,
+        noise_B: Tensor | None = None,
     ) -> CapsNetOutput:
-        """Classify images, and reconstruct each class in `labels_BT` where there is a decoder."""
-        capsules_BJD = self.encode(images_BCHW, history)
+        """Classify images, and reconstruct each class in `labels_BT` where there is a decoder.
+
+        noise_B: not used, as nothing in this network is drawn at random.
+        """
+        capsules_BJD = self.encode(images_BCHW)
         lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
         reconstructions = None
         if labels_BT is not None and self.decoder is not None:
-            reconstructions = torch.stack(
-                [self.decode(capsules_BJD, labels_B) for labels_B in labels_BT.unbind(1)], dim=1
-            )
+            reconstructions = self.decode_all(capsules_BJD, labels_BT)
         return CapsNetOutput(capsules_BJD, lengths_BJ, reconstructions)

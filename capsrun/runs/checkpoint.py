@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from capsrun.config import DatasetConfig, TrainConfig, from_dict
-from capsrun.data import PART_OF
+from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
+from capsrun.data import is_part_of
 from capsrun.errors import UserError
-from capsrun.models import build_model
-from capsrun.models.capsnet import CapsNet
+from capsrun.models import Model, build_model
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
@@ -21,7 +20,7 @@ FILE_NAME = "checkpoint.pt"
 class Trained(NamedTuple):
     """A model from a checkpoint, on the CPU, and the run that made it."""
 
-    model: CapsNet
+    model: Model
     config: TrainConfig
     step: int
     train_seconds: float
@@ -95,8 +94,7 @@ def load_model(path: Path) -> Trained:
     """
     checkpoint = load_checkpoint(path)
     try:
-        # The first checkpoints do not have this setting, which says nothing of a model.
-        config = from_dict(TrainConfig, {"compile": True, **checkpoint["config"]})
+        config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from error
@@ -105,7 +103,7 @@ def load_model(path: Path) -> Trained:
     return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
 
 
-def load_weights(model: CapsNet, weights: Any, path: Path) -> None:
+def load_weights(model: Model, weights: Any, path: Path) -> None:
     """Put the weights into the model. Raises UserError, naming what differs, if they do not fit."""
     ours = model.state_dict()
     if not isinstance(weights, dict) or weights.keys() != ours.keys():
@@ -119,20 +117,45 @@ def load_weights(model: CapsNet, weights: Any, path: Path) -> None:
     model.load_state_dict(weights)
 
 
+def train_command(dataset: DatasetConfig) -> str:
+    """The command that trains the model which is tested on a data set by default."""
+    model, recipe = dataset.trained_by.split("-")
+    command = f"capsrun train dataset={dataset.trained_on}"
+    command += f" model={model}" if model != "capsnet" else ""
+    return command + (f" recipe={recipe}" if recipe != "quick" else "")
+
+
 def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> None:
     """Refuse images that the model cannot take, and test images that it was trained on."""
     ours, theirs = (
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
+    instead = f"train one that fits with `{train_command(dataset)}`, or test this one on "
+    instead += f"dataset={trained.dataset.name}"
     if ours != theirs:
         raise UserError(
             "the checkpoint is of a model for images of {}×{}×{} and {} classes".format(*theirs)
-            + ", but dataset={} has {}×{}×{} and {}".format(dataset.name, *ours)
+            + f" (trained on {trained.dataset.name})"
+            + ", but dataset={} has {}×{}×{} and {}; ".format(dataset.name, *ours)
+            + instead
         )
-    if split == "test" and PART_OF.get(dataset.name) == trained.dataset.name:
+    if dataset.digits != trained.dataset.digits:
+        counts = {1: "one digit", 2: "two digits"}
         raise UserError(
-            f"the images of {dataset.name} are training images of {trained.dataset.name}, on which "
-            f"the model was trained; test it with dataset={trained.dataset.name}"
+            f"the model was trained on images of {counts[trained.dataset.digits]} "
+            f"({trained.dataset.name}), but those of dataset={dataset.name} have "
+            f"{counts[dataset.digits]}; {instead}"
+        )
+    if dataset.standardise != trained.dataset.standardise:
+        raise UserError(
+            f"the model was trained with dataset.standardise={trained.dataset.standardise}: say "
+            "the same here"
+        )
+    if split == "test" and is_part_of(dataset, trained.dataset):
+        source = trained.dataset.source or trained.dataset.name
+        raise UserError(
+            f"the images of {dataset.source or dataset.name} are training images of {source}, on "
+            f"which the model was trained; test it with dataset={trained.dataset.name}"
         )
     if dataset.name != trained.dataset.name:
         return

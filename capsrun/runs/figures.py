@@ -18,6 +18,9 @@ GAP_PX = 2  # between the images of a grid, in pixels of an image
 FONT_SIZE = 8
 LINE_INCHES = 0.15  # height of a line of text
 LETTER_INCHES = 0.075  # width of a letter, with some room
+# Red, green and blue of the first and the second digit of an image; both together are white. They
+# differ in brightness and hue for every kind of colour vision.
+TWO_COLOURS = ((1.0, 0.55, 0.1), (0.1, 0.45, 1.0))
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:

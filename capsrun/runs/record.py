@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 import capsrun
-from capsrun.config import differing_keys
+from capsrun.config import differing_keys, with_later_settings
 from capsrun.errors import UserError
 from capsrun.runs.checkpoint import FILE_NAME, load_checkpoint, replacing
 
@@ -96,7 +96,10 @@ class RunFolder:
             raise UserError(f"{config_file} is damaged; move the folder away to start anew")
         different = [
             f"{key} (there {theirs}, now {ours})"
-            for key, theirs, ours in differing_keys(before, self.config)  # type: ignore[arg-type]
+            for key, theirs, ours in differing_keys(
+                with_later_settings(before),  # type: ignore[arg-type]
+                self.config,
+            )
             if key not in FREE_KEYS and not key.startswith(FREE_SECTION)
         ]
         if different:

@@ -1,6 +1,6 @@
-"""What a score looks like: numbers for `result.json`, a table, the pictures of figure 3.
+"""What train and eval show of a score: the answer, a table, and pictures.
 
-Shapes: B batch, C channels, H and W pixels.
+Shapes: N and B images, T digits in one image, C channels, H and W pixels, J classes.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from capsrun.data import Split
-from capsrun.data.batches import to_pixels
+from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures
 from capsrun.training.metrics import Score
@@ -25,9 +25,17 @@ def answer(split: str, errors: int, count: int) -> str:
     return f"{split} error {100 * errors / count:.2f} % ({errors:,} of {count:,})"
 
 
+def almost_line(almost_correct: int, count: int) -> str:
+    """What is said apart of images with two digits, and counts for nothing."""
+    return (
+        f"at least one of the two digits found: {100 * almost_correct / count:.2f} % "
+        f"({almost_correct:,} of {count:,})"
+    )
+
+
 def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
     """The numbers of a score, for `result.json`."""
-    return {
+    summary = {
         "error_percent": score.error_percent,
         "errors": score.errors,
         "count": score.count,
@@ -35,53 +43,61 @@ def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
         "confusion": score.confusion_JJ.tolist(),
         "reconstruction_squared_error": score.squared_error,
     }
+    if score.labels_NT.shape[1] > 1:
+        summary["almost_correct"] = score.almost_correct
+    return summary
 
 
 def class_errors(score: Score) -> list[int]:
-    """Wrongly classified images of each class."""
+    """Digits of each class that were missed."""
     return (score.confusion_JJ.sum(1) - score.confusion_JJ.diagonal()).tolist()
 
 
 def print_table(score: Score, class_names: Sequence[str]) -> None:
     """Errors of each class, and what its images were taken for."""
     width = max(8, *map(len, class_names))
-    print(f"{'class':>{width}} {'images':>7} {'errors':>7} {'error':>8}  taken for")
+    shown = "images" if score.labels_NT.shape[1] == 1 else "digits"
+    print(f"{'class':>{width}} {shown:>9} {'errors':>7} {'error':>8}  taken for")
     for number, (name, errors) in enumerate(zip(class_names, class_errors(score), strict=True)):
         row = score.confusion_JJ[number]
         count = int(row.sum())
         mistakes = sorted(
             ((int(row[k]), k) for k in range(len(row)) if k != number and row[k]), reverse=True
         )
-        taken_for = ", ".join(f"{class_names[k]} ({times})" for times, k in mistakes)
+        taken_for = ", ".join(f"{class_names[k]} ({times:,})" for times, k in mistakes)
         percent = f"{100 * errors / count:.2f} %" if count else "–"
-        print(f"{name:>{width}} {count:>7,} {errors:>7,} {percent:>8}  {taken_for}".rstrip())
+        print(f"{name:>{width}} {count:>9,} {errors:>7,} {percent:>8}  {taken_for}".rstrip())
 
 
 def score_figures(
-    model: CapsNet,
+    model: Model,
     split: Split,
     class_names: Sequence[str],
     score: Score,
     mask: str = "label",
     pictures: int = PICTURES,
 ) -> dict[str, Figure]:
-    """Draw the confusion matrix, and with a decoder figure 3 of the paper: hits and failures."""
+    """Draw the confusion matrix, hits and failures, and with two digits what is not there.
+
+    With a decoder these are figure 3 of the paper, or for two digits figure 5.
+    """
     title = answer("", score.errors, score.count).strip()
     drawn = {"confusion": figures.confusion_matrix(score.confusion_JJ, class_names, title)}
-    if model.decoder is None:
-        return drawn
-    wrong_N = score.labels_N != score.predicted_N
+    wrong_N = (score.labels_NT != score.predicted_NT).any(1)
     hits = (~wrong_N).nonzero().squeeze(1)[:pictures]
     failures = wrong_N.nonzero().squeeze(1)[:pictures]
     if len(hits):
-        drawn["reconstructions"] = _figure_3(model, split, class_names, score, hits, mask, False)
+        drawn["reconstructions"] = _examples(model, split, class_names, score, hits, mask, False)
     if len(failures):
-        drawn["failures"] = _figure_3(model, split, class_names, score, failures, mask, True)
+        drawn["failures"] = _examples(model, split, class_names, score, failures, mask, True)
+    if split.digits > 1 and isinstance(model, CapsNet) and model.decoder is not None:
+        chosen = torch.arange(min(pictures, score.count))
+        drawn["absent"] = _absent(model, split, class_names, score, chosen)
     return drawn
 
 
-def _figure_3(
-    model: CapsNet,
+def _examples(
+    model: Model,
     split: Split,
     class_names: Sequence[str],
     score: Score,
@@ -90,32 +106,104 @@ def _figure_3(
     failures: bool,
 ) -> Figure:
     """Images above their reconstructions; failures are reconstructed as both classes."""
-    device = split.images_NCHW.device
-    pixels = to_pixels(split.images_NCHW[chosen.to(device)])
-    labels, predicted = score.labels_N[chosen], score.predicted_N[chosen]
-    rows: list[tuple[str, Sequence[Tensor]]] = [("input", list(pixels))]
-    as_label = ("as label", list(reconstruct(model, pixels, labels.to(device))))
-    as_longest = ("as predicted", list(reconstruct(model, pixels, predicted.to(device))))
-    first, second = (as_label, as_longest) if mask == "label" else (as_longest, as_label)
-    rows += [first, second] if failures else [("output", first[1])]
+    batch = split.batch(chosen.to(split.device))
+    labels_BT, order_BT = batch.labels_BT.sort(dim=1)
+    rows_B1 = torch.arange(len(chosen), device=split.device)[:, None]
+    predicted_BT = score.predicted_NT[chosen].to(split.device)
+    rows = input_rows(batch.targets_BTCHW[rows_B1, order_BT])
+    if isinstance(model, CapsNet) and model.decoder is not None:
+        seen = batch.images_BCHW
+        as_label = ("as label", list(in_colours(reconstruct(model, seen, labels_BT))))
+        as_longest = ("as predicted", list(in_colours(reconstruct(model, seen, predicted_BT))))
+        first, second = (as_label, as_longest) if mask == "label" else (as_longest, as_label)
+        rows += [first, second] if failures else [("output", first[1])]
     titles = [
-        f"{class_names[label]}\n{class_names[guess]}"
-        for label, guess in zip(labels.tolist(), predicted.tolist(), strict=True)
+        f"{shown_classes(label, class_names)}\n{shown_classes(guess, class_names)}"
+        for label, guess in zip(labels_BT.tolist(), predicted_BT.tolist(), strict=True)
     ]
     kind = "Failures" if failures else "Hits"
     return figures.image_grid(rows, titles, f"{kind}: label above prediction above input")
 
 
+def _absent(
+    model: CapsNet, split: Split, class_names: Sequence[str], score: Score, chosen: Tensor
+) -> Figure:
+    """Reconstruct a class that is there beside one that is neither there nor predicted (figure 5).
+
+    What is not there should stay dark, as the decoder is to draw only what it finds in the image.
+    """
+    batch = split.batch(chosen.to(split.device))
+    labels_BT = batch.labels_BT.sort(dim=1).values
+    taken = torch.cat([labels_BT, score.predicted_NT[chosen].to(split.device)], dim=1).tolist()
+    count = len(class_names)
+    # The next class after the last label that nothing speaks for.
+    absent = [
+        next(k % count for k in range(row[1] + 1, row[1] + 1 + count) if k % count not in row)
+        for row in taken
+    ]
+    shown_BT = torch.stack([labels_BT[:, 0], torch.tensor(absent, device=split.device)], dim=1)
+    drawn_BTCHW = reconstruct(model, batch.images_BCHW, shown_BT)
+    rows = input_rows(batch.targets_BTCHW[:, :1], batch.images_BCHW)[:1]
+    rows += [("both", list(in_colours(drawn_BTCHW)))]
+    black = torch.zeros_like(drawn_BTCHW[:, 0])
+    for name, place in (("present", 0), ("absent", 1)):
+        alone = torch.stack(
+            [drawn_BTCHW[:, 0], black] if place == 0 else [black, drawn_BTCHW[:, 1]]
+        )
+        rows.append((name, list(in_colours(alone.transpose(0, 1)))))
+    titles = [
+        f"{shown_classes(label, class_names)}\n{class_names[label[0]]}, *{class_names[other]}"
+        for label, other in zip(labels_BT.tolist(), absent, strict=True)
+    ]
+    title = "Not there: label above what is reconstructed, * a class that is not in the image"
+    return figures.image_grid(rows, titles, title)
+
+
+def shown_classes(labels: Sequence[int], class_names: Sequence[str]) -> str:
+    """`5`, or with two digits `5, 0`."""
+    return ", ".join(class_names[label] for label in labels)
+
+
+def input_rows(
+    targets_BTCHW: Tensor, images_BCHW: Tensor | None = None
+) -> list[tuple[str, Sequence[Tensor]]]:
+    """The images, and with two digits the digits that they consist of, in their colours."""
+    digits = targets_BTCHW.shape[1]
+    pixels_BCHW = targets_BTCHW.sum(1).clamp(max=1) if images_BCHW is None else images_BCHW
+    rows: list[tuple[str, Sequence[Tensor]]] = [("input", list(displayed(pixels_BCHW)))]
+    if digits > 1:
+        rows.append(("its digits", list(in_colours(targets_BTCHW))))
+    return rows
+
+
+def in_colours(images_BTCHW: Tensor) -> Tensor:
+    """One image as it is; two on top of each other, orange and blue, and white where both are."""
+    if images_BTCHW.shape[1] == 1:
+        return displayed(images_BTCHW[:, 0])
+    colours_T3 = images_BTCHW.new_tensor(figures.TWO_COLOURS)
+    grey_BTHW = images_BTCHW.mean(2)
+    return torch.einsum("bthw,tc->bchw", grey_BTHW, colours_T3).clamp(0, 1)
+
+
+def displayed(images_BCHW: Tensor) -> Tensor:
+    """Images that a screen can show: two channels (of two cameras) side by side."""
+    if images_BCHW.shape[1] != 2:
+        return images_BCHW
+    return torch.cat(list(images_BCHW.split(1, dim=1)), dim=3)
+
+
 @torch.inference_mode()
-def reconstruct(model: CapsNet, pixels_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """What the decoder draws for each image's given class."""
-    return model.decode(model.encode(pixels_BCHW), labels_B)
+def reconstruct(model: CapsNet, images_BCHW: Tensor, labels_BT: Tensor) -> Tensor:
+    """What the decoder draws for each of the given classes: (B, T, C, H, W)."""
+    return model.decode_all(model.encode(images_BCHW), labels_BT)
 
 
 def reconstruction_grid(
     model: CapsNet, split: Split, class_names: Sequence[str], count: int = PICTURES
 ) -> Figure:
-    """The first images of a split above their reconstructions as their true class."""
-    pixels, labels = to_pixels(split.images_NCHW[:count]), split.labels_N[:count]
-    rows = [("input", list(pixels)), ("output", list(reconstruct(model, pixels, labels)))]
-    return figures.image_grid(rows, [class_names[label] for label in labels.tolist()])
+    """The first images of a split above their reconstructions as their true classes."""
+    batch = split.batch(split.indices(0, count))
+    drawn = in_colours(reconstruct(model, batch.images_BCHW, batch.labels_BT))
+    rows = [*input_rows(batch.targets_BTCHW), ("output", list(drawn))]
+    titles = [shown_classes(labels, class_names) for labels in batch.labels_BT.tolist()]
+    return figures.image_grid(rows, titles)

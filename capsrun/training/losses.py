@@ -1,4 +1,4 @@
-"""The margin loss and the reconstruction loss (Eq. 4 and §4.1 of the paper).
+"""The margin loss and the reconstruction loss (Eq. 4 and §4.1 of the paper), and cross-entropy.
 
 Shapes: B batch, J classes, T digits in one image, C channels, H and W pixels.
 """
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import LossConfig
+from capsrun.config import CrossEntropyConfig, LossConfig, MarginLossConfig
+from capsrun.models import CNNOutput, Output
 from capsrun.models.capsnet import CapsNetOutput
 
 
@@ -17,7 +18,8 @@ class Losses(NamedTuple):
     """The total and its parts, as scalars on the device."""
 
     total: Tensor
-    margin: Tensor
+    classification: Tensor
+    """Margin loss or cross-entropy."""
     reconstruction: Tensor
 
 
@@ -26,7 +28,7 @@ def class_presence(labels_BT: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels_BT, classes).any(dim=1)
 
 
-def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: LossConfig) -> Tensor:
+def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig) -> Tensor:
     """L_k = T_k max(0, m⁺ − ‖v_k‖)² + λ (1 − T_k) max(0, ‖v_k‖ − m⁻)² (Eq. 4), mean over the batch.
 
     lengths_BJ: ‖v_k‖. present_BJ: T_k, boolean; more than one class may be present. Over classes
@@ -45,7 +47,7 @@ def reconstruction_loss(reconstructions_BTCHW: Tensor, targets_BTCHW: Tensor) ->
 
 
 def capsnet_losses(
-    output: CapsNetOutput, labels_BT: Tensor, targets_BTCHW: Tensor, config: LossConfig
+    output: CapsNetOutput, labels_BT: Tensor, targets_BTCHW: Tensor, config: MarginLossConfig
 ) -> Losses:
     """Margin loss plus the weighted reconstruction loss, the latter 0 without a decoder.
 
@@ -58,3 +60,27 @@ def capsnet_losses(
     difference = reconstruction_loss(output.reconstructions_BTCHW, targets_BTCHW)
     reconstruction = config.reconstruction_weight * difference
     return Losses(margin + reconstruction, margin, reconstruction)
+
+
+def cross_entropy(logits_BJ: Tensor, labels_BT: Tensor, config: CrossEntropyConfig) -> Tensor:
+    """Cross-entropy with the softmax or the sigmoids of the logits, mean over the batch.
+
+    Softmax: the T classes that are present share the target equally. Sigmoid: each that is present
+    has the target `config.present_target`, the others 0, and the mean over classes is taken.
+    """
+    present_BJ = class_presence(labels_BT, logits_BJ.shape[1]).to(logits_BJ.dtype)
+    if config.activation == "softmax":
+        return F.cross_entropy(logits_BJ, present_BJ / labels_BT.shape[1])
+    return F.binary_cross_entropy_with_logits(logits_BJ, config.present_target * present_BJ)
+
+
+def model_losses(
+    output: Output, labels_BT: Tensor, targets_BTCHW: Tensor, config: LossConfig
+) -> Losses:
+    """The losses of any network; see `capsnet_losses` and `cross_entropy`."""
+    if isinstance(output, CNNOutput):
+        assert isinstance(config, CrossEntropyConfig)  # checked in config.py
+        entropy = cross_entropy(output.logits_BJ, labels_BT, config)
+        return Losses(entropy, entropy, torch.zeros_like(entropy))
+    assert isinstance(config, MarginLossConfig)
+    return capsnet_losses(output, labels_BT, targets_BTCHW, config)

@@ -1,20 +1,20 @@
 """What a model gets right: predictions over a whole split, errors, the confusion matrix.
 
-Shapes: N images, B batch, J classes, T digits in one image.
+Shapes: N images, B batch, J classes, T digits in one image, C channels, H and W pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from capsrun.data import Split
-from capsrun.data.batches import to_pixels
-from capsrun.models.capsnet import CapsNet
+from capsrun.models import Model
 from capsrun.training.losses import class_presence
 from capsrun.training.step import Progress, autocast
 
-# Images tested at once. It changes no answer; 250 need about 1 GB for their votes.
+# Images tested at once. It changes no answer; 250 of MNIST need about 1 GB for their votes.
 BATCH_SIZE = 250
 
 
@@ -22,76 +22,114 @@ BATCH_SIZE = 250
 class Score:
     """What a model said about every image of a split, and how often it was wrong."""
 
-    labels_N: Tensor
-    predicted_N: Tensor
-    """The class with the longest capsule."""
+    labels_NT: Tensor
+    """The classes of each image, in rising order."""
+    predicted_NT: Tensor
+    """The T classes with the longest capsules (or the most likely), in rising order."""
     confusion_JJ: Tensor
-    """Row: the true class; column: the predicted one; entries: images."""
+    """Row: the true class; column: the predicted one; entries: digits."""
     squared_error: float | None
-    """Squared pixel differences of the reconstruction, summed over an image, mean over images."""
+    """Squared pixel differences of the reconstructions, summed over an image, mean over images."""
 
     @property
     def errors(self) -> int:
-        return int((self.labels_N != self.predicted_N).sum())
+        """Images of which at least one digit was missed."""
+        return int((self.labels_NT != self.predicted_NT).any(1).sum())
+
+    @property
+    def almost_correct(self) -> int:
+        """Images of which at least one digit was found."""
+        found_NT = (self.labels_NT[:, :, None] == self.predicted_NT[:, None]).any(2)
+        return int(found_NT.any(1).sum())
 
     @property
     def count(self) -> int:
-        return len(self.labels_N)
+        return len(self.labels_NT)
 
     @property
     def error_percent(self) -> float:
         return 100 * self.errors / self.count
 
 
-def count_correct(lengths_BJ: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Count images whose T longest capsules are all the true ones, and those with at least one.
-
-    Returns (correct, almost correct) as integer scalars, as in the authors' evaluation; with one
-    digit an image the two are the same. Ties go to the lower class.
-    """
-    digits = labels_BT.shape[1]
-    predicted_BT = lengths_BJ.argsort(dim=1, descending=True, stable=True)[:, :digits]
-    classes = lengths_BJ.shape[1]
-    found_BJ = class_presence(predicted_BT, classes) & class_presence(labels_BT, classes)
-    found_B = found_BJ.sum(1)
-    return (found_B == digits).sum(), (found_B > 0).sum()
+def predicted_classes(scores_BJ: Tensor, digits: int) -> Tensor:
+    """The classes (B, T) with the highest scores, in rising order; of equals the lower one."""
+    if digits == 1:
+        return scores_BJ.argmax(1, keepdim=True)
+    ranked_BJ = scores_BJ.argsort(dim=1, descending=True, stable=True)
+    return ranked_BJ[:, :digits].sort(dim=1).values
 
 
 @torch.inference_mode()
 def score_split(
-    model: CapsNet,
+    models: Model | Sequence[Model],
     split: Split,
     precision: str,
     mask: str | None = None,
     progress: Progress = iter,
+    most: int | None = None,
 ) -> Score:
-    """Classify every image of a split, unshifted, and compare with the labels.
+    """Classify every image of a split, as it is tested, and compare with the labels.
 
-    mask: reconstruct the `label` or the `longest` capsule's class too; None: do not reconstruct.
-    progress: wraps the batches to show how far it is.
+    models: one, or several whose scores are averaged (§7); the first one reconstructs.
+    mask: reconstruct the `label` or the `longest` capsules' classes too; None: do not reconstruct.
+    progress: wraps the batches to show how far it is. most: use so many images only.
     """
-    model.eval()
-    batches = list(
-        zip(split.images_NCHW.split(BATCH_SIZE), split.labels_N.split(BATCH_SIZE), strict=True)
-    )
-    predicted, squared_errors = [], []
-    for images_BCHW, labels_B in progress(batches):
-        pixels_BCHW = to_pixels(images_BCHW)
-        with autocast(pixels_BCHW.device, precision):
-            output = model(pixels_BCHW)
-            predicted.append(output.lengths_BJ.argmax(1))
-            if mask is not None and model.decoder is not None:
-                shown_B = labels_B if mask == "label" else predicted[-1]
-                difference = model.decode(output.capsules_BJD, shown_B) - pixels_BCHW
+    ensemble = [models] if isinstance(models, Model) else list(models)
+    first = ensemble[0]
+    for model in ensemble:
+        model.eval()
+    count = len(split) if most is None else min(most, len(split))
+    labels, predicted, squared_errors = [], [], []
+    confusion_JJ = torch.zeros(first.classes, first.classes, dtype=torch.int64, device=split.device)
+    for start in progress(range(0, count, BATCH_SIZE)):
+        batch = split.batch(split.indices(start, min(start + BATCH_SIZE, count)))
+        with autocast(split.device, precision):
+            outputs = [model(batch.images_BCHW) for model in ensemble]
+            scores_BJ = torch.stack([output.scores_BJ for output in outputs]).mean(0)
+            predicted_BT = predicted_classes(scores_BJ, split.digits)
+            if mask is not None and first.decoder is not None:
+                # Targets and predictions in the order of their classes, so that they correspond.
+                labels_BT, order_BT = batch.labels_BT.sort(dim=1)
+                rows_B1 = torch.arange(len(labels_BT), device=split.device)[:, None]
+                targets_BTCHW = batch.targets_BTCHW[rows_B1, order_BT]
+                shown_BT = labels_BT if mask == "label" else predicted_BT
+                drawn_BTCHW = first.decode_all(outputs[0].capsules_BJD, shown_BT)
+                difference = drawn_BTCHW - targets_BTCHW
                 squared_errors.append(difference.square().flatten(1).sum(1))
-    model.train()
-    labels_N, predicted_N = split.labels_N.cpu(), torch.cat(predicted).cpu()
-    squared_error = torch.cat(squared_errors).mean().item() if squared_errors else None
-    confusion_JJ = confusion_matrix(labels_N, predicted_N, model.classes)
-    return Score(labels_N, predicted_N, confusion_JJ, squared_error)
+        labels.append(batch.labels_BT.sort(dim=1).values)
+        predicted.append(predicted_BT)
+        confusion_JJ += confusion_matrix(labels[-1], predicted_BT, first.classes)
+    for model in ensemble:
+        model.train()
+    return Score(
+        torch.cat(labels).cpu(),
+        torch.cat(predicted).cpu(),
+        confusion_JJ.cpu(),
+        torch.cat(squared_errors).mean().item() if squared_errors else None,
+    )
 
 
-def confusion_matrix(labels_N: Tensor, predicted_N: Tensor, classes: int) -> Tensor:
-    """Count images by true class (row) and predicted class (column)."""
-    pairs_N = labels_N * classes + predicted_N
-    return pairs_N.bincount(minlength=classes**2).reshape(classes, classes)
+def confusion_matrix(labels_NT: Tensor, predicted_NT: Tensor, classes: int) -> Tensor:
+    """Count digits by true class (row) and predicted class (column).
+
+    A digit that is found counts on the diagonal. The digits of an image that are missed are taken
+    for its predictions that are not there, both in rising order.
+    """
+    present_NJ = class_presence(labels_NT, classes)
+    claimed_NJ = class_presence(predicted_NT, classes)
+    found_NJ = present_NJ & claimed_NJ
+    pairs = [classes_of(found_NJ, k, classes) * (classes + 2) for k in range(labels_NT.shape[1])]
+    for k in range(labels_NT.shape[1]):
+        missed_N = classes_of(present_NJ & ~found_NJ, k, classes)
+        invented_N = classes_of(claimed_NJ & ~found_NJ, k, classes)
+        pairs.append(missed_N * (classes + 1) + invented_N)
+    # What is not there has number `classes`: one more row and column, which are dropped.
+    counts = torch.cat(pairs).bincount(minlength=(classes + 1) ** 2)
+    return counts.reshape(classes + 1, classes + 1)[:classes, :classes]
+
+
+def classes_of(present_NJ: Tensor, place: int, classes: int) -> Tensor:
+    """Of the classes present, in rising order, number `place` (N,); `classes` if there is none."""
+    ranks_NJ = present_NJ.cumsum(1)
+    at_place_NJ = present_NJ & (ranks_NJ == place + 1)
+    return torch.where(at_place_NJ.any(1), at_place_NJ.int().argmax(1), classes)

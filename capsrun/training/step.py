@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.batches import Batch, TrainingBatches
 from capsrun.errors import UserError
-from capsrun.models.capsnet import CapsNet, CapsNetOutput
+from capsrun.models import Model, Output
 from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
-from capsrun.training.losses import Losses, capsnet_losses
+from capsrun.training.losses import Losses, model_losses
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+SomeModel = TypeVar("SomeModel", bound=Model)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -67,7 +68,7 @@ def cpu_features() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
-def to_device(model: CapsNet, device: torch.device, fast: bool) -> CapsNet:
+def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
     """Move a model to the device, in the memory order in which training and testing run it.
 
     fast: see `CapsNet.fast`. Channels-last convolutions are 5 to 15 % faster on a CPU, and what
@@ -133,7 +134,7 @@ class Update(NamedTuple):
     """What one update saw and computed, before it changed the weights."""
 
     batch: Batch
-    output: CapsNetOutput
+    output: Output
     losses: Losses
 
 
@@ -142,7 +143,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: CapsNet,
+        model: Model,
         loss: LossConfig,
         recipe: RecipeConfig,
         steps: int,
@@ -168,7 +169,7 @@ class Trainer:
             capturable=on_gpu and fast,
         )
         self._reset_optimizer()
-        self.compute: Callable[[Batch], tuple[CapsNetOutput, Losses]] = self.forward
+        self.compute: Callable[[Batch], tuple[Output, Losses]] = self.forward
         self._graphs: GraphedSteps | None = None
         if on_gpu and fast:
             rates = [adam_rate(recipe, step, steps) for step in range(steps)]
@@ -246,8 +247,8 @@ class Trainer:
         self.optimizer.step()
         return Update(batch, output, losses)
 
-    def forward(self, batch: Batch) -> tuple[CapsNetOutput, Losses]:
+    def forward(self, batch: Batch) -> tuple[Output, Losses]:
         """What the model says about a batch, and its losses."""
         with autocast(self.device, self.precision):
-            output = self.model(batch.images_BCHW, batch.labels_BT)
-        return output, capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
+            output = self.model(batch.images_BCHW, batch.labels_BT, batch.noise_B)
+        return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)

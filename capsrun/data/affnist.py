@@ -1,0 +1,224 @@
+"""affNIST: the official files (www.cs.toronto.edu/~tijmen/affNIST), for testing only.
+
+They are MATLAB files that hold a struct `affNISTdata` with, for N images, `image` (1600, N) uint8,
+`label_int` (1, N) and `label_one_of_n` (10, N).
+
+Shapes: N images, H and W pixels, J classes.
+"""
+
+import io
+import math
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from capsrun.config import DatasetConfig
+from capsrun.data.download import file_md5, obtain
+from capsrun.data.files import Source
+from capsrun.data.mnist_padded import UNUSED
+from capsrun.data.splits import Dataset, StoredImages, no_images, refuse_changes
+from capsrun.errors import UserError
+
+URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
+SIDE_PX = 40
+IMAGES = 320_000
+"""Of the test set: 32 of each of the 10,000 digits."""
+BATCHES = 32
+"""Into how many files the test set is divided where it is not one."""
+MAX_BYTES = 2_000_000_000
+"""Most that a file in a zip may have; the whole test set has about 600 MB."""
+INSTEAD = (
+    "put test.mat (or 1.mat to 32.mat), zipped or not, there, or test on dataset=affnist_like, "
+    "which is made from MNIST and is not affNIST"
+)
+
+
+def load(config: DatasetConfig, device: torch.device) -> Dataset:
+    """Find (or download), check and read the test images.
+
+    Raises UserError when they cannot be had or a file is not what it should be.
+    """
+    refuse_changes(config, (*UNUSED, "shift_px", "validation", "source"))
+    if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
+        raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
+    folder = Path(config.data_dir).expanduser() / "affNIST"
+    files = find(folder)
+    if not files:
+        files = [obtain(URL, folder / "test.mat.zip", None, "affNIST", INSTEAD)]
+    images, labels, sources = [], [], []
+    for path in files:
+        for name, content in mat_files(path):
+            found, numbers = read_mat(content, name)
+            images.append(found)
+            labels.append(numbers)
+        sources.append(Source(str(path), file_md5(path), verified=False))
+    images_NHW, labels_N = np.concatenate(images), np.concatenate(labels)
+    where = files[0] if len(files) == 1 else folder
+    if len(labels_N) != IMAGES:
+        raise UserError(
+            f"{where} holds {len(labels_N):,} images; affNIST's test set has {IMAGES:,}: the file "
+            f"is not the test set, or parts of it are missing; {INSTEAD}"
+        )
+    check_digits(images_NHW, labels_N, str(where))
+    test = StoredImages(
+        torch.from_numpy(images_NHW)[:, None].to(device),
+        torch.from_numpy(labels_N).long().to(device),
+        config,
+    )
+    nothing = no_images(config, device)
+    names = tuple("0123456789")
+    return Dataset(config.name, names, nothing, nothing, test, tuple(sources))
+
+
+def find(folder: Path) -> list[Path]:
+    """The files of the test set that are in a folder: one, or one for each batch; maybe none.
+
+    Raises UserError when only some of the batches are there.
+    """
+    for name in ("test.mat", "test.mat.zip", "test_batches.zip"):
+        if (folder / name).is_file():
+            return [folder / name]
+    for place in (folder, folder / "test_batches"):
+        numbers = range(1, BATCHES + 1)
+        candidates = [[place / f"{n}.mat", place / f"{n}.mat.zip"] for n in numbers]
+        found = [next((path for path in pair if path.is_file()), None) for pair in candidates]
+        missing = [f"{n}.mat" for n, path in zip(numbers, found) if path is None]
+        if not missing:
+            return [path for path in found if path is not None]
+        if len(missing) < BATCHES:
+            raise UserError(
+                f"{place} lacks {', '.join(missing)}: all of 1.mat to {BATCHES}.mat are needed"
+            )
+    return []
+
+
+def mat_files(path: Path) -> list[tuple[str, bytes]]:
+    """Name and content of a `.mat` file, or of those in a zip, in the order of their numbers.
+
+    Nothing is unpacked to disk. Raises UserError for an archive that is damaged, has no such files,
+    or has files that would be unpacked elsewhere.
+    """
+    try:
+        if path.suffix != ".zip":
+            return [(str(path), path.read_bytes())]
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            for info in members:
+                inside = PurePosixPath(info.filename.replace("\\", "/"))
+                if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
+                    raise UserError(
+                        f"{path} holds a file {info.filename!r}, which is outside its folder; it "
+                        "is not to be trusted, and nothing in it was used"
+                    )
+            members = [
+                info
+                for info in members
+                if info.filename.endswith(".mat") and "__MACOSX" not in info.filename
+            ]
+            if not members:
+                raise UserError(f"{path} holds no .mat file")
+            if any(info.file_size > MAX_BYTES for info in members):
+                raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: it is not affNIST")
+            members.sort(key=lambda info: (len(info.filename), info.filename))
+            return [(f"{path}/{info.filename}", archive.read(info)) for info in members]
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise UserError(
+            f"{path} is damaged, cut short or cannot be read ({error}); delete it and run the "
+            "command again to download it"
+        ) from error
+
+
+def read_mat(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W) uint8 and labels (N,) of the struct in a `.mat` file.
+
+    Raises UserError, naming the file, for one that is damaged, holds something else, or whose
+    labels contradict each other.
+    """
+    struct = _struct(content, name)
+    missing = [key for key in ("image", "label_int") if key not in struct]
+    if missing:
+        raise UserError(f"{name} is not affNIST: its struct lacks {', '.join(missing)}")
+    images, labels = struct["image"], struct["label_int"].ravel()
+    pixels = SIDE_PX**2
+    if images.dtype != np.uint8:
+        raise UserError(f"{name} is not affNIST: its pixels are {images.dtype}, not uint8")
+    if images.ndim != 2 or images.shape[0] != pixels:
+        hint = " (transposed)" if images.ndim == 2 and images.shape[1] == pixels else ""
+        raise UserError(
+            f"{name} holds images as an array of {images.shape}{hint}; affNIST's is ({pixels}, N)"
+        )
+    if images.shape[1] != len(labels):
+        raise UserError(f"{name} holds {images.shape[1]} images but {len(labels)} labels")
+    if not len(labels) or not np.isin(labels, range(10)).all():
+        raise UserError(f"{name} holds labels other than 0 to 9, or none")
+    one_of_n = struct.get("label_one_of_n")
+    if one_of_n is not None and (
+        one_of_n.shape != (10, len(labels)) or (one_of_n.argmax(0) != labels).any()
+    ):
+        raise UserError(f"{name} is damaged: label_int and label_one_of_n contradict each other")
+    if images.max() < 128:
+        raise UserError(
+            f"{name} holds no pixel brighter than {images.max()}; affNIST's pixels are 0 to 255"
+        )
+    # MATLAB keeps an image column by column, and the images were written row by row.
+    return np.ascontiguousarray(images.T).reshape(-1, SIDE_PX, SIDE_PX), labels.astype(np.int64)
+
+
+def _struct(content: bytes, name: str) -> dict[str, Any]:
+    """The fields of `affNISTdata` as arrays."""
+    from scipy.io import loadmat
+
+    try:
+        values = loadmat(io.BytesIO(content))
+    except Exception as error:  # loadmat fails in many ways on a damaged file
+        raise UserError(
+            f"{name} is damaged, cut short, or no MATLAB file ({error}); delete it and run the "
+            "command again to download it"
+        ) from error
+    data = values.get("affNISTdata")
+    if data is None or data.dtype.names is None or data.size != 1:
+        found = ", ".join(key for key in values if not key.startswith("__")) or "nothing"
+        raise UserError(f"{name} is not affNIST: it holds {found}, no struct affNISTdata")
+    record = data.ravel()[0]
+    return {key: np.asarray(record[key]) for key in data.dtype.names}
+
+
+def check_digits(images_NHW: np.ndarray, labels_N: np.ndarray, name: str) -> None:
+    """Refuse images that are turned or belong to other labels, by what all handwriting shares.
+
+    Of all digits ones have the least ink, and they are higher than they are wide; sevens are wider
+    in their upper half than in their lower. Raises UserError, naming the file.
+    """
+    ink = [images_NHW[labels_N == digit].mean() for digit in range(10) if (labels_N == digit).any()]
+    ones, sevens = images_NHW[labels_N == 1], images_NHW[labels_N == 7]
+    if not len(ones) or not len(sevens) or len(ink) < 10:
+        raise UserError(f"{name} does not hold all ten digits: it is not affNIST's test set")
+    if int(np.argmin(ink)) != 1:
+        raise UserError(f"{name}: its labels do not belong to its images (ones have the least ink)")
+    height, width = (math.sqrt(_spread(ones, axis).mean()) for axis in (1, 2))
+    upper, lower = _width_of_halves(sevens)
+    if height < width or upper < lower:
+        raise UserError(f"{name}: its images are turned or transposed")
+
+
+def _spread(images_NHW: np.ndarray, axis: int) -> np.ndarray:
+    """Variance (N,) of the ink's place along an axis, in px²."""
+    profile = images_NHW.sum(3 - axis, dtype=np.float64) + 1e-9
+    profile /= profile.sum(1, keepdims=True)
+    places = np.arange(profile.shape[1])
+    mean = (profile * places).sum(1, keepdims=True)
+    return (profile * (places - mean) ** 2).sum(1)
+
+
+def _width_of_halves(images_NHW: np.ndarray) -> tuple[float, float]:
+    """Mean variance along the rows of the ink above and below its middle row."""
+    profile = images_NHW.sum(2, dtype=np.float64) + 1e-9
+    places = np.arange(profile.shape[1])
+    middle = (profile * places).sum(1) / profile.sum(1)
+    above = places[None] < middle[:, None]
+    upper, lower = (images_NHW * half[..., None] for half in (above, ~above))
+    return float(_spread(upper, 2).mean()), float(_spread(lower, 2).mean())

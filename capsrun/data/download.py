@@ -1,0 +1,89 @@
+"""Downloads that show how far they are and go on where they were interrupted."""
+
+import contextlib
+import hashlib
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+from capsrun.errors import UserError
+
+TIMEOUT_SECONDS = 30
+CHUNK_BYTES = 1 << 20
+
+
+def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) -> Path:
+    """Make sure that `path` is there, downloading it from `url` when it is not; returns it.
+
+    What has come so far is in `path` with `.part` at its end, and the next call goes on from there.
+    md5: the published checksum of the file, or None. otherwise: what the user can do instead, for
+    the message of the UserError that is raised when it cannot be had.
+    """
+    if path.is_file():
+        return path
+    part = path.with_name(path.name + ".part")
+    print(f"{title} is not in {path.parent}; downloading {url}")
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, part)
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        kept = part.stat().st_size if part.exists() else 0
+        if not kept:  # a mistyped CAPSRUN_DATA leaves no empty folders behind
+            with contextlib.suppress(OSError):
+                for folder in new_folders:
+                    folder.rmdir()
+        resume = f" ({kept:,} bytes are kept: the same command goes on)" if kept else ""
+        raise UserError(
+            f"{title} is not in {path.parent} and could not be downloaded: {reason}{resume}; "
+            f"{otherwise}"
+        ) from error
+    if md5 is not None and file_md5(part) != md5:
+        part.unlink()
+        raise UserError(
+            f"what came from {url} does not have the published MD5 checksum and was deleted; "
+            f"{otherwise}"
+        )
+    part.replace(path)
+    return path
+
+
+def file_md5(path: Path) -> str:
+    """MD5 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _download(url: str, part: Path) -> None:
+    """Fetch `url` into `part`, after what is there of it already. Raises OSError when it fails."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "capsrun"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:  # nothing is left to send, or the file has changed
+            raise
+        part.unlink()
+        return _download(url, part)
+    with answer:
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
+        start = have if goes_on else 0
+        length = answer.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None)
+        with open(part, "ab" if goes_on else "wb") as stream, bar:
+            while chunk := answer.read(CHUNK_BYTES):
+                stream.write(chunk)
+                bar.update(len(chunk))
+            size = stream.tell()
+    if total is not None and size != total:
+        raise OSError(f"the connection broke after {size:,} of {total:,} bytes")
+    return None

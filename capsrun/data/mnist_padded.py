@@ -1,0 +1,83 @@
+"""Padded MNIST: digits somewhere on a larger black canvas, to train for affNIST (§5.2).
+
+Shapes: N digits, B batch, H and W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capsrun.config import DatasetConfig
+from capsrun.data.batches import PLACE, Batch, place, random_offsets, to_pixels
+from capsrun.data.files import RawData
+from capsrun.data.splits import (
+    Dataset,
+    Part,
+    Split,
+    StoredImages,
+    check_shift,
+    parts,
+    refuse_changes,
+)
+
+UNUSED = ("flip", "brightness", "contrast", "standardise")
+
+
+@dataclass(frozen=True)
+class PlacedDigits(Split):
+    """Each of N digits at one place, or at each of the (2·shift_px + 1)² places.
+
+    Image k shows digit k mod N. With one place it is drawn from (seed, k); else it is place
+    k div N, counted row by row.
+    """
+
+    digits_NCHW: Tensor
+    """uint8."""
+    labels_N: Tensor
+    config: DatasetConfig
+
+    def __len__(self) -> int:
+        places = (2 * self.config.shift_px + 1) ** 2
+        return len(self.labels_N) * (places if self.config.test == "all" else 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels_N.device
+
+    def labels(self, indices_B: Tensor) -> Tensor:
+        return self.labels_N[indices_B % len(self.labels_N)][:, None]
+
+    def offsets(self, indices_B: Tensor) -> Tensor:
+        """The row and column (B, 2) of each digit's top left corner."""
+        shift_px = self.config.shift_px
+        border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
+        if self.config.test == "sample":
+            return border_px + random_offsets(indices_B, shift_px, self.config.split_seed, PLACE)
+        places_B = indices_B // len(self.labels_N)
+        side = 2 * shift_px + 1
+        return border_px - shift_px + torch.stack([places_B // side, places_B % side], dim=1)
+
+    def batch(self, indices_B: Tensor) -> Batch:
+        digits_BCHW = self.digits_NCHW[indices_B % len(self.labels_N)]
+        placed_BCHW = place(digits_BCHW, self.offsets(indices_B), self.config.image_px)
+        pixels_BCHW = to_pixels(placed_BCHW).contiguous()
+        return Batch(pixels_BCHW, self.labels(indices_B), pixels_BCHW[:, None])
+
+
+def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
+    """Training digits at random places; validation and test digits at places fixed by split_seed.
+
+    Raises UserError for a shift that is larger than the border.
+    """
+    refuse_changes(config, UNUSED)
+    check_shift(config, raw.train_images.shape[-1])
+
+    def placed(part: Part) -> PlacedDigits:
+        return PlacedDigits(part.images_NCHW, part.labels_N, config)
+
+    train, validation, test = parts(raw, config, device)
+    moving = StoredImages(train.images_NCHW, train.labels_N, config)
+    return Dataset(
+        config.name, raw.class_names, moving, placed(validation), placed(test), raw.sources
+    )

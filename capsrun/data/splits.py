@@ -1,0 +1,272 @@
+"""What the commands take images from: the splits of a data set, found or made by index.
+
+Shapes: N images, B batch, T digits in one image, C channels, H and W pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capsrun.config import DatasetConfig
+from capsrun.data.batches import (
+    LIGHT,
+    SHIFT,
+    SPLIT,
+    Batch,
+    place,
+    random_bits,
+    random_offsets,
+    random_unit,
+    to_pixels,
+)
+from capsrun.data.files import RawData, Source
+from capsrun.errors import UserError
+
+
+class Split(ABC):
+    """Some images and what they show."""
+
+    digits = 1
+    """How many digits one image shows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where batches are made."""
+
+    @abstractmethod
+    def labels(self, indices_B: Tensor) -> Tensor:
+        """The classes (B, T) that some images show, int64."""
+
+    @abstractmethod
+    def batch(self, indices_B: Tensor) -> Batch:
+        """Some images as they are tested, not changed at random."""
+
+    @property
+    def epoch_images(self) -> int:
+        """How many images a pass of training makes."""
+        return len(self)
+
+    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
+        """Some images of an epoch, changed at random as they are in training.
+
+        positions_B: how many images the run had seen before each; with `seed` they decide.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is for testing")
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """The numbers of the images from `start` to before `stop`, on the device."""
+        return torch.arange(start, min(stop, len(self)), device=self.device)
+
+
+@dataclass(frozen=True)
+class StoredImages(Split):
+    """Images that are kept as they are, and put in the middle of the canvas or cut to it.
+
+    In training each is moved by its own random shift: every one of the (2·shift_px + 1)² shifts is
+    equally likely (§5), and what moves in is black. Then it is mirrored and lit as `config` says.
+    """
+
+    images_NCHW: Tensor
+    """uint8, 0 is black."""
+    labels_N: Tensor
+    """int64 class numbers."""
+    config: DatasetConfig
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels_N.device
+
+    @property
+    def border_px(self) -> int:
+        """Black pixels on each side of an image in the middle; negative where it is cut."""
+        return (self.config.image_px - self.images_NCHW.shape[-1]) // 2
+
+    def labels(self, indices_B: Tensor) -> Tensor:
+        return self.labels_N[indices_B][:, None]
+
+    def batch(self, indices_B: Tensor) -> Batch:
+        pixels_BCHW = self._moved(indices_B, torch.zeros_like(indices_B)[:, None].expand(-1, 2))
+        return self._as_batch(pixels_BCHW, indices_B)
+
+    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
+        moves_B2 = random_offsets(positions_B, self.config.shift_px, seed, SHIFT)
+        pixels_BCHW = self._moved(indices_B, moves_B2)
+        return self._as_batch(vary(pixels_BCHW, positions_B, seed, self.config), indices_B)
+
+    def _moved(self, indices_B: Tensor, moves_B2: Tensor) -> Tensor:
+        images_BCHW = self.images_NCHW[indices_B]
+        placed_BCHW = place(images_BCHW, self.border_px + moves_B2, self.config.image_px)
+        return to_pixels(placed_BCHW).contiguous()
+
+    def _as_batch(self, pixels_BCHW: Tensor, indices_B: Tensor) -> Batch:
+        targets_BTCHW = pixels_BCHW.clamp(0, 1)[:, None]  # light may have made them brighter
+        seen_BCHW = standardise(pixels_BCHW) if self.config.standardise else targets_BTCHW[:, 0]
+        return Batch(seen_BCHW, self.labels(indices_B), targets_BTCHW)
+
+
+def vary(pixels_BCHW: Tensor, positions_B: Tensor, seed: int, config: DatasetConfig) -> Tensor:
+    """Mirror images, make them lighter or darker, and change their contrast, as `config` says.
+
+    The contrast is that about the mean of each channel. Pixels may leave [0, 1].
+    """
+    counters_B3 = positions_B[:, None] * 3 + torch.arange(3, device=positions_B.device)
+    draws_B3111 = random_unit(counters_B3, seed, LIGHT)[..., None, None, None]
+    mirrored_B, lighter_B, contrast_B = draws_B3111.unbind(1)
+    if config.flip:
+        pixels_BCHW = torch.where(mirrored_B < 0.5, pixels_BCHW.flip(3), pixels_BCHW)
+    if config.brightness:
+        pixels_BCHW = pixels_BCHW + config.brightness * (2 * lighter_B - 1)
+    if config.contrast:
+        mean_BC11 = pixels_BCHW.mean((2, 3), keepdim=True)
+        factor_B111 = 1 + config.contrast * (2 * contrast_B - 1)
+        pixels_BCHW = mean_BC11 + factor_B111 * (pixels_BCHW - mean_BC11)
+    return pixels_BCHW
+
+
+def standardise(pixels_BCHW: Tensor) -> Tensor:
+    """Give each image mean 0 and standard deviation 1, an image of one grey only mean 0.
+
+    As the authors' code does: the deviation counts as at least 1/√n, n numbers in an image.
+    """
+    flat_BN = pixels_BCHW.flatten(1)
+    least = flat_BN.shape[1] ** -0.5
+    deviation_B1 = flat_BN.std(1, unbiased=False, keepdim=True).clamp(min=least)
+    return ((flat_BN - flat_BN.mean(1, keepdim=True)) / deviation_B1).reshape(pixels_BCHW.shape)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on a device, with the validation images taken out of the training images."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    """Empty where a data set is for testing only."""
+    validation: Split
+    """Empty unless the configuration asks for one."""
+    test: Split
+    sources: tuple[Source, ...]
+    """Where it came from, and what vouches for it."""
+
+    def split(self, name: str) -> Split:
+        """The split called `name`. Raises UserError when it is empty."""
+        split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        if not len(split) and not len(self.train):
+            raise UserError(f"{self.name} is for testing: it has no {name} split")
+        if not len(split):
+            raise UserError(
+                f"no training images of {self.name} are held out, so there is no {name} split; "
+                "train with dataset.validation=10000, and say so here too"
+            )
+        return split
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images and labels of one part of a data set, as they are on disk."""
+
+    images_NCHW: Tensor
+    labels_N: Tensor
+
+
+def parts(raw: RawData, config: DatasetConfig, device: torch.device) -> tuple[Part, Part, Part]:
+    """The training, validation and test images, on the device.
+
+    Raises UserError when more are to be held out than there are, or for another number of classes.
+    """
+    if len(raw.class_names) != config.classes:
+        raise UserError(
+            f"{config.name} has {len(raw.class_names)} classes, but dataset.classes is "
+            f"{config.classes}"
+        )
+    if raw.train_images.shape[1] != config.channels:
+        raise UserError(
+            f"{config.name} has images of {raw.train_images.shape[1]} channel(s), but "
+            f"dataset.channels is {config.channels}"
+        )
+    train, validation = _hold_out(raw, config)
+    return (
+        Part(raw.train_images[train].to(device), raw.train_labels[train].long().to(device)),
+        Part(
+            raw.train_images[validation].to(device), raw.train_labels[validation].long().to(device)
+        ),
+        Part(raw.test_images.to(device), raw.test_labels.long().to(device)),
+    )
+
+
+def _hold_out(raw: RawData, config: DatasetConfig) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the validation images, each in the order of the file."""
+    count = len(raw.train_labels)
+    if config.validation >= count:
+        raise UserError(
+            f"dataset.validation is {config.validation}, but {config.name} has only {count} "
+            "training images"
+        )
+    order = random_bits(torch.arange(count), config.split_seed, SPLIT).argsort()
+    kept = count - config.validation
+    return order[:kept].sort().values, order[kept:].sort().values
+
+
+def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
+    """A data set of images that are kept as they are.
+
+    Raises UserError for settings that do not fit them.
+    """
+    check_shift(config, raw.train_images.shape[-1])
+    train, validation, test = parts(raw, config, device)
+    return Dataset(
+        config.name,
+        raw.class_names,
+        StoredImages(train.images_NCHW, train.labels_N, config),
+        StoredImages(validation.images_NCHW, validation.labels_N, config),
+        StoredImages(test.images_NCHW, test.labels_N, config),
+        raw.sources,
+    )
+
+
+def check_shift(config: DatasetConfig, stored_px: int, margin_px: int = 0) -> None:
+    """Refuse shifts that push images over the edge of the canvas, or a cut beyond their own edge.
+
+    margin_px: what may be cut off an image. Images as large as the canvas may be moved over its
+    edge (§5), by less than their size.
+    """
+    border_px = (config.image_px - stored_px) // 2
+    if border_px == 0 and margin_px == 0:
+        if config.shift_px >= config.image_px:
+            raise UserError(
+                f"dataset.shift_px is {config.shift_px}: nothing would be left of images of "
+                f"{config.image_px} px"
+            )
+        return
+    most = abs(border_px) + margin_px
+    if config.shift_px > most:
+        cut = f", of whose edge {margin_px} px are black" if margin_px else ""
+        raise UserError(
+            f"dataset.shift_px is {config.shift_px}, but images of {stored_px} px{cut} can be "
+            f"moved by at most {most} px on {config.name}'s canvas of {config.image_px} px"
+        )
+
+
+def refuse_changes(config: DatasetConfig, unused: Sequence[str]) -> None:
+    """Raise UserError for settings that would change nothing in this data set."""
+    for key in unused:
+        if getattr(config, key):
+            raise UserError(f"dataset.{key} has no effect on {config.name}; leave it out")
+
+
+def no_images(config: DatasetConfig, device: torch.device) -> StoredImages:
+    """An empty split."""
+    shape = (0, config.channels, config.image_px, config.image_px)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    return StoredImages(images, torch.zeros(0, dtype=torch.int64, device=device), config)
