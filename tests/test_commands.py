@@ -269,7 +269,7 @@ def test_perturb_ones_own_image(tiny_run, tmp_path, capsys):
 def test_data_prints_counts_and_checksums_and_draws_a_sheet(in_tmp, capsys):
     lines = capsrun(capsys, "data", "dataset=mnist5k")
     assert any(line.split() == ["7", "400", "100"] for line in lines)
-    assert any(line.split() == ["all", "4,000", "1,000"] for line in lines)
+    assert any(line.split() == ["images", "4,000", "1,000"] for line in lines)
     assert "MD5 d333f117366df9ee9442b60573c29a69 (verified)" in lines[0]
     sheet = in_tmp / "runs" / "data-mnist5k" / "contact_sheet.png"
     assert lines[-1] == f"contact sheet: {sheet.relative_to(in_tmp)}"

@@ -330,7 +330,12 @@ def test_validation_images_are_held_out():
     ("override", "message"),
     [
         ("dataset.validation=4000", "only 4000"),
-        ("dataset.image_px=32", "image_px"),
+        ("dataset.image_px=30", "by at most 1 px"),
+        ("dataset.channels=3", "channels is 3"),
+        ("dataset.shift_px=28", "nothing would be left"),
+        ("dataset.digits=2", "1 digit"),
+        ("dataset.test=sample", "mnist_padded and multimnist"),
+        ("dataset.source=mnist", "its own files"),
         ("dataset.classes=11", "10 classes"),
         ("dataset.name=imagenet", "no data set 'imagenet'"),
     ],

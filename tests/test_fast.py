@@ -368,7 +368,7 @@ def test_strided_convolution_is_a_convolution(image, kernel, stride, dtype):
 def trained(config, steps, fast, precision="fp32"):
     """A trainer after some steps on real digits, and its losses."""
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, config.recipe.batch_size, 2)
+    batches = TrainingBatches(digits, 0, config.recipe.batch_size)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, steps, CPU, precision, fast)
     losses = [trainer.advance(batches, s, 1).losses.total.item() for s in range(steps)]
@@ -427,7 +427,7 @@ def test_steps_from_buffers_are_the_steps():
     config = train_config(*TINY)
     reference, losses = trained(config, 12, False)
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    batches = TrainingBatches(digits, 0, 16)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
     rates = torch.tensor(
@@ -521,7 +521,7 @@ def test_a_way_that_computes_something_else_is_not_taken(monkeypatch, capsys):
     monkeypatch.setattr(CapsNet, "route_poses", wrong_with_triton)
     config = train_config(*TINY)
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    batches = TrainingBatches(digits, 0, 16)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
     steps = graph.GraphedSteps(trainer, torch.zeros(12))
@@ -537,7 +537,7 @@ def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, ca
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda batch: function(batch))
     config = train_config(*TINY)
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    batches = TrainingBatches(digits, 0, 16)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
     trainer._graphs = graph.GraphedSteps(trainer, torch.zeros(12))
@@ -556,7 +556,7 @@ def test_captured_training_is_plain_training():
     config = train_config(*TINY, "recipe.steps=30")
     gpu = torch.device("cuda")
     digits = load_dataset(config.dataset, gpu).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 16, 2)
+    batches = TrainingBatches(digits, 0, 16)
 
     def losses(fast, ways=graph.WAYS):
         with pytest.MonkeyPatch.context() as patch:
@@ -584,7 +584,7 @@ def test_fast_training_on_a_gpu_in_bf16():
     config = train_config("dataset=mnist5k", "recipe.epochs=null", "recipe.steps=100")
     gpu = torch.device("cuda")
     digits = load_dataset(config.dataset, gpu).train
-    batches = TrainingBatches(digits.images_NCHW, digits.labels_N, 0, 128, 2)
+    batches = TrainingBatches(digits, 0, 128)
     values = []
     for fast in (False, True):
         model = build_model(config.model, config.routing, config.dataset)

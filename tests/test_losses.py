@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import train_config
+from conftest import stored, train_config
 
-from capsrun.data import Split
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNetOutput
 from capsrun.training.losses import (
@@ -13,7 +12,7 @@ from capsrun.training.losses import (
     margin_loss,
     reconstruction_loss,
 )
-from capsrun.training.metrics import confusion_matrix, count_correct, score_split
+from capsrun.training.metrics import Score, confusion_matrix, predicted_classes, score_split
 
 PAPER = train_config("loss=paper").loss
 AUTHORS = train_config().loss
@@ -58,19 +57,30 @@ def test_total_is_margin_plus_weighted_reconstruction():
     losses = capsnet_losses(output, torch.tensor([[1], [2]]), target, AUTHORS)
     squares = ((drawn - target) ** 2).sum().item() / 2
     assert losses.reconstruction.item() == pytest.approx(0.0005 * squares)
-    assert losses.total.item() == pytest.approx(losses.margin.item() + 0.0005 * squares)
+    assert losses.total.item() == pytest.approx(losses.classification.item() + 0.0005 * squares)
 
 
 def test_no_half_credit_for_one_of_two_digits():
     lengths = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.8, 0.2], [0.9, 0.1, 0.8, 0.2]])
     labels = torch.tensor([[1, 0], [0, 1], [3, 1]])
-    correct, almost = count_correct(lengths, labels)
-    assert (correct.item(), almost.item()) == (1, 2)
+    predicted = predicted_classes(lengths, 2)
+    assert predicted.tolist() == [[0, 1], [0, 2], [0, 2]]
+    score = Score(labels.sort(1).values, predicted, torch.zeros(4, 4), None)
+    assert (score.errors, score.almost_correct, score.count) == (2, 2, 3)
 
 
 def test_confusion_by_hand():
-    counted = confusion_matrix(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 1]), 3)
+    labels, predicted = torch.tensor([[0], [0], [1], [2]]), torch.tensor([[0], [2], [1], [1]])
+    counted = confusion_matrix(labels, predicted, 3)
     assert counted.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+
+
+def test_confusion_of_two_digits_by_hand():
+    """Found digits are on the diagonal; a missed one was taken for what was not there."""
+    labels = torch.tensor([[0, 1], [0, 1], [0, 3], [2, 3]])
+    predicted = torch.tensor([[0, 1], [1, 2], [1, 2], [2, 3]])
+    counted = confusion_matrix(labels, predicted, 4)
+    assert counted.tolist() == [[1, 1, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +94,10 @@ def test_score_counts_what_the_model_says(model):
     predicted = model(images.float() / 255).lengths_BJ.argmax(1)
     labels = predicted.clone()
     labels[2] = (labels[2] + 1) % 10
-    result = score_split(model, Split(images, labels), "fp32")
+    result = score_split(model, stored(images, labels), "fp32")
     assert (result.errors, result.count) == (1, 7)
     assert result.error_percent == pytest.approx(100 / 7)
-    assert torch.equal(result.predicted_N, predicted)
+    assert torch.equal(result.predicted_NT[:, 0], predicted)
     assert result.squared_error is None
 
 
@@ -98,7 +108,7 @@ def test_mask_chooses_what_is_reconstructed(model, mask):
     output = model(pixels)
     predicted = output.lengths_BJ.argmax(1)
     labels = (predicted + 1) % 10
-    result = score_split(model, Split(images, labels), "fp32", mask)
+    result = score_split(model, stored(images, labels), "fp32", mask)
     drawn = model.decode(output.capsules_BJD, labels if mask == "label" else predicted)
     expected = (drawn - pixels).square().sum((1, 2, 3)).mean().item()
     assert result.squared_error == pytest.approx(expected, rel=1e-5)

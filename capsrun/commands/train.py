@@ -11,7 +11,7 @@ import torch
 
 from capsrun import errors
 from capsrun.config import MarginLossConfig, TrainConfig
-from capsrun.data import Dataset, load_dataset
+from capsrun.data import FOR_TESTING, Dataset, load_dataset
 from capsrun.data.batches import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
@@ -154,13 +154,13 @@ def next_multiple(step: int, every: int, last: int) -> int:
 
 def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     """Load the data, build the model, and take both to where an interrupted run was."""
+    if config.dataset.name in FOR_TESTING:
+        raise UserError(
+            f"{config.dataset.name} is for testing; train on dataset={config.dataset.trained_on}"
+        )
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     dataset = load_dataset(config.dataset, device)
-    if not len(dataset.train):
-        raise UserError(
-            f"{dataset.name} is for testing; train on dataset={config.dataset.trained_on}"
-        )
     steps = total_steps(config.recipe, dataset.train.epoch_images)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     folder.make()

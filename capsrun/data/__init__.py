@@ -41,6 +41,8 @@ MADE: dict[str, Callable[[RawData, DatasetConfig, torch.device], Dataset]] = {
 }
 # Data sets of which dataset.test chooses some of the test images or all of them.
 SAMPLED = ("mnist_padded", "multimnist")
+# Data sets of which there are test images only.
+FOR_TESTING = ("affnist", "affnist_like")
 # Data sets that consist of training images of another.
 PART_OF = {"mnist5k": "mnist"}
 

@@ -86,7 +86,8 @@ def score_figures(
     wrong_N = (score.labels_NT != score.predicted_NT).any(1)
     hits = (~wrong_N).nonzero().squeeze(1)[:pictures]
     failures = wrong_N.nonzero().squeeze(1)[:pictures]
-    if len(hits):
+    has_decoder = isinstance(model, CapsNet) and model.decoder is not None
+    if len(hits) and has_decoder:
         drawn["reconstructions"] = _examples(model, split, class_names, score, hits, mask, False)
     if len(failures):
         drawn["failures"] = _examples(model, split, class_names, score, failures, mask, True)

@@ -1,0 +1,231 @@
+"""The CNN baselines: their layers, parameters and losses, and dropout."""
+
+import pytest
+import torch
+from conftest import train_config
+from torch.nn import functional as F
+
+from capsrun.commands.train import train
+from capsrun.config import CrossEntropyConfig
+from capsrun.data import load_dataset
+from capsrun.data.batches import TrainingBatches
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.models.cnn import CNN, CNNOutput, drop_out
+from capsrun.runs.checkpoint import load_model
+from capsrun.training.losses import cross_entropy
+from capsrun.training.metrics import predicted_classes, score_split
+from capsrun.training.step import Trainer
+
+CPU = torch.device("cpu")
+SMALL = ["model.channels=[8,8]", "model.kernels_px=[5,5]", "model.pools_px=[2,2]"]
+SMALL += ["model.hidden=[32,16]", "recipe.batch_size=16", "recipe.epochs=null", "recipe.steps=12"]
+SMALL += ["record.log_every_steps=2", "record.evaluate_every_steps=8"]
+FROM_5K = "dataset.source=mnist5k"
+
+
+def build(*overrides):
+    config = train_config(*overrides)
+    return build_model(config.model, config.routing, config.dataset)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "parameters"),
+    [
+        ("mnist", "cnn_baseline", 35_445_522),  # §5: 35.4 million
+        ("multimnist", "cnn_multimnist", 24_563_978),  # §6: 24.56 million
+        ("mnist_padded", "cnn_affnist", 13_734_794),
+        ("mnist", "cnn_authors", 7_495_946),
+        ("mnist_padded", "capsnet", 13_475_808),
+        ("multimnist", "capsnet", 11_361_968),  # §6: 11.36 million
+    ],
+)
+def test_parameters(dataset, model, parameters):
+    assert count(build(f"dataset={dataset}", f"model={model}")) == parameters
+
+
+def test_the_cnn_for_affnist_is_as_large_as_the_capsnet():
+    ours, theirs = (count(build("dataset=mnist_padded", f"model={m}")) for m in MODELS_AT_40)
+    assert abs(ours / theirs - 1) < 0.05
+
+
+MODELS_AT_40 = ("cnn_affnist", "capsnet")
+
+
+def test_the_layers_of_the_baseline():
+    model = build("model=cnn_baseline")
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")]
+    assert shapes == [
+        (256, 1, 5, 5),
+        (256, 256, 5, 5),
+        (128, 256, 5, 5),
+        (328, 128 * 28 * 28),
+        (192, 328),
+        (10, 192),
+    ]
+    assert model.config.dropout == 0.5
+
+
+def test_a_forward_pass_by_functions():
+    """Convolution, ReLU, max-pooling; hidden layers with ReLU; a linear layer, and no more."""
+    model = build("model=cnn_baseline", *SMALL)
+    images = torch.rand(3, 1, 28, 28)
+    p = dict(model.named_parameters())
+    maps = images
+    for layer in (0, 3):
+        weight, bias = (p[f"convolutions.{layer}.{k}"] for k in ("weight", "bias"))
+        maps = F.max_pool2d(F.relu(F.conv2d(maps, weight, bias, padding=2)), 2)
+    hidden = maps.flatten(1)
+    for layer in (0, 2):
+        hidden = F.relu(hidden @ p[f"hidden.{layer}.weight"].T + p[f"hidden.{layer}.bias"])
+    expected = hidden @ p["last.weight"].T + p["last.bias"]
+    torch.testing.assert_close(model(images).logits_BJ, expected)
+    torch.testing.assert_close(model(images).scores_BJ.sum(1), torch.ones(3))
+
+
+def test_valid_padding_and_the_authors_initialisation():
+    model = build("model=cnn_authors")
+    assert tuple(model.hidden[0].weight.shape) == (1024, 256 * 4 * 4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0.1).all()
+        else:
+            std = 0.05 if name.startswith("convolutions") else 0.1
+            assert parameter.abs().max() <= 2 * std
+            # A normal cut at two standard deviations has 0.88 of its spread.
+            assert parameter.std().item() == pytest.approx(0.88 * std, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.dropout=1.5"], "model.dropout is 1.5; it must be at most"),
+        (["model.dropout=1"], "at most 0.99"),
+        (["model.dropout=-0.1"], "at least 0"),
+        (["model.kernels_px=[5,5]"], "one each a layer"),
+        (["model.channels=[256,0,128]"], "at least 1"),
+        (["model.padding=full"], "valid, same"),
+        (["loss=paper"], "for capsules, which model=cnn_baseline has not"),
+    ],
+)
+def test_settings_of_a_cnn_are_checked(overrides, message):
+    with pytest.raises(UserError, match=message):
+        train_config("model=cnn_baseline", *overrides)
+
+
+def test_capsules_with_cross_entropy_are_refused():
+    with pytest.raises(UserError, match="not for model=capsnet"):
+        train_config("loss=cross_entropy")
+
+
+def test_images_that_are_too_small_are_refused():
+    with pytest.raises(UserError, match="too small for the layers of cnn_authors"):
+        build("model=cnn_authors", "dataset.image_px=7")
+
+
+def entropy(activation, target=1.0):
+    return CrossEntropyConfig(name="x", activation=activation, present_target=target)
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[1.0, 2.0, 0.0]])
+    z = torch.tensor([1.0, 2.0, 0.0])
+    log_softmax = z - z.exp().sum().log()
+    one, two = torch.tensor([[1]]), torch.tensor([[0, 1]])
+    assert cross_entropy(logits, one, entropy("softmax")).item() == pytest.approx(
+        -log_softmax[1].item()
+    )
+    assert cross_entropy(logits, two, entropy("softmax")).item() == pytest.approx(
+        -log_softmax[:2].mean().item()
+    )
+    p = 1 / (1 + (-z).exp())
+    expected = -(p[0].log() + p[1].log() + (1 - p[2]).log()) / 3
+    assert cross_entropy(logits, two, entropy("sigmoid")).item() == pytest.approx(expected.item())
+    half = -(0.5 * (p[:2].log() + (1 - p[:2]).log()).sum() + (1 - p[2]).log()) / 3
+    assert cross_entropy(logits, two, entropy("sigmoid", 0.5)).item() == pytest.approx(half.item())
+
+
+def test_two_most_likely_classes_are_the_prediction():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 1.0]])
+    assert predicted_classes(CNNOutput(logits).scores_BJ, 2).tolist() == [[1, 3], [0, 3]]
+
+
+# Dropout
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    hidden = torch.ones(400, 500)
+    noise = torch.arange(400) * 12345
+    dropped = drop_out(hidden, 0.3, noise)
+    share = (dropped == 0).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.005)
+    torch.testing.assert_close(
+        dropped[dropped != 0], torch.full_like(dropped[dropped != 0], 1 / 0.7)
+    )
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    # Every image and every unit on its own.
+    kept = (dropped != 0).float()
+    assert (kept.mean(0) - 0.7).abs().max() < 0.12
+    assert (kept.mean(1) - 0.7).abs().max() < 0.12
+    assert torch.equal(drop_out(hidden, 0.3, noise), dropped)
+    assert not torch.equal(drop_out(hidden, 0.3, noise + 1000), dropped)
+
+
+def test_dropout_is_of_the_last_hidden_layer_and_in_training_only():
+    model = build("model=cnn_baseline", *SMALL)
+    seen = []
+    model.last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    images = torch.rand(64, 1, 28, 28)
+    model(images)
+    model(images, None, torch.arange(64))
+    tested, trained = seen
+    assert tested.shape == (64, 16)
+    active = tested > 0
+    assert ((trained[active] == 0).float().mean() - 0.5).abs() < 0.1
+    kept = active & (trained > 0)
+    torch.testing.assert_close(trained[kept], 2 * tested[kept])
+
+
+def test_dropout_changes_what_training_sees():
+    losses = []
+    for dropout in (0.0, 0.9):
+        config = train_config("dataset=mnist5k", "model=cnn_baseline", *SMALL)
+        config.model.dropout = dropout
+        model = build_model(config.model, config.routing, config.dataset)
+        trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", True)
+        batches = TrainingBatches(load_dataset(config.dataset, CPU).train, 0, 16)
+        losses.append(trainer.advance(batches, 0, 1).losses.total.item())
+    assert losses[0] != losses[1]
+
+
+# Runs
+
+
+@pytest.mark.parametrize("name", ["cnn_baseline", "cnn_authors", "cnn_affnist"])
+def test_a_cnn_learns(name, tmp_path):
+    settings = [*SMALL, "recipe.steps=200", "recipe.learning_rate=0.003", "model.hidden=[64]"]
+    config = train_config("dataset=mnist5k", f"model={name}", *settings, "precision=fp32")
+    result = train(config, tmp_path)
+    assert result["error_percent"] < 50
+    assert result["model"] == name
+    assert result["reconstruction_squared_error"] is None
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["confusion.png", "failures.png"]
+
+
+def test_a_cnn_on_two_digits(tmp_path):
+    config = train_config("dataset=multimnist", FROM_5K, "model=cnn_multimnist", *SMALL)
+    result = train(config, tmp_path)
+    assert result["count"] == 10_000
+    assert result["almost_correct"] >= result["count"] - result["errors"]
+    trained = load_model(tmp_path / "checkpoint.pt").model
+    assert isinstance(trained, CNN)
+    test = load_dataset(config.dataset, CPU).test
+    score = score_split(trained, test, "fp32", most=500)
+    batch = test.batch(torch.arange(500))
+    top2 = trained.eval()(batch.images_BCHW).logits_BJ.topk(2).indices.sort(1).values
+    assert torch.equal(score.predicted_NT, top2)

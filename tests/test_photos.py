@@ -1,0 +1,280 @@
+"""CIFAR-10, SVHN and smallNORB: tiny data sets in the real formats, whole and damaged."""
+
+import gzip
+import hashlib
+import io
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_config
+from scipy.io import savemat
+
+from capsrun.data import cifar10, load_dataset, smallnorb, svhn
+from capsrun.errors import UserError
+from capsrun.models import build_model
+
+CPU = torch.device("cpu")
+
+
+def load(name, *overrides):
+    return load_dataset(train_config(f"dataset={name}", *overrides).dataset, CPU)
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPSRUN_DATA", str(tmp_path))
+    return tmp_path
+
+
+def random_bytes(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# CIFAR-10
+
+
+def cifar_files(count=20):
+    files = {}
+    for number, name in enumerate((*cifar10.TRAIN, *cifar10.TEST)):
+        pixels = random_bytes(count, 3072)
+        labels = (np.arange(count) + number) % 10
+        files[name] = np.concatenate([labels[:, None].astype(np.uint8), pixels], 1).tobytes()
+    return files
+
+
+@pytest.fixture
+def small_cifar(data_dir, monkeypatch):
+    """The archive with 20 images in each file, whose checksum is taken for CIFAR-10's."""
+    monkeypatch.setattr(cifar10, "RECORDS", 20)
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, content in cifar_files().items():
+            info = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    path = data_dir / "cifar-10-binary.tar.gz"
+    path.write_bytes(stream.getvalue())
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(stream.getvalue()).hexdigest())
+    return path
+
+
+def test_cifar10_is_read_as_it_is_written(small_cifar):
+    dataset = load("cifar10")
+    assert (len(dataset.train), len(dataset.test)) == (100, 20)
+    assert dataset.class_names[9] == "truck"
+    assert dataset.train.labels_N[20:23].tolist() == [1, 2, 3]
+    assert dataset.sources[0].verified
+    # Red, green, blue planes, each row by row.
+    first = random_bytes(20, 3072)[0].reshape(3, 32, 32)
+    assert torch.equal(dataset.train.images_NCHW[0], torch.from_numpy(first))
+    batch = dataset.test.batch(torch.tensor([0]))
+    assert batch.images_BCHW.shape == (1, 3, 24, 24)
+    middle = dataset.test.images_NCHW[0, :, 4:28, 4:28]
+    torch.testing.assert_close(batch.targets_BTCHW[0, 0] * 255, middle.float())
+
+
+def test_cifar10_from_its_folder(data_dir, monkeypatch):
+    monkeypatch.setattr(cifar10, "RECORDS", 20)
+    folder = data_dir / cifar10.FOLDER
+    folder.mkdir()
+    for name, content in cifar_files().items():
+        (folder / name).write_bytes(content)
+    dataset = load("cifar10")
+    assert len(dataset.train) == 100
+    assert not dataset.sources[0].verified
+    (folder / "data_batch_3.bin").write_bytes(cifar_files()["data_batch_3.bin"][:-1])
+    with pytest.raises(UserError, match=r"data_batch_3\.bin is damaged or cut short"):
+        load("cifar10")
+
+
+def test_damaged_cifar10_is_refused_by_name(small_cifar, monkeypatch):
+    content = small_cifar.read_bytes()
+    small_cifar.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz is damaged"):
+        load("cifar10")
+    # With the right checksum, but not the right content.
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(content[:-100]).hexdigest())
+    with pytest.raises(UserError, match="damaged"):
+        load("cifar10")
+
+
+def test_a_class_beyond_ten_is_refused():
+    record = bytes([10]) + bytes(3072)
+    with pytest.raises(UserError, match="class 10 of ten"):
+        cifar10.parse(record * cifar10.RECORDS, "test_batch.bin")
+
+
+# SVHN
+
+
+def svhn_mat(count=30, **changes):
+    values = {
+        "X": random_bytes(32, 32, 3, count),
+        "y": (np.arange(count) % 10 + 1)[:, None].astype(np.uint8),
+    }
+    stream = io.BytesIO()
+    savemat(stream, {k: v for k, v in (values | changes).items() if v is not None})
+    return stream.getvalue()
+
+
+def put_svhn(data_dir, monkeypatch, content):
+    folder = data_dir / "SVHN"
+    folder.mkdir(exist_ok=True)
+    for name in svhn.MD5:
+        (folder / name).write_bytes(content)
+        monkeypatch.setitem(svhn.MD5, name, hashlib.md5(content).hexdigest())
+
+
+def test_svhn_is_read_as_it_is_written(data_dir, monkeypatch):
+    put_svhn(data_dir, monkeypatch, svhn_mat())
+    dataset = load("svhn")
+    assert (len(dataset.train), len(dataset.test)) == (30, 30)
+    assert dataset.train.labels_N[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert dataset.train.images_NCHW.shape == (30, 3, 32, 32)
+    pixels = random_bytes(32, 32, 3, 30)
+    assert dataset.train.images_NCHW[7, 2, 5, 9] == pixels[5, 9, 2, 7], "row, column, colour, image"
+    assert all(source.verified for source in dataset.sources)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (svhn_mat()[:-500], "damaged or no MATLAB file"),
+        (svhn_mat(X=None), "lacks X"),
+        (svhn_mat(X=random_bytes(30, 32, 32, 3)), "lacks X"),
+        (svhn_mat(y=np.full((30, 1), 11, np.uint8)), "classes other than 1 to 10"),
+    ],
+    ids=["cut", "no images", "other order", "class 11"],
+)
+def test_what_is_not_svhn_is_refused_by_name(data_dir, monkeypatch, content, message):
+    put_svhn(data_dir, monkeypatch, content)
+    with pytest.raises(UserError, match=message) as caught:
+        load("svhn")
+    assert "train_32x32.mat" in str(caught.value)
+
+
+def test_svhn_with_another_checksum_is_refused(data_dir, monkeypatch):
+    put_svhn(data_dir, monkeypatch, svhn_mat())
+    (data_dir / "SVHN" / "test_32x32.mat").write_bytes(svhn_mat(31))
+    with pytest.raises(UserError, match=r"test_32x32\.mat is damaged"):
+        load("svhn")
+
+
+# smallNORB
+
+
+def matrix(array, magic=None):
+    """smallNORB's own format, as its page describes it."""
+    magic = magic or (smallnorb.BYTES if array.dtype == np.uint8 else smallnorb.INTEGERS)
+    sizes = [*array.shape, *[1] * (3 - array.ndim)]
+    return struct.pack(f"<II{len(sizes)}I", magic, array.ndim, *sizes) + array.tobytes()
+
+
+def norb_files(count=10):
+    images = random_bytes(count, 2, 96, 96)
+    labels = (np.arange(count) % 5).astype("<i4")
+    return {name: matrix(images if "-dat" in name else labels) for name in smallnorb.MD5}
+
+
+@pytest.fixture
+def small_norb(data_dir, monkeypatch):
+    folder = data_dir / "smallNORB"
+    folder.mkdir()
+    for name, content in norb_files().items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        monkeypatch.setitem(smallnorb.MD5, name, (hashlib.md5(content).hexdigest(), "0" * 32))
+    return folder
+
+
+def test_smallnorb_is_read_as_it_is_written(small_norb):
+    dataset = load("smallnorb")
+    assert (len(dataset.train), len(dataset.test)) == (10, 10)
+    assert dataset.class_names == ("animal", "human", "airplane", "truck", "car")
+    assert dataset.train.labels_N.tolist() == [0, 1, 2, 3, 4] * 2
+    assert dataset.train.images_NCHW.shape == (10, 2, 48, 48)
+    # Half the size, by the mean of four pixels; the two cameras apart.
+    pixels = random_bytes(10, 2, 96, 96)[3, 1, 20:22, 40:42].astype(float)
+    assert abs(int(dataset.train.images_NCHW[3, 1, 10, 20]) - pixels.mean()) <= 0.5
+    batch = dataset.test.batch(torch.tensor([3]))
+    assert batch.images_BCHW.shape == (1, 2, 32, 32)
+    middle = dataset.test.images_NCHW[3, :, 8:40, 8:40]
+    torch.testing.assert_close(batch.targets_BTCHW[0, 0] * 255, middle.float())
+
+
+def test_smallnorb_uncompressed(small_norb):
+    for path in list(small_norb.iterdir()):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert len(load("smallnorb").train) == 10
+
+
+IMAGES = random_bytes(4, 2, 96, 96)
+LABELS = np.arange(4).astype("<i4")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (matrix(IMAGES, 0x1E3D4C51), "magic number"),
+        (matrix(IMAGES)[:-1], "promises"),
+        (matrix(IMAGES)[:10], "promises|dimensions"),
+        (b"", "magic number"),
+        (struct.pack("<II4I", smallnorb.BYTES, 4, 10**9, 2, 96, 96), "promises"),
+        (struct.pack("<II3I", smallnorb.BYTES, 400, 1, 1, 1), "400 dimensions"),
+        (struct.pack("<II4I", smallnorb.BYTES, 4, 0, 2, 96, 96), "promises"),
+    ],
+    ids=["other type", "cut", "header cut", "empty", "huge", "many dimensions", "no images"],
+)
+def test_damaged_matrices_are_refused_by_name(content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        smallnorb.parse(content, smallnorb.BYTES, "some-dat.mat")
+    assert "some-dat.mat" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES[:, :1], LABELS, "smallNORB's are"),
+        (IMAGES[:3], LABELS, "3 pairs but there are 4 labels"),
+        (IMAGES, LABELS + 2, "not all 0 to 4"),
+    ],
+)
+def test_images_and_labels_of_smallnorb_must_belong_together(images, labels, message):
+    with pytest.raises(UserError, match=message):
+        smallnorb.check_pair(torch.from_numpy(images), torch.from_numpy(labels), "x")
+
+
+def test_smallnorb_with_another_checksum_is_refused(small_norb):
+    name = f"{smallnorb.TEST}-dat.mat"
+    (small_norb / f"{name}.gz").write_bytes(gzip.compress(norb_files(11)[name]))
+    with pytest.raises(UserError, match="published MD5"):
+        load("smallnorb")
+
+
+# The networks of §7
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "capsules", "parameters"),
+    [
+        # Conv1 9·9·3·256 + 256, PrimaryCaps 9·9·256·512 + 512, DigitCaps 9216·8·160 + 160
+        ("cifar10", "capsnet_cifar10", 9216, 62_464 + 10_617_344 + 11_796_640),
+        # 9·9·3·64 + 64, 9·9·64·96 + 96, 1024·6·80 + 80, and the decoder of 80 to 3·32·32 numbers
+        ("svhn", "capsnet_svhn", 1024, 15_616 + 497_760 + 491_600 + 3_715_584),
+        ("smallnorb", "capsnet", 2048, 41_728 + 5_308_672 + 1_310_800 + 2_665_984),
+    ],
+)
+def test_the_networks_for_photos(dataset, model, capsules, parameters):
+    config = train_config(f"dataset={dataset}", f"model={model}")
+    network = build_model(config.model, config.routing, config.dataset)
+    assert network.primary_capsules == capsules
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    px, channels = config.dataset.image_px, config.dataset.channels
+    labels = torch.tensor([[0], [1]])
+    output = network(torch.rand(2, channels, px, px), labels)
+    assert output.lengths_BJ.shape == (2, config.dataset.classes)
+    if config.model.reconstruction:
+        assert output.reconstructions_BTCHW.shape == (2, 1, channels, px, px)

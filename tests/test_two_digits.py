@@ -1,0 +1,374 @@
+"""Two digits in an image, and stopping at an accuracy: training, evaluation, pictures, commands."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import TINY, train_config
+from PIL import Image
+
+from capsrun import cli
+from capsrun.commands import train as train_command
+from capsrun.commands.train import train
+from capsrun.config import DataConfig, from_dict, with_later_settings
+from capsrun.data import load_dataset
+from capsrun.errors import UserError
+from capsrun.models import build_model
+from capsrun.runs import figures
+from capsrun.runs.checkpoint import check_dataset, load_checkpoint, load_model
+from capsrun.runs.scores import in_colours
+from capsrun.training.losses import capsnet_losses
+from capsrun.training.metrics import score_split
+
+CPU = torch.device("cpu")
+PAIRS = [*TINY, "dataset=multimnist", "dataset.source=mnist5k", "record.evaluate_images=500"]
+PADDED = [*TINY, "dataset=mnist_padded", "dataset.source=mnist5k"]
+
+
+@pytest.fixture(scope="module")
+def pairs_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs") / "seed0"
+    train(train_config(*PAIRS), folder)
+    return folder
+
+
+def capsrun(capsys, *arguments):
+    assert cli.main(list(arguments)) == 0
+    return capsys.readouterr().out.strip().splitlines()
+
+
+def refused(capsys, *arguments):
+    assert cli.main(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err
+    return output.err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Two digits
+
+
+def test_a_run_on_two_digits(pairs_run):
+    result = json.loads((pairs_run / "result.json").read_text())
+    assert result["count"] == 10_000
+    assert result["almost_correct"] >= result["count"] - result["errors"]
+    confusion = torch.tensor(result["confusion"])
+    assert confusion.sum() == 20_000, "each digit is counted once"
+    missed = confusion.sum() - confusion.diagonal().sum()
+    assert missed >= result["errors"], "a wrong image has at least one missed digit"
+    last = metrics(pairs_run)[-1]
+    assert last["almost_correct_percent/test"] >= 100 - last["error_percent/test"]
+    names = {path.stem for path in (pairs_run / "pictures").iterdir()}
+    assert {"absent", "confusion", "failures"} <= names
+
+
+def test_both_digits_are_in_the_loss():
+    """Margin loss and reconstruction of each digit, by hand."""
+    config = train_config(*PAIRS)
+    train_split = load_dataset(config.dataset, CPU).train
+    model = build_model(config.model, config.routing, config.dataset)
+    batch = train_split.batch(torch.arange(5))
+    output = model(batch.images_BCHW, batch.labels_BT)
+    losses = capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, config.loss)
+    margin = squares = 0.0
+    for n in range(5):
+        for k in range(10):
+            length = output.lengths_BJ[n, k].item()
+            if k in batch.labels_BT[n]:
+                margin += max(0.0, 0.9 - length) ** 2
+            else:
+                margin += 0.5 * max(0.0, length - 0.1) ** 2
+        for t in range(2):
+            drawn = model.decode(output.capsules_BJD[n : n + 1], batch.labels_BT[n : n + 1, t])
+            squares += (drawn[0] - batch.targets_BTCHW[n, t]).square().sum().item()
+    assert losses.classification.item() == pytest.approx(0.5 * margin / 50, rel=1e-5)
+    assert losses.reconstruction.item() == pytest.approx(0.0005 * squares / 5, rel=1e-5)
+
+
+def test_an_image_is_right_only_if_both_digits_are_found(pairs_run):
+    model = load_model(pairs_run / "checkpoint.pt").model
+    config = train_config(*PAIRS)
+    test = load_dataset(config.dataset, CPU).test
+    score = score_split(model, test, "fp32", most=400)
+    batch = test.batch(torch.arange(400))
+    longest = model.eval()(batch.images_BCHW).lengths_BJ.topk(2).indices
+    errors = almost = 0
+    for found, labels in zip(longest.tolist(), batch.labels_BT.tolist()):
+        errors += set(found) != set(labels)
+        almost += bool(set(found) & set(labels))
+    assert (score.errors, score.almost_correct, score.count) == (errors, almost, 400)
+
+
+@pytest.mark.parametrize("mask", ["label", "longest"])
+def test_reconstructions_are_compared_class_by_class(pairs_run, mask):
+    model = load_model(pairs_run / "checkpoint.pt").model.eval()
+    test = load_dataset(train_config(*PAIRS).dataset, CPU).test
+    score = score_split(model, test, "fp32", mask, most=50)
+    batch = test.batch(torch.arange(50))
+    output = model(batch.images_BCHW)
+    total = 0.0
+    for n in range(50):
+        labels = batch.labels_BT[n].tolist()
+        order = sorted(range(2), key=lambda t: labels[t])
+        shown = sorted(labels)
+        if mask == "longest":
+            shown = sorted(output.lengths_BJ[n].topk(2).indices.tolist())
+        for t, label in zip(order, shown):
+            drawn = model.decode(output.capsules_BJD[n : n + 1], torch.tensor([label]))[0]
+            total += (drawn - batch.targets_BTCHW[n, t]).square().sum().item()
+    assert score.squared_error == pytest.approx(total / 50, rel=1e-4)
+
+
+def test_an_ensemble_averages_the_lengths(pairs_run, tmp_path, capsys):
+    other = tmp_path / "seed1"
+    train(train_config(*PAIRS, "seed=1"), other)
+    models = [load_model(f / "checkpoint.pt").model for f in (pairs_run, other)]
+    test = load_dataset(train_config(*PAIRS).dataset, CPU).test
+    score = score_split(models, test, "fp32", most=100)
+    images = test.batch(torch.arange(100)).images_BCHW
+    lengths = sum(model.eval()(images).lengths_BJ for model in models) / 2
+    assert torch.equal(score.predicted_NT, lengths.topk(2).indices.sort(1).values)
+    common = ["eval", "dataset=multimnist", "dataset.source=mnist5k", f"checkpoint={pairs_run}"]
+    lines = capsrun(capsys, *common, f"ensemble=[{other}]", f"out_dir={tmp_path / 'both'}")
+    result = json.loads((tmp_path / "both" / "result.json").read_text())
+    assert result["ensemble"] == [str(other / "checkpoint.pt")]
+    assert lines[-1].startswith("test error")
+    alone = capsrun(capsys, *common, f"out_dir={tmp_path / 'one'}")
+    assert alone[-1] != lines[-1]
+
+
+def test_eval_says_almost_correct_apart(pairs_run, tmp_path, capsys):
+    arguments = ["eval", "dataset=multimnist", "dataset.source=mnist5k"]
+    lines = capsrun(capsys, *arguments, f"checkpoint={pairs_run}", f"out_dir={tmp_path}")
+    assert re.fullmatch(r"at least one of the two digits found: .* % \(.* of 10,000\)", lines[-2])
+    assert re.fullmatch(r"test error .* % \(.* of 10,000\)", lines[-1])
+    assert json.loads((tmp_path / "result.json").read_text())["almost_correct"] > 0
+
+
+def test_two_digits_are_drawn_in_two_colours():
+    digits = torch.zeros(1, 2, 1, 4, 4)
+    digits[0, 0, 0, 0] = 1
+    digits[0, 1, 0, :, 0] = 1
+    (coloured,) = in_colours(digits)
+    first, second = (torch.tensor(colour) for colour in figures.TWO_COLOURS)
+    torch.testing.assert_close(coloured[:, 0, 3], first)
+    torch.testing.assert_close(coloured[:, 3, 0], second)
+    torch.testing.assert_close(coloured[:, 0, 0], torch.ones(3))
+    assert coloured[:, 3, 3].sum() == 0
+
+
+def test_a_digit_that_is_not_there_is_neither_label_nor_prediction(pairs_run, monkeypatch):
+    from capsrun.runs import scores
+
+    model = load_model(pairs_run / "checkpoint.pt").model
+    test = load_dataset(train_config(*PAIRS).dataset, CPU).test
+    score = score_split(model, test, "fp32", most=16)
+    asked = []
+    original = scores.reconstruct
+
+    def watch(model, images, labels):
+        asked.append(labels)
+        return original(model, images, labels)
+
+    monkeypatch.setattr(scores, "reconstruct", watch)
+    names = [str(digit) for digit in range(10)]
+    drawn = scores.score_figures(model, test, names, score)
+    for (present, absent), labels, predicted in zip(
+        asked[-1].tolist(), score.labels_NT.tolist(), score.predicted_NT.tolist()
+    ):
+        assert present in labels
+        assert absent not in labels + predicted
+    titles = [text.get_text() for text in drawn["absent"].axes[0].get_xticklabels()]
+    assert all("*" in title for title in titles)
+
+
+def test_perturb_a_checkpoint_of_two_digits(pairs_run, tmp_path, capsys):
+    arguments = ["perturb", "dataset=multimnist", "dataset.source=mnist5k", "perturb.digit=3"]
+    lines = capsrun(capsys, *arguments, f"checkpoint={pairs_run}", f"out_dir={tmp_path}")
+    assert Image.open(lines[-1]).width > 11 * 36 * 2
+
+
+def test_bench_makes_pairs(tmp_path, monkeypatch, capsys):
+    from capsrun.bench import tasks
+
+    monkeypatch.setattr(tasks, "TRAINING_IMAGES", 500)
+    monkeypatch.setattr(tasks, "TEST_IMAGES", 16)
+    small = ["model.conv1_channels=8", "model.primary_types=2", "recipe.batch_size=8"]
+    arguments = ["bench", "dataset=multimnist", *small, "rounds=3", "turn_seconds=0.01"]
+    cli.main([*arguments, "memory=false", "spread_percent=1000", f"out_dir={tmp_path}"])
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["others"]["making a batch"]["percent_of_step"] > 0
+    assert result["dataset"] == "multimnist"
+    assert "making a batch is" in capsys.readouterr().out
+    assert "which model=cnn_baseline is not" in refused(capsys, "bench", "model=cnn_baseline")
+
+
+# What does not fit together
+
+
+def test_two_digit_evaluation_of_one_digit_models_and_the_reverse(pairs_run, tiny_run, capsys):
+    pairs = train_config(*PAIRS)
+    padded = train_config(*TINY, "dataset.image_px=36")
+    with pytest.raises(UserError, match=r"images of one digit.*have two digits.*capsrun train"):
+        check_dataset(pairs.dataset, padded, "test")
+    with pytest.raises(UserError, match=r"images of two digits.*have one digit"):
+        check_dataset(padded.dataset, pairs, "test")
+    message = refused(capsys, "eval", "dataset=mnist5k", f"checkpoint={pairs_run}")
+    assert "images of 1×36×36" in message
+    assert "has 1×28×28" in message
+
+
+def test_affnist_with_a_checkpoint_of_mnist_says_both_sizes_and_what_to_do(tiny_run, capsys):
+    for name in ("affnist", "affnist_like"):
+        message = refused(capsys, "eval", f"dataset={name}", f"checkpoint={tiny_run}")
+        assert "1×28×28" in message
+        assert "1×40×40" in message
+        assert "`capsrun train dataset=mnist_padded recipe=affnist`" in message
+
+
+def test_affnist_never_falls_back_silently(tmp_path, monkeypatch, capsys):
+    """With a model that fits, but without the official files and without network."""
+    train(train_config(*PADDED, "recipe.steps=1"), tmp_path / "run")
+    monkeypatch.setattr("capsrun.data.affnist.URL", "http://127.0.0.1:9/test.mat.zip")
+    data = f"dataset.data_dir={tmp_path / 'data'}"
+    arguments = ["eval", "dataset=affnist", data, f"checkpoint={tmp_path / 'run'}"]
+    message = refused(capsys, *arguments)
+    assert "could not be downloaded" in message
+    assert "dataset=affnist_like" in message
+    assert not list(tmp_path.rglob("eval-*"))
+
+
+def test_the_default_checkpoint_of_affnist_is_that_of_padded_mnist(in_tmp, capsys):
+    message = refused(capsys, "eval", "dataset=affnist_like")
+    assert "runs/mnist_padded-capsnet-affnist/seed0" in message
+    assert "`capsrun train dataset=mnist_padded recipe=affnist`" in message
+    message = refused(capsys, "eval", "dataset=cifar10", "seed=3")
+    assert "runs/cifar10-capsnet_cifar10-quick/seed3" in message
+    assert "`capsrun train dataset=cifar10 model=capsnet_cifar10 seed=3`" in message
+
+
+def test_training_digits_are_no_test_in_any_disguise(tmp_path, capsys):
+    run = train_config(*TINY, "dataset=mnist_padded")
+    test = from_dict(
+        DataConfig, cli.compose("data", ["dataset=affnist_like", "dataset.source=mnist5k"])
+    )
+    with pytest.raises(UserError, match="training images of mnist"):
+        check_dataset(test.dataset, run, "test")
+
+
+def test_affnist_is_not_trained_on(in_tmp, capsys):
+    message = refused(capsys, "train", "dataset=affnist_like", "dataset.source=mnist5k")
+    assert "for testing; train on dataset=mnist_padded" in message
+
+
+def test_perturb_refuses_a_cnn(tmp_path, capsys):
+    small = ["model=cnn_baseline", "model.channels=[4]", "model.kernels_px=[5]"]
+    small += ["model.pools_px=[4]", "recipe.batch_size=8", "recipe.epochs=null", "recipe.steps=1"]
+    train(train_config("dataset=mnist5k", *small), tmp_path)
+    message = refused(capsys, "perturb", "dataset=mnist5k", f"checkpoint={tmp_path}")
+    assert "no capsules to perturb" in message
+
+
+# Stopping at an accuracy
+
+
+def fixed_accuracy(monkeypatch, errors):
+    """Each evaluation finds the next number of errors; returns the list of what was asked."""
+    original, asked = train_command.score_split, []
+    left = iter(errors)
+
+    def score(model, split, *args, **kwargs):
+        asked.append((len(split), kwargs.get("most")))
+        found = original(model, split, *args, **kwargs)
+        labels = found.labels_NT.clone()
+        wrong = next(left)
+        labels[:wrong] = (labels[:wrong] + 1) % 10
+        return type(found)(found.labels_NT, labels, found.confusion_JJ, found.squared_error)
+
+    monkeypatch.setattr(train_command, "score_split", score)
+    return asked
+
+
+STOP = ["stop.accuracy_percent=99", "stop.every_steps=3"]
+
+
+def test_a_run_stops_at_the_first_evaluation_that_reaches_its_target(tmp_path, monkeypatch, capsys):
+    asked = fixed_accuracy(monkeypatch, [11, 10, 0])
+    result = train(train_config(*PADDED, *STOP, "record.evaluate_images=5"), tmp_path)
+    assert asked == [(1000, None), (1000, None)], "on all test images, and not again at the end"
+    assert (result["steps"], result["errors"]) == (6, 10)
+    assert result["stopped"].startswith("stopped after 6 steps (0.02 epochs), which reached 99 %")
+    out = capsys.readouterr().out
+    assert "test accuracy 99.00 % reached after 6 steps" in out
+    assert result["stopped"] in out
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+
+
+def test_a_target_that_is_not_reached_is_said(tmp_path, monkeypatch):
+    fixed_accuracy(monkeypatch, [20, 20, 20, 20])
+    result = train(train_config(*PADDED, *STOP), tmp_path)
+    assert result["steps"] == 12
+    assert result["stopped"].startswith("99 % on the test images was not reached in 12 steps")
+
+
+def test_validation_images_can_decide(tmp_path, monkeypatch):
+    # Test and validation by turns: the test images reach the target first, and that is ignored.
+    asked = fixed_accuracy(monkeypatch, [0, 5, 500, 1, 400, 1])
+    settings = [*STOP, "stop.on=validation", "dataset.validation=100", "record.evaluate_images=50"]
+    result = train(train_config(*PADDED, *settings), tmp_path)
+    assert asked[:2] == [(1000, 50), (100, None)]
+    assert result["steps"] == 6
+    assert (result["errors"], result["count"]) == (400, 1000)
+    assert "99 % on the validation images" in result["stopped"]
+
+
+def test_stopping_on_validation_needs_held_out_images():
+    with pytest.raises(UserError, match=r"dataset\.validation=10000"):
+        train_config(*PADDED, *STOP, "stop.on=validation")
+
+
+def test_a_run_that_was_killed_after_it_stopped_does_not_go_on(tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        fixed_accuracy(patch, [0, 0])
+        patch.setattr(train_command, "score_figures", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(train_config(*PADDED, *STOP), tmp_path)
+    result = train(train_config(*PADDED, *STOP), tmp_path)
+    assert result["steps"] == 3
+    assert result["stopped"].startswith("stopped after 3 steps")
+
+
+def test_the_recipe_for_affnist_says_when_to_stop():
+    config = train_config("dataset=mnist_padded", "recipe=affnist")
+    assert (config.stop.accuracy_percent, config.stop.on) == (99.23, "test")
+    assert (config.recipe.steps, config.recipe.learning_rate) == (300_000, 0.001)
+    assert train_config("recipe=multimnist").recipe.decay_steps == 20_000
+
+
+# What older versions wrote
+
+
+def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run, tmp_path, capsys):
+    import shutil
+
+    import yaml
+
+    folder = tmp_path / "seed0"
+    shutil.copytree(tiny_run, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    later = ["trained_by", "digits", "source", "test", "flip", "brightness", "contrast"]
+    for values in (config, checkpoint["config"]):
+        for key in [*later, "standardise"]:
+            del values["dataset"][key]
+        del values["stop"], values["model"]["padding"], values["record"]["evaluate_images"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert load_model(folder / "checkpoint.pt").config.dataset.digits == 1
+    train(train_config(*TINY, "name=run"), folder)
+    assert "is finished already" in capsys.readouterr().out
+    assert with_later_settings(config)["stop"]["accuracy_percent"] is None
