@@ -422,9 +422,26 @@ def test_a_fast_run_can_go_on_without_compiling(tmp_path, monkeypatch):
     assert result["errors"] == pytest.approx(straight["errors"], abs=30)
 
 
-def test_steps_from_buffers_are_the_steps():
+SMALL_CNN = ["model.channels=[8]", "model.kernels_px=[5]", "model.pools_px=[4]"]
+# What is captured: images moved, pairs made, and dropout drawn, all on the device.
+KINDS = {
+    "mnist5k": [],
+    "mnist_padded": ["dataset=mnist_padded", "dataset.source=mnist5k"],
+    "multimnist": ["dataset=multimnist", "dataset.source=mnist5k"],
+    "cnn": ["model=cnn_baseline", *SMALL_CNN],
+}
+
+
+def config_of(kind):
+    of_capsules = ("model.", "routing.") if kind == "cnn" else ()
+    tiny = [word for word in TINY if not word.startswith(of_capsules)]
+    return train_config(*tiny, *KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_from_buffers_are_the_steps(kind):
     """What a GPU captures, run on the CPU: several steps that read buffers on the device."""
-    config = train_config(*TINY)
+    config = config_of(kind)
     reference, losses = trained(config, 12, False)
     digits = load_dataset(config.dataset, CPU).train
     batches = TrainingBatches(digits, 0, 16)
@@ -551,9 +568,10 @@ def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, ca
 
 
 @pytest.mark.gpu
-def test_captured_training_is_plain_training():
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_training_is_plain_training(kind):
     """Every way in which a GPU may compute an update, 30 steps in turns of 10 and of 1."""
-    config = train_config(*TINY, "recipe.steps=30")
+    config = config_of(kind)
     gpu = torch.device("cuda")
     digits = load_dataset(config.dataset, gpu).train
     batches = TrainingBatches(digits, 0, 16)

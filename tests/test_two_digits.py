@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, train_config
@@ -372,3 +373,45 @@ def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run,
     train(train_config(*TINY, "name=run"), folder)
     assert "is finished already" in capsys.readouterr().out
     assert with_later_settings(config)["stop"]["accuracy_percent"] is None
+
+
+# capsrun data
+
+
+def test_data_shows_how_much_digits_overlap(in_tmp, capsys):
+    few = ["dataset.source=mnist5k", "statistics_images=2000", "samples=4"]
+    lines = capsrun(capsys, "data", "dataset=multimnist", *few)
+    text = "\n".join(lines)
+    assert any(line.split() == ["images", "4,000,000", "10,000"] for line in lines)
+    assert any(line.split() == ["7", "400,000", "1,000"] for line in lines)
+    assert re.search(r"train: the frames \(28×28\) of the two digits overlap by (79|80|81)\.", text)
+    folder = in_tmp / "runs" / "data-multimnist"
+    found = json.loads((folder / "statistics.json").read_text())
+    assert found["test"]["frame_overlap_percent"] == pytest.approx(80, abs=1)
+    assert found["test"]["images"] == 2000
+    # Two rows a class: as it is and in colours.
+    assert Image.open(folder / "contact_sheet.png").height > 20 * 2 * 36
+
+
+def test_data_keeps_how_each_transformed_image_was_made(in_tmp, capsys):
+    arguments = ["data", "dataset=affnist_like", "dataset.source=mnist5k", "samples=4"]
+    lines = capsrun(capsys, *arguments, "statistics_images=2000")
+    folder = in_tmp / "runs" / "data-affnist_like"
+    kept = np.load(folder / "transforms.npz")
+    test = load_dataset(
+        train_config("dataset=affnist_like", "dataset.source=mnist5k").dataset, CPU
+    ).test
+    expected = test.transforms(torch.tensor([31_999]))
+    for name, values in expected._asdict().items():
+        assert kept[name].shape == (32_000,)
+        assert kept[name][31_999] == pytest.approx(values.item(), abs=1e-5)
+    assert any("rotation_degrees: -20.0" in line or "-19.9" in line for line in lines)
+    found = json.loads((folder / "statistics.json").read_text())
+    assert found["transforms"]["row_scale"]["mean"] == pytest.approx(1, abs=0.01)
+    assert (folder / "contact_sheet.png").exists()
+
+
+def test_data_of_padded_digits(in_tmp, capsys):
+    lines = capsrun(capsys, "data", "dataset=mnist_padded", "dataset.source=mnist5k", "samples=4")
+    assert "images of 1×40×40" in lines
+    assert (in_tmp / "runs" / "data-mnist_padded" / "contact_sheet.png").exists()

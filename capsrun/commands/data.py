@@ -41,7 +41,7 @@ def show_data(config: DataConfig) -> Path:
             print_statistics(name, statistics[name])
     if isinstance(dataset.test, TransformedDigits):
         transforms = all_transforms(dataset.test)
-        print_transforms(transforms)
+        statistics["transforms"] = transform_statistics(transforms)
         path = out_dir / "transforms.npz"
         np.savez_compressed(path, **{k: v.numpy() for k, v in transforms._asdict().items()})
         print(f"how each image was made: {path}")
@@ -133,13 +133,15 @@ def all_transforms(split: TransformedDigits) -> Transforms:
     return Transforms(*map(torch.cat, zip(*pieces)))
 
 
-def print_transforms(transforms: Transforms) -> None:
-    """Range and mean of each number that says how the images are made."""
-    for name, values in transforms._asdict().items():
-        print(
-            f"{name.removesuffix('_B'):>17}: {values.min():7.3f} to {values.max():6.3f}, mean "
-            f"{values.mean():6.3f}"
-        )
+def transform_statistics(transforms: Transforms) -> dict[str, dict[str, float]]:
+    """Range and mean of each number that says how the images are made, printed too."""
+    found = {}
+    for field, values in transforms._asdict().items():
+        name = field.removesuffix("_B")
+        low, high, mean = values.min().item(), values.max().item(), values.mean().item()
+        found[name] = {"min": low, "max": high, "mean": mean}
+        print(f"{name:>17}: {low:7.3f} to {high:6.3f}, mean {mean:6.3f}")
+    return found
 
 
 def contact_sheet(dataset: Dataset, samples: int) -> Figure:
