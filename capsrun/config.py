@@ -197,7 +197,7 @@ class StopConfig:
     on: str = setting(choices=("test", "validation"))
     """The images that decide."""
     every_steps: int | None = setting(minimum=1)
-    """How often it is looked at; None: once an epoch."""
+    """How often it is looked at, and the model evaluated; None: once an epoch."""
 
 
 @dataclass(kw_only=True)
@@ -427,6 +427,8 @@ def _check_training(config: TrainConfig) -> None:
         if not len(model.channels) == len(model.kernels_px) == len(model.pools_px) > 0:
             raise UserError("model.channels, model.kernels_px and model.pools_px: one each a layer")
     stop = config.stop
+    if stop.accuracy_percent is None and (stop.on != "test" or stop.every_steps is not None):
+        raise UserError("stop.on and stop.every_steps need stop.accuracy_percent=…")
     if (
         stop.accuracy_percent is not None
         and stop.on == "validation"

@@ -332,6 +332,12 @@ def test_stopping_on_validation_needs_held_out_images():
         train_config(*PADDED, *STOP, "stop.on=validation")
 
 
+@pytest.mark.parametrize("setting", ["stop.on=validation", "stop.every_steps=100"])
+def test_how_to_stop_without_a_target_is_refused(setting):
+    with pytest.raises(UserError, match=r"need stop\.accuracy_percent"):
+        train_config(setting)
+
+
 def test_a_run_that_was_killed_after_it_stopped_does_not_go_on(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         fixed_accuracy(patch, [0, 0])

@@ -119,7 +119,7 @@ def load_weights(model: Model, weights: Any, path: Path) -> None:
 
 def train_command(dataset: DatasetConfig) -> str:
     """The command that trains the model which is tested on a data set by default."""
-    model, recipe = dataset.trained_by.split("-")
+    model, _, recipe = dataset.trained_by.partition("-")
     command = f"capsrun train dataset={dataset.trained_on}"
     command += f" model={model}" if model != "capsnet" else ""
     return command + (f" recipe={recipe}" if recipe != "quick" else "")
