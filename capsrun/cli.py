@@ -263,7 +263,10 @@ def describe_hydra_error(error: Exception, command: str) -> str:
     group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
     if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
-        hint = did_you_mean(key, setting_names(command))
+        names = setting_names(command)
+        if key in names:  # it exists, but not with what was chosen: a CNN has no routing
+            return f"the chosen model or dataset has no setting {key!r}"
+        hint = did_you_mean(key, names)
         return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
     if "Config group override must be" in str(error):
         return (

@@ -114,6 +114,11 @@ def test_every_yaml_is_found():
         (["trian"], ["'trian'", "did you mean 'train'"]),
         (["train", "sede=3"], ["'sede'", "did you mean 'seed'"]),
         (["train", "iterations=3"], ["did you mean 'routing.iterations'"]),
+        (
+            ["train", "model=cnn_baseline", "routing.iterations=1"],
+            ["model or dataset has no setting"],
+        ),
+        (["bench", "dataset=affnist_like"], ["affnist_like is for testing"]),
         (["train", "+sede=3"], ["no setting 'sede'"]),
         (["train", "~seed"], ["seed has no value"]),
         (["train", "dataset=null"], ["dataset"]),

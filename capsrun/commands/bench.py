@@ -11,8 +11,9 @@ from capsrun import errors
 from capsrun.bench import tasks
 from capsrun.bench.breakdown import breakdown_ms
 from capsrun.bench.timing import Task, ratio, time_in_turns, warm_up
-from capsrun.config import BenchConfig
-from capsrun.errors import Noisy
+from capsrun.config import BenchConfig, CapsNetConfig
+from capsrun.data import FOR_TESTING
+from capsrun.errors import Noisy, UserError
 from capsrun.runs import figures, record
 from capsrun.runs.progress import bar
 from capsrun.training.step import cpu_features, resolve_device, resolve_precision
@@ -28,8 +29,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Raises Noisy, and draws no chart, when the turns of a kind of step, or of the matrix products
     that it is compared with, differed by more than `config.spread_percent`; `bench.json` says so of
-    each figure that is not to be quoted.
+    each figure that is not to be quoted. Raises UserError for a network without capsules or a data
+    set without training images.
     """
+    if not isinstance(config.model, CapsNetConfig):
+        raise UserError(f"bench times CapsNets, which model={config.model.name} is not")
+    if config.dataset.name in FOR_TESTING:
+        raise UserError(f"bench times training, and {config.dataset.name} is for testing")
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")

@@ -251,7 +251,7 @@ def check_shift(config: DatasetConfig, stored_px: int, margin_px: int = 0) -> No
         return
     most = abs(border_px) + margin_px
     if config.shift_px > most:
-        cut = f", of whose edge {margin_px} px are black" if margin_px else ""
+        cut = f", of whose edge {margin_px} px are black," if margin_px else ""
         raise UserError(
             f"dataset.shift_px is {config.shift_px}, but images of {stored_px} px{cut} can be "
             f"moved by at most {most} px on {config.name}'s canvas of {config.image_px} px"
