@@ -86,6 +86,8 @@ def run_data(cfg: Any, overrides: list[str]) -> None:
 def run_bench(cfg: Any, overrides: list[str]) -> None:
     from capsrun.config import BenchConfig, from_dict
 
+    if "stop" in cfg:
+        raise UserError("bench trains to no target: take a recipe that does not say when to stop")
     config = from_dict(BenchConfig, cfg)
 
     from capsrun.commands.bench import bench

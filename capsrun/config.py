@@ -367,7 +367,7 @@ def _structured(schema: type, values: Any) -> Any:
     if not isinstance(given, DictConfig):
         return node  # merging will say what is wrong
     if "model" in names:
-        is_cnn = str(OmegaConf.select(given, "model.name")).startswith("cnn")
+        is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
         node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
     if "loss" in names:
         by_entropy = OmegaConf.select(given, "loss.activation") is not None

@@ -9,9 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import train_config
+from conftest import MNIST_DIR, TINY, train_config
 from scipy.io import savemat
 
+from capsrun import cli
+from capsrun.commands.train import train
 from capsrun.data import affnist, download, load_dataset
 from capsrun.errors import UserError
 
@@ -27,6 +29,10 @@ def digits():
     batch = test.batch(test.indices(0, COUNT))
     images = (batch.images_BCHW[:, 0] * 255).round().to(torch.uint8)
     return images.numpy(), batch.labels_BT[:, 0].numpy()
+
+
+def counts(labels):
+    return tuple(np.bincount(labels, minlength=10).tolist())
 
 
 def struct(images, labels, **changes):
@@ -54,10 +60,18 @@ def zipped(**members):
     return stream.getvalue()
 
 
+def encrypted(content):
+    """A zip whose member is marked as encrypted."""
+    archive = bytearray(zipped(**{"test.mat": content}))
+    for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        archive[archive.index(magic) + flags] |= 1
+    return bytes(archive)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, digits):
     """Where the files are looked for, and a data set of 320 images is taken for the whole one."""
-    monkeypatch.setattr(affnist, "IMAGES", COUNT)
+    monkeypatch.setattr(affnist, "CLASS_COUNTS", counts(digits[1]))
     monkeypatch.setenv("CAPSRUN_DATA", str(tmp_path / "data"))
     path = tmp_path / "data" / "affNIST"
     path.mkdir(parents=True)
@@ -133,7 +147,7 @@ def transposed(images):
         (lambda i, n: mat(struct(i, n))[:-1000], "damaged, cut short"),
         (lambda i, n: b"", "damaged, cut short"),
         (lambda i, n: b"no matlab file" * 99, "damaged, cut short"),
-        (lambda i, n: mat(struct(i, n), "somethingElse"), "holds somethingElse, no struct"),
+        (lambda i, n: mat(struct(i, n), "somethingElse"), "no struct affNISTdata"),
         (lambda i, n: mat(np.zeros((3, 3)), "affNISTdata"), "no struct affNISTdata"),
         (lambda i, n: mat(struct(i, n, image=None)), "lacks image"),
         (lambda i, n: mat(struct(i, n, label_int=None)), "lacks label_int"),
@@ -144,11 +158,15 @@ def transposed(images):
         (lambda i, n: mat(struct(i, n, label_int=n[None] + 1)), "labels other than 0 to 9"),
         (lambda i, n: mat(struct(i, n, label_int=n[None] * 1.5)), "labels other than 0 to 9"),
         (lambda i, n: mat(struct(i, n, label_int=(n[None] + 1) % 10)), "contradict each other"),
+        (lambda i, n: mat(struct(i, n, label_one_of_n=np.ones((10, len(n))))), "contradict"),
+        (lambda i, n: mat(struct(i, n, image=np.array([["a", "b"]], object))), "lacks image"),
         (lambda i, n: mat(struct(i[:310], n[:310])), "310 images; .* has 320"),
-        (lambda i, n: mat(struct(transposed(i), n)), "turned or transposed"),
-        (lambda i, n: mat(struct(i[:, ::-1], n)), "turned or transposed"),
-        (lambda i, n: mat(struct(i, (n + 1) % 10)), "labels do not belong"),
-        (lambda i, n: mat(struct(i, np.where(n == 7, 3, n))), "all ten digits"),
+        (lambda i, n: mat(struct(i, np.array([0, 1, 2, 5, 4, 3, 6, 7, 8, 9])[n])), "another order"),
+        (lambda i, n: mat(struct(i[:, :, ::-1], n)), "mirrored"),
+        (lambda i, n: mat(struct(transposed(i), n)), "turned, mirrored or transposed"),
+        (lambda i, n: mat(struct(i[:, ::-1], n)), "turned, mirrored or transposed"),
+        (lambda i, n: mat(struct(i, np.roll(n, 1))), "labels do not belong"),
+        (lambda i, n: mat(struct(i, np.where(n == 7, 3, n))), "another order"),
     ],
     ids=[
         "cut",
@@ -165,7 +183,11 @@ def transposed(images):
         "label 10",
         "fractions",
         "label orders",
+        "all classes at once",
+        "cells",
         "part",
+        "3 and 5 exchanged",
+        "mirrored",
         "images transposed",
         "upside down",
         "labels shifted",
@@ -179,17 +201,59 @@ def test_what_is_not_affnist_is_refused_by_name(folder, digits, damage, message)
     assert "test.mat" in str(caught.value)
 
 
+def test_a_short_batch_is_named(folder, digits):
+    files = batches(digits)
+    images, labels = digits
+    files["9.mat"] = mat(struct(images[80:88], labels[80:88]))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"9\.mat holds 8 images"):
+        load()
+
+
+def test_other_parts_of_affnist_are_not_taken_for_the_test_set(folder, digits, monkeypatch):
+    """Its validation set looks alike, and only how many images a class has tells them apart."""
+    images, labels = digits
+    (folder / "test.mat").write_bytes(mat(struct(images, labels)))
+    others = np.array(counts(labels)) + np.array([3, -3, 0, 0, 0, 0, 0, 0, 0, 0])
+    monkeypatch.setattr(affnist, "CLASS_COUNTS", tuple(others.tolist()))
+    with pytest.raises(UserError, match="another set"):
+        load()
+
+
+@pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
+def test_the_class_counts_are_those_of_mnist(monkeypatch):
+    monkeypatch.setenv("CAPSRUN_DATA", str(MNIST_DIR))
+    test = load_dataset(train_config("dataset=mnist").dataset, CPU).test
+    assert tuple((32 * test.labels_N.bincount()).tolist()) == affnist.CLASS_COUNTS
+
+
+def test_eval_and_data_of_affnist(folder, digits, tmp_path, capsys):
+    """From a checkpoint of padded MNIST, as a user does it."""
+    (folder / "test.mat").write_bytes(mat(struct(*digits)))
+    run = train_config(*TINY, "dataset=mnist_padded", "dataset.source=mnist5k", "recipe.steps=2")
+    train(run, tmp_path / "run")
+    assert cli.main(["eval", "dataset=affnist", f"checkpoint={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("of 320)")
+    assert (tmp_path / "run" / "eval-affnist-test" / "pictures" / "failures.png").exists()
+    assert cli.main(["data", "dataset=affnist", f"out_dir={tmp_path / 'data-out'}"]) == 0
+    assert "test.mat: MD5" in capsys.readouterr().out
+    assert (tmp_path / "data-out" / "contact_sheet.png").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (lambda good: zipped(**{"../test.mat": good}), "outside its folder"),
         (lambda good: zipped(**{"/etc/test.mat": good}), "outside its folder"),
         (lambda good: zipped(**{"a\\..\\..\\test.mat": good}), "outside its folder"),
+        (lambda good: encrypted(good), "cannot be read"),
+        (lambda good: zipped(**{".": b"", "test.mat": good[:-99]}), "damaged, cut short"),
         (lambda good: zipped(**{"readme.txt": b"hello"}), r"holds no \.mat file"),
         (lambda good: zipped(**{"test.mat": good})[:-300], "damaged, cut short"),
         (lambda good: b"PK no zip", "damaged, cut short"),
     ],
-    ids=["dots", "absolute", "backslashes", "no mat", "cut", "no zip"],
+    ids=["dots", "absolute", "backslashes", "password", "no name", "no mat", "cut", "no zip"],
 )
 def test_zips_that_cannot_be_used_are_refused_by_name(folder, digits, content, message):
     (folder / "test.mat.zip").write_bytes(content(mat(struct(*digits))))
@@ -212,19 +276,25 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
     content = b""
     break_after: int | None = None
     with_ranges = True
+    etag = '"first"'
     asked: list
 
     def do_GET(self):
         asked = self.headers.get("Range")
         type(self).asked.append(asked)
         start = int(asked.split("=")[1].rstrip("-")) if asked and self.with_ranges else 0
+        if self.headers.get("If-Range", self.etag) != self.etag:
+            start = 0
         if start >= len(self.content):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.content)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
         if start:
             whole = len(self.content)
             self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        self.send_header("ETag", self.etag)
         body = self.content[start:]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -266,6 +336,24 @@ def test_a_part_of_another_file_is_fetched_anew(folder, digits, server):
     server.content = zipped(**{"test.mat": mat(struct(*digits))})
     (folder / "test.mat.zip.part").write_bytes(b"x" * (len(server.content) + 5))
     assert_right(load(), digits)
+
+
+def test_a_download_that_is_complete_but_for_its_name_is_kept(folder, digits, server):
+    server.content = zipped(**{"test.mat": mat(struct(*digits))})
+    (folder / "test.mat.zip.part").write_bytes(server.content)
+    assert_right(load(), digits)
+    assert server.asked == [f"bytes={len(server.content)}-"], "it is not fetched again"
+
+
+def test_parts_of_two_versions_are_not_joined(folder, digits, server):
+    server.content = b"an older file" * 5000
+    server.break_after = 10_000
+    with pytest.raises(UserError, match="are kept"):
+        load()
+    server.content, server.break_after = zipped(**{"test.mat": mat(struct(*digits))}), None
+    server.etag = '"second"'
+    assert_right(load(), digits)
+    assert [path.name for path in folder.iterdir()] == ["test.mat.zip"]
 
 
 def test_without_network_the_message_names_what_else_can_be_done(folder, monkeypatch, capsys):

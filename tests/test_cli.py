@@ -119,6 +119,7 @@ def test_every_yaml_is_found():
             ["model or dataset has no setting"],
         ),
         (["bench", "dataset=affnist_like"], ["affnist_like is for testing"]),
+        (["bench", "recipe=affnist"], ["a recipe that does not say when to stop"]),
         (["train", "+sede=3"], ["no setting 'sede'"]),
         (["train", "~seed"], ["seed has no value"]),
         (["train", "dataset=null"], ["dataset"]),

@@ -117,6 +117,11 @@ def test_settings_of_a_cnn_are_checked(overrides, message):
         train_config("model=cnn_baseline", *overrides)
 
 
+def test_a_cnn_may_have_another_name():
+    config = train_config("model=cnn_baseline", "model.name=mine")
+    assert isinstance(build_model(config.model, config.routing, config.dataset), CNN)
+
+
 def test_capsules_with_cross_entropy_are_refused():
     with pytest.raises(UserError, match="not for model=capsnet"):
         train_config("loss=cross_entropy")

@@ -593,7 +593,8 @@ def test_captured_training_is_plain_training(kind):
         return torch.tensor(values)
 
     plain = losses(False)
-    for way in graph.WAYS:
+    # A CNN routes nothing, so for it there are fewer ways.
+    for way in [way for way in graph.WAYS if not (kind == "cnn" and way.triton)]:
         torch.testing.assert_close(losses(True, (way,)), plain, rtol=2e-3, atol=0)
 
 

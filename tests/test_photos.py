@@ -12,6 +12,7 @@ import torch
 from conftest import train_config
 from scipy.io import savemat
 
+from capsrun import cli
 from capsrun.data import cifar10, load_dataset, smallnorb, svhn
 from capsrun.errors import UserError
 from capsrun.models import build_model
@@ -252,6 +253,38 @@ def test_smallnorb_with_another_checksum_is_refused(small_norb):
     (small_norb / f"{name}.gz").write_bytes(gzip.compress(norb_files(11)[name]))
     with pytest.raises(UserError, match="published MD5"):
         load("smallnorb")
+
+
+# The commands
+
+
+@pytest.fixture(params=["cifar10", "svhn", "smallnorb"])
+def any_photos(request, data_dir, monkeypatch):
+    """The name of one of the three, of which there is a small one."""
+    if request.param == "svhn":
+        put_svhn(data_dir, monkeypatch, svhn_mat())
+    else:
+        request.getfixturevalue(
+            {"cifar10": "small_cifar", "smallnorb": "small_norb"}[request.param]
+        )
+    return request.param
+
+
+def test_the_commands_on_photos(any_photos, tmp_path, capsys):
+    small = ["model.conv1_channels=4", "model.primary_types=2", "model.decoder_widths=[8]"]
+    small += ["recipe.batch_size=4", "recipe.epochs=null", "recipe.steps=3"]
+    dataset, run = f"dataset={any_photos}", tmp_path / "runs" / "run"
+    where = f"checkpoint={run / 'seed0'}"
+    for arguments in (
+        ["train", dataset, *small, f"runs_dir={run.parent}", "name=run"],
+        ["eval", dataset, where, f"ensemble=[{run / 'seed0'}]"],
+        ["perturb", dataset, where, "perturb.digit=1"],
+        ["data", dataset, f"out_dir={tmp_path / 'sheet'}"],
+    ):
+        assert cli.main(arguments) == 0, arguments
+        assert "Traceback" not in capsys.readouterr().err
+    assert (run / "seed0" / "pictures" / "confusion.png").exists()
+    assert (tmp_path / "sheet" / "contact_sheet.png").exists()
 
 
 # The networks of §7

@@ -161,12 +161,13 @@ def test_shifts_of_multimnist_are_equally_likely():
     split = load("multimnist").train
     offsets = split.offsets(torch.arange(40_000))
     for digit in range(2):
-        rows = offsets[:, digit, 0].bincount(minlength=9)
-        assert len(rows) == 9
-        # 4,000 bases have one shift each, partners have 40,000.
-        expected = 40_000 / 9
-        spread = expected * (0.25 if digit == 0 else 0.06)
-        assert (rows - expected).abs().max() < spread
+        for axis in range(2):
+            places = offsets[:, digit, axis].bincount(minlength=9)
+            assert len(places) == 9
+            # 4,000 bases have one shift each, partners have 40,000.
+            expected = 40_000 / 9
+            spread = expected * (0.25 if digit == 0 else 0.06)
+            assert (places - expected).abs().max() < spread
 
 
 def test_an_epoch_of_pairs_has_every_base_once_and_the_next_has_other_partners():
@@ -339,6 +340,24 @@ def test_a_digit_that_is_too_large_at_first_is_drawn_again(monkeypatch, digits):
         split.transforms(torch.arange(32))
 
 
+def test_places_are_uniform_among_those_at_which_no_ink_is_lost(digits):
+    test = load("affnist_like").test
+    indices = torch.randperm(32_000, generator=torch.Generator().manual_seed(1))[:8000]
+    how = test.transforms(indices)
+    own = digits.test.images_NCHW[indices % 1000]
+    first, last = ink_extent(own, how.matrices())
+    # The middle is pixel 19.5; ink may reach the pixels −1 and 40 around the canvas.
+    low, high = -20.5 - first, 20.5 - last
+    moved = torch.stack([how.row_shift_px_B, how.column_shift_px_B], 1)
+    share = (moved - low) / (high - low)
+    assert share.min() >= -1e-5
+    assert share.max() <= 1 + 1e-5
+    for axis in range(2):
+        tenths = (share[:, axis] * 10).long().clamp(max=9).bincount(minlength=10)
+        assert (tenths - 800).abs().max() < 140, "five standard deviations"
+    assert abs(torch.corrcoef(share.T)[0, 1]) < 0.05
+
+
 # Changes of photos
 
 
@@ -377,6 +396,14 @@ def test_half_of_the_images_are_mirrored():
     assert (same ^ mirrored).all()
     assert 200 < mirrored.sum() < 300
     assert torch.equal(everything(split).images_BCHW * 255, split.images_NCHW.float())
+
+
+@pytest.mark.parametrize(("px", "shift"), [(25, 4), (24, 5), (31, 1)])
+def test_crops_beyond_the_edge_of_a_photo_are_refused(px, shift):
+    from capsrun.data.splits import check_crop
+
+    with pytest.raises(UserError, match="at most"):
+        check_crop(photos(1, image_px=px, shift_px=shift).config, 32)
 
 
 def test_brightness_and_contrast_by_hand():
@@ -422,7 +449,10 @@ def test_changed_images_are_a_function_of_seed_and_position():
     ("name", "override", "message"),
     [
         ("mnist_padded", "dataset.shift_px=7", "at most 6 px"),
-        ("multimnist", "dataset.shift_px=9", "at most 8 px"),
+        ("mnist_padded", "dataset.image_px=28", "at most 0 px"),
+        ("mnist_padded", "dataset.image_px=20", "made of images of 28 px"),
+        ("multimnist", "dataset.shift_px=7", "at most 6 px"),
+        ("multimnist", "dataset.image_px=20", "made of images of 28 px"),
         ("multimnist", "dataset.digits=1", "2 digit"),
         ("multimnist", "dataset.flip=true", "no effect"),
         ("mnist_padded", "dataset.standardise=true", "no effect"),
@@ -439,6 +469,12 @@ def test_settings_that_do_not_fit_are_refused(name, override, message):
 
 def test_wider_shifts_of_the_authors_readme_are_allowed():
     assert load("multimnist", "dataset.shift_px=6").test.offsets(torch.arange(999)).min() == -2
+
+
+def test_validation_digits_have_their_own_places():
+    dataset = load("mnist_padded", "dataset.validation=500")
+    ours, theirs = (s.offsets(torch.arange(500)) for s in (dataset.validation, dataset.test))
+    assert not torch.equal(ours, theirs)
 
 
 def test_validation_digits_make_their_own_pairs():

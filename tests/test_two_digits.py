@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import TINY, train_config
 from PIL import Image
 
-from capsrun import cli
+from capsrun import cli, errors
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.config import DataConfig, from_dict, with_later_settings
@@ -218,6 +219,9 @@ def test_two_digit_evaluation_of_one_digit_models_and_the_reverse(pairs_run, tin
         check_dataset(pairs.dataset, padded, "test")
     with pytest.raises(UserError, match=r"images of two digits.*have one digit"):
         check_dataset(padded.dataset, pairs, "test")
+    at_36 = ["dataset=mnist5k", "dataset.image_px=36", f"checkpoint={pairs_run}"]
+    message = refused(capsys, "eval", *at_36)
+    assert "images of two digits (multimnist), but those of dataset=mnist5k have one" in message
     message = refused(capsys, "eval", "dataset=mnist5k", f"checkpoint={pairs_run}")
     assert "images of 1×36×36" in message
     assert "has 1×28×28" in message
@@ -259,6 +263,48 @@ def test_training_digits_are_no_test_in_any_disguise(tmp_path, capsys):
     )
     with pytest.raises(UserError, match="training images of mnist"):
         check_dataset(test.dataset, run, "test")
+
+
+def test_seeds_that_pick_images_must_agree_across_data_sets():
+    """The test digits of mnist5k are picked by split_seed, whatever is made of them."""
+    run = train_config(*PADDED)
+
+    def dataset(name, *settings):
+        words = [f"dataset={name}", *settings]
+        return from_dict(DataConfig, cli.compose("data", words)).dataset
+
+    like = dataset("affnist_like", "dataset.source=mnist5k", "dataset.split_seed=1")
+    with pytest.raises(UserError, match="split_seed=0"):
+        check_dataset(like, run, "test")
+    # Of MNIST it picks only the places.
+    of_mnist = train_config(*TINY, "dataset=mnist_padded")
+    check_dataset(dataset("mnist_padded", "dataset.split_seed=1"), of_mnist, "test")
+    # What was trained on is not validated on under another name.
+    other = train_config(*TINY, "dataset=mnist", "dataset.image_px=40")
+    held_out = dataset("mnist_padded", "dataset.validation=10000")
+    with pytest.raises(UserError, match="validation=0"):
+        check_dataset(held_out, other, "validation")
+
+
+def test_a_model_of_other_images_is_said_to_be_one(monkeypatch, capsys):
+    monkeypatch.setattr(errors, "notices", [])
+    run = train_config(*TINY, "dataset.image_px=40")
+    words = ["dataset=affnist_like", "dataset.source=mnist5k"]
+    check_dataset(from_dict(DataConfig, cli.compose("data", words)).dataset, run, "test")
+    assert "was trained on mnist5k, not on mnist_padded" in capsys.readouterr().err
+
+
+def test_other_test_images_have_their_own_folder(pairs_run, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(errors, "notices", [])
+    shutil.copy(pairs_run / "checkpoint.pt", tmp_path)
+    common = ["eval", "dataset=multimnist", "dataset.source=mnist5k", f"checkpoint={tmp_path}"]
+    assert cli.main([*common, "dataset.shift_px=6"]) == 0
+    assert "trained with dataset.shift_px=4, tested with 6" in capsys.readouterr().err
+    assert cli.main(common) == 0
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"eval-multimnist-test", "eval-multimnist-test-shift_px-6"}
 
 
 def test_affnist_is_not_trained_on(in_tmp, capsys):
@@ -314,6 +360,30 @@ def test_a_target_that_is_not_reached_is_said(tmp_path, monkeypatch):
     result = train(train_config(*PADDED, *STOP), tmp_path)
     assert result["steps"] == 12
     assert result["stopped"].startswith("99 % on the test images was not reached in 12 steps")
+
+
+def test_a_target_that_is_reached_at_the_last_step_is_said(tmp_path, monkeypatch):
+    fixed_accuracy(monkeypatch, [20, 20, 20, 10])
+    result = train(train_config(*PADDED, *STOP), tmp_path)
+    assert (result["steps"], result["errors"]) == (12, 10)
+    assert result["stopped"].startswith("stopped after 12 steps")
+
+
+@pytest.mark.parametrize("every", ["0", "60"])
+def test_ctrl_c_while_the_target_is_reached_changes_nothing(tmp_path, monkeypatch, every):
+    """Neither does a checkpoint that is due then."""
+    asked = fixed_accuracy(monkeypatch, [0, 0])
+    original = train_command.score_split
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train_command, "score_split", interrupted)
+    config = train_config(*PADDED, *STOP, f"record.checkpoint_every_seconds={every}")
+    result = train(config, tmp_path)
+    assert (result["steps"], len(asked)) == (3, 1)
+    assert result["stopped"].startswith("stopped after 3 steps")
 
 
 def test_validation_images_can_decide(tmp_path, monkeypatch):

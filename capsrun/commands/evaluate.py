@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capsrun.config import EvalConfig
+from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import SAMPLED, load_dataset
+from capsrun.errors import notice
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import check_dataset, find_checkpoint, load_model
 from capsrun.runs.progress import bar
@@ -31,7 +32,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
     # Beside the checkpoint, where another split or mask does not overwrite this one.
-    name = f"eval-{dataset.name}-{config.split}"
+    name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained.config)
     name += "-all" if dataset.name in SAMPLED and config.dataset.test == "all" else ""
     name += "-longest" if config.mask == "longest" else ""
     name += f"-ensemble{len(ensemble)}" if others else ""
@@ -80,3 +81,16 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         print(almost_line(score.almost_correct, score.count))
     print(answer(config.split, score.errors, score.count))
     return result
+
+
+def unlike_training(config: EvalConfig, trained: TrainConfig) -> str:
+    """What makes these test images others than those of the run, for the name of the folder."""
+    ours, theirs, parts = config.dataset, trained.dataset, []
+    same = ours.name == theirs.name
+    for key in ("source", "split_seed", *(["shift_px"] if same else [])):
+        value, other = getattr(ours, key), getattr(theirs, key)
+        if value is not None and value != other:
+            parts.append(f"-{key}-{value}")
+            if same:
+                notice(f"trained with dataset.{key}={other}, tested with {value}")
+    return "".join(parts)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from capsrun import errors
-from capsrun.config import MarginLossConfig, TrainConfig
+from capsrun.config import MarginLossConfig, StopConfig, TrainConfig
 from capsrun.data import FOR_TESTING, Dataset, load_dataset
 from capsrun.data.batches import TrainingBatches
 from capsrun.errors import Stopped, UserError
@@ -117,7 +118,7 @@ def training_loop(run: Run, stop: StopRequest) -> None:
     evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
-    while run.step < run.steps and not run.reached:
+    while run.step < run.steps and not run.reached:  # it is at once where only a result is missing
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
         count = min(stop_at - run.step, run.trainer.steps_at_once)
@@ -129,6 +130,8 @@ def training_loop(run: Run, stop: StopRequest) -> None:
         if run.step % evaluate_every == 0 and run.step < run.steps:
             with run.clock.paused():
                 run.reached = log_evaluation(run)
+            if run.reached:  # nothing is saved here that would go on when it is resumed
+                break
         if stop.asked or time.monotonic() - saved_at >= config.record.checkpoint_every_seconds:
             with run.clock.paused():
                 save(run)
@@ -230,7 +233,7 @@ def kinds(config: TrainConfig) -> tuple[str, str]:
     """What the loss of a model and its scores are called."""
     if isinstance(config.loss, MarginLossConfig):
         return "margin", "capsule_length"
-    return "cross_entropy", "probability"
+    return "cross_entropy", "softmax"
 
 
 def routing_changes(run: Run, images_BCHW: torch.Tensor) -> dict[str, float]:
@@ -253,19 +256,24 @@ def log_evaluation(run: Run) -> bool:
     whether to stop.
     """
     stop, most = run.config.stop, run.config.record.evaluate_images
-    deciding = None if stop.accuracy_percent is None else stop.on
-    scores = test_model(run, None if deciding == "test" else most)
-    if deciding is None:
-        return False
-    run.tested = scores if deciding == "test" else None
-    accuracy = 100 - scores[deciding].error_percent
-    assert stop.accuracy_percent is not None
-    # Counted in images, so that 99.23 % of 10,000 is 9,923 and no rounding decides.
-    needed = math.ceil(stop.accuracy_percent * scores[deciding].count / 100 - 1e-6)
-    reached = scores[deciding].count - scores[deciding].errors >= needed
+    on_test = stop.accuracy_percent is not None and stop.on == "test"
+    scores = test_model(run, None if on_test else most)
+    run.tested = scores if on_test else None
+    reached = reaches_target(stop, scores)
     if reached:
-        run.progress.say(f"{deciding} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
+        accuracy = 100 - scores[stop.on].error_percent
+        run.progress.say(f"{stop.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
     return reached
+
+
+def reaches_target(stop: StopConfig, scores: Mapping[str, Score]) -> bool:
+    """Whether there is an accuracy at which to stop, and the images that decide are so far."""
+    if stop.accuracy_percent is None:
+        return False
+    score = scores[stop.on]
+    # Counted in images, so that 99.23 % of 10,000 is 9,923 and no rounding decides.
+    needed = math.ceil(stop.accuracy_percent * score.count / 100 - 1e-6)
+    return score.count - score.errors >= needed
 
 
 def test_model(run: Run, most: int | None) -> dict[str, Score]:
@@ -334,7 +342,9 @@ def finish(run: Run) -> dict[str, Any]:
     """Save the trained model, test it, draw its pictures, and write `result.json` last."""
     save(run, finished=True)
     # Where the last evaluation has stopped the run there is nothing new to find.
-    final = (run.tested if run.reached and run.tested else test_model(run, None))["test"]
+    scores = run.tested if run.reached and run.tested else test_model(run, None)
+    run.reached = run.reached or reaches_target(run.config.stop, scores)
+    final = scores["test"]
     model, dataset, config = run.trainer.model, run.dataset, run.config
     for name, figure in score_figures(model, dataset.test, dataset.class_names, final).items():
         figures.save(figure, run.folder.pictures / f"{name}.png")

@@ -41,6 +41,8 @@ MADE: dict[str, Callable[[RawData, DatasetConfig, torch.device], Dataset]] = {
 }
 # Data sets of which dataset.test chooses some of the test images or all of them.
 SAMPLED = ("mnist_padded", "multimnist")
+# Data sets whose test images are picked by split_seed.
+TESTS_BY_SEED = ("mnist5k",)
 # Data sets of which there are test images only.
 FOR_TESTING = ("affnist", "affnist_like")
 # Data sets that consist of training images of another.

@@ -9,7 +9,7 @@ Shapes: N images, H and W pixels, J classes.
 import io
 import math
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,16 +19,15 @@ import torch
 from capsrun.config import DatasetConfig
 from capsrun.data.download import file_md5, obtain
 from capsrun.data.files import Source
-from capsrun.data.mnist_padded import UNUSED
-from capsrun.data.splits import Dataset, StoredImages, no_images, refuse_changes
+from capsrun.data.splits import OF_PHOTOS, Dataset, StoredImages, no_images, refuse_changes
 from capsrun.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
 SIDE_PX = 40
-IMAGES = 320_000
-"""Of the test set: 32 of each of the 10,000 digits."""
 BATCHES = 32
 """Into how many files the test set is divided where it is not one."""
+CLASS_COUNTS = tuple(32 * n for n in (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009))
+"""Images of each class: 32 of each of MNIST's test digits."""
 MAX_BYTES = 2_000_000_000
 """Most that a file in a zip may have; the whole test set has about 600 MB."""
 INSTEAD = (
@@ -42,26 +41,34 @@ def load(config: DatasetConfig, device: torch.device) -> Dataset:
 
     Raises UserError when they cannot be had or a file is not what it should be.
     """
-    refuse_changes(config, (*UNUSED, "shift_px", "validation", "source"))
+    refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation", "source"))
     if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
         raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
     folder = Path(config.data_dir).expanduser() / "affNIST"
     files = find(folder)
     if not files:
         files = [obtain(URL, folder / "test.mat.zip", None, "affNIST", INSTEAD)]
-    images, labels, sources = [], [], []
+    pieces = []
     for path in files:
         for name, content in mat_files(path):
-            found, numbers = read_mat(content, name)
-            images.append(found)
-            labels.append(numbers)
-        sources.append(Source(str(path), file_md5(path), verified=False))
-    images_NHW, labels_N = np.concatenate(images), np.concatenate(labels)
+            pieces.append(read_mat(content, name))
+            if len(pieces[-1][1]) not in (sum(CLASS_COUNTS), sum(CLASS_COUNTS) // BATCHES):
+                raise UserError(
+                    f"{name} holds {len(pieces[-1][1]):,} images; a whole file of affNIST's test "
+                    f"set has {sum(CLASS_COUNTS):,}, and each of 1.mat to {BATCHES}.mat "
+                    f"{sum(CLASS_COUNTS) // BATCHES:,}; {INSTEAD}"
+                )
+    sources = [Source(str(path), file_md5(path), verified=False) for path in files]
+    images, labels = zip(*pieces)
+    images_NHW = images[0] if len(images) == 1 else np.concatenate(images)
+    labels_N = np.concatenate(labels)
     where = files[0] if len(files) == 1 else folder
-    if len(labels_N) != IMAGES:
+    counts = tuple(np.bincount(labels_N, minlength=10).tolist())
+    if counts != CLASS_COUNTS:
         raise UserError(
-            f"{where} holds {len(labels_N):,} images; affNIST's test set has {IMAGES:,}: the file "
-            f"is not the test set, or parts of it are missing; {INSTEAD}"
+            f"{where} holds {len(labels_N):,} images, of the ten classes {counts}; affNIST's test "
+            f"set has {sum(CLASS_COUNTS):,}, {CLASS_COUNTS}: this is another set, its labels are "
+            f"in another order, or parts of it are missing; {INSTEAD}"
         )
     check_digits(images_NHW, labels_N, str(where))
     test = StoredImages(
@@ -96,7 +103,7 @@ def find(folder: Path) -> list[Path]:
     return []
 
 
-def mat_files(path: Path) -> list[tuple[str, bytes]]:
+def mat_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of a `.mat` file, or of those in a zip, in the order of their numbers.
 
     Nothing is unpacked to disk. Raises UserError for an archive that is damaged, has no such files,
@@ -104,12 +111,13 @@ def mat_files(path: Path) -> list[tuple[str, bytes]]:
     """
     try:
         if path.suffix != ".zip":
-            return [(str(path), path.read_bytes())]
+            yield str(path), path.read_bytes()
+            return
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             for info in members:
                 inside = PurePosixPath(info.filename.replace("\\", "/"))
-                if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
+                if inside.is_absolute() or ".." in inside.parts or ":" in info.filename:
                     raise UserError(
                         f"{path} holds a file {info.filename!r}, which is outside its folder; it "
                         "is not to be trusted, and nothing in it was used"
@@ -124,8 +132,11 @@ def mat_files(path: Path) -> list[tuple[str, bytes]]:
             if any(info.file_size > MAX_BYTES for info in members):
                 raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: it is not affNIST")
             members.sort(key=lambda info: (len(info.filename), info.filename))
-            return [(f"{path}/{info.filename}", archive.read(info)) for info in members]
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            for info in members:
+                yield f"{path}/{info.filename}", archive.read(info)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile fails in many ways on a damaged or encrypted archive
         raise UserError(
             f"{path} is damaged, cut short or cannot be read ({error}); delete it and run the "
             "command again to download it"
@@ -133,7 +144,7 @@ def mat_files(path: Path) -> list[tuple[str, bytes]]:
 
 
 def read_mat(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W) uint8 and labels (N,) of the struct in a `.mat` file.
+    """Images (N, H, W) uint8 and labels (N,) int64 of the struct in a `.mat` file.
 
     Raises UserError, naming the file, for one that is damaged, holds something else, or whose
     labels contradict each other.
@@ -156,9 +167,7 @@ def read_mat(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     if not len(labels) or not np.isin(labels, range(10)).all():
         raise UserError(f"{name} holds labels other than 0 to 9, or none")
     one_of_n = struct.get("label_one_of_n")
-    if one_of_n is not None and (
-        one_of_n.shape != (10, len(labels)) or (one_of_n.argmax(0) != labels).any()
-    ):
+    if one_of_n is not None and not np.array_equal(one_of_n, np.eye(10)[labels.astype(int)].T):
         raise UserError(f"{name} is damaged: label_int and label_one_of_n contradict each other")
     if images.max() < 128:
         raise UserError(
@@ -173,25 +182,26 @@ def _struct(content: bytes, name: str) -> dict[str, Any]:
     from scipy.io import loadmat
 
     try:
-        values = loadmat(io.BytesIO(content))
+        values = loadmat(io.BytesIO(content), variable_names=["affNISTdata"])
     except Exception as error:  # loadmat fails in many ways on a damaged file
         raise UserError(
             f"{name} is damaged, cut short, or no MATLAB file ({error}); delete it and run the "
             "command again to download it"
         ) from error
     data = values.get("affNISTdata")
-    if data is None or data.dtype.names is None or data.size != 1:
-        found = ", ".join(key for key in values if not key.startswith("__")) or "nothing"
-        raise UserError(f"{name} is not affNIST: it holds {found}, no struct affNISTdata")
-    record = data.ravel()[0]
-    return {key: np.asarray(record[key]) for key in data.dtype.names}
+    if not isinstance(data, np.ndarray) or data.dtype.names is None or data.size != 1:
+        raise UserError(f"{name} is not affNIST: it holds no struct affNISTdata")
+    fields = {key: data.ravel()[0][key] for key in data.dtype.names}
+    # A field that is no array of numbers counts as missing.
+    return {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and v.dtype.kind in "biuf"}
 
 
 def check_digits(images_NHW: np.ndarray, labels_N: np.ndarray, name: str) -> None:
     """Refuse images that are turned or belong to other labels, by what all handwriting shares.
 
     Of all digits ones have the least ink, and they are higher than they are wide; sevens are wider
-    in their upper half than in their lower. Raises UserError, naming the file.
+    in their upper half than in their lower, and lean to the right. Raises UserError, naming the
+    file.
     """
     ink = [images_NHW[labels_N == digit].mean() for digit in range(10) if (labels_N == digit).any()]
     ones, sevens = images_NHW[labels_N == 1], images_NHW[labels_N == 7]
@@ -201,8 +211,8 @@ def check_digits(images_NHW: np.ndarray, labels_N: np.ndarray, name: str) -> Non
         raise UserError(f"{name}: its labels do not belong to its images (ones have the least ink)")
     height, width = (math.sqrt(_spread(ones, axis).mean()) for axis in (1, 2))
     upper, lower = _width_of_halves(sevens)
-    if height < width or upper < lower:
-        raise UserError(f"{name}: its images are turned or transposed")
+    if height < width or upper < lower or _lean(sevens) > 0:
+        raise UserError(f"{name}: its images are turned, mirrored or transposed")
 
 
 def _spread(images_NHW: np.ndarray, axis: int) -> np.ndarray:
@@ -212,6 +222,16 @@ def _spread(images_NHW: np.ndarray, axis: int) -> np.ndarray:
     places = np.arange(profile.shape[1])
     mean = (profile * places).sum(1, keepdims=True)
     return (profile * (places - mean) ** 2).sum(1)
+
+
+def _lean(images_NHW: np.ndarray) -> float:
+    """Covariance of the ink's row and column, mean over images, in px²; below 0: to the right."""
+    ink = images_NHW.astype(np.float64) + 1e-9
+    ink /= ink.sum((1, 2), keepdims=True)
+    places = np.arange(ink.shape[1])
+    rows, columns = (ink.sum(axis) @ places for axis in (2, 1))
+    both = np.einsum("nhw,h,w->n", ink, places, places)
+    return float((both - rows * columns).mean())
 
 
 def _width_of_halves(images_NHW: np.ndarray) -> tuple[float, float]:

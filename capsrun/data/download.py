@@ -44,12 +44,19 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
         ) from error
     if md5 is not None and file_md5(part) != md5:
         part.unlink()
+        _version_file(part).unlink(missing_ok=True)
         raise UserError(
             f"what came from {url} does not have the published MD5 checksum and was deleted; "
             f"{otherwise}"
         )
     part.replace(path)
+    _version_file(part).unlink(missing_ok=True)
     return path
+
+
+def _version_file(part: Path) -> Path:
+    """Where it is kept of which version of the file on the server a part is."""
+    return part.with_name(part.name + ".version")
 
 
 def file_md5(path: Path) -> str:
@@ -62,16 +69,24 @@ def _download(url: str, part: Path) -> None:
     """Fetch `url` into `part`, after what is there of it already. Raises OSError when it fails."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "capsrun"})
+    version_file = _version_file(part)
     if have:
         request.add_header("Range", f"bytes={have}-")
+        if version_file.exists():  # the rest is sent only if the file is still the same
+            request.add_header("If-Range", version_file.read_text())
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # nothing is left to send, or the file has changed
+        if error.code != 416 or not have:
             raise
-        part.unlink()
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return None  # all of it had come already
+        part.unlink()  # it is of another file
         return _download(url, part)
     with answer:
+        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        if version and not version.startswith("W/"):
+            version_file.write_text(version)
         goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
             f"bytes {have}-"
         )

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data.batches import PLACE, Batch, place, random_offsets, to_pixels
+from capsrun.data.batches import HELD_OUT_PLACE, PLACE, Batch, place, random_offsets, to_pixels
 from capsrun.data.files import RawData
 from capsrun.data.splits import (
+    OF_PHOTOS,
     Dataset,
     Part,
     Split,
     StoredImages,
-    check_shift,
+    check_canvas,
     parts,
     refuse_changes,
 )
-
-UNUSED = ("flip", "brightness", "contrast", "standardise")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class PlacedDigits(Split):
     """uint8."""
     labels_N: Tensor
     config: DatasetConfig
+    stream: int = PLACE
+    """Makes the places of each split its own."""
 
     def __len__(self) -> int:
         places = (2 * self.config.shift_px + 1) ** 2
@@ -53,7 +54,9 @@ class PlacedDigits(Split):
         shift_px = self.config.shift_px
         border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
         if self.config.test == "sample":
-            return border_px + random_offsets(indices_B, shift_px, self.config.split_seed, PLACE)
+            return border_px + random_offsets(
+                indices_B, shift_px, self.config.split_seed, self.stream
+            )
         places_B = indices_B // len(self.labels_N)
         side = 2 * shift_px + 1
         return border_px - shift_px + torch.stack([places_B // side, places_B % side], dim=1)
@@ -70,14 +73,19 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
 
     Raises UserError for a shift that is larger than the border.
     """
-    refuse_changes(config, UNUSED)
-    check_shift(config, raw.train_images.shape[-1])
+    refuse_changes(config, OF_PHOTOS)
+    check_canvas(config, raw.train_images.shape[-1])
 
-    def placed(part: Part) -> PlacedDigits:
-        return PlacedDigits(part.images_NCHW, part.labels_N, config)
+    def placed(part: Part, stream: int) -> PlacedDigits:
+        return PlacedDigits(part.images_NCHW, part.labels_N, config, stream)
 
     train, validation, test = parts(raw, config, device)
     moving = StoredImages(train.images_NCHW, train.labels_N, config)
     return Dataset(
-        config.name, raw.class_names, moving, placed(validation), placed(test), raw.sources
+        config.name,
+        raw.class_names,
+        moving,
+        placed(validation, HELD_OUT_PLACE),
+        placed(test, PLACE),
+        raw.sources,
     )

@@ -25,6 +25,9 @@ from capsrun.data.batches import (
 from capsrun.data.files import RawData, Source
 from capsrun.errors import UserError
 
+# Changes of training photos that have no effect on what is made of digits.
+OF_PHOTOS = ("flip", "brightness", "contrast", "standardise")
+
 
 class Split(ABC):
     """Some images and what they show."""
@@ -120,6 +123,8 @@ def vary(pixels_BCHW: Tensor, positions_B: Tensor, seed: int, config: DatasetCon
 
     The contrast is that about the mean of each channel. Pixels may leave [0, 1].
     """
+    if not (config.flip or config.brightness or config.contrast):
+        return pixels_BCHW
     counters_B3 = positions_B[:, None] * 3 + torch.arange(3, device=positions_B.device)
     draws_B3111 = random_unit(counters_B3, seed, LIGHT)[..., None, None, None]
     mirrored_B, lighter_B, contrast_B = draws_B3111.unbind(1)
@@ -223,7 +228,7 @@ def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) ->
 
     Raises UserError for settings that do not fit them.
     """
-    check_shift(config, raw.train_images.shape[-1])
+    check_crop(config, raw.train_images.shape[-1])
     train, validation, test = parts(raw, config, device)
     return Dataset(
         config.name,
@@ -235,26 +240,40 @@ def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) ->
     )
 
 
-def check_shift(config: DatasetConfig, stored_px: int, margin_px: int = 0) -> None:
-    """Refuse shifts that push images over the edge of the canvas, or a cut beyond their own edge.
+def check_crop(config: DatasetConfig, stored_px: int) -> None:
+    """Refuse shifts that are too far for images that are put on a canvas, or cut to a smaller one.
 
-    margin_px: what may be cut off an image. Images as large as the canvas may be moved over its
-    edge (§5), by less than their size.
+    Images as large as the canvas may be moved over its edge (§5), by less than their size.
     """
-    border_px = (config.image_px - stored_px) // 2
-    if border_px == 0 and margin_px == 0:
-        if config.shift_px >= config.image_px:
+    if config.image_px == stored_px:
+        if config.shift_px >= stored_px:
             raise UserError(
                 f"dataset.shift_px is {config.shift_px}: nothing would be left of images of "
-                f"{config.image_px} px"
+                f"{stored_px} px"
             )
         return
-    most = abs(border_px) + margin_px
-    if config.shift_px > most:
-        cut = f", of whose edge {margin_px} px are black," if margin_px else ""
+    check_shift(config, stored_px, abs(config.image_px - stored_px) // 2)
+
+
+def check_canvas(config: DatasetConfig, digit_px: int, over_px: int = 0) -> None:
+    """Refuse a canvas smaller than the digits on it, and shifts that push them off.
+
+    over_px: by how much the frame of a digit may leave the canvas.
+    """
+    if config.image_px < digit_px:
         raise UserError(
-            f"dataset.shift_px is {config.shift_px}, but images of {stored_px} px{cut} can be "
-            f"moved by at most {most} px on {config.name}'s canvas of {config.image_px} px"
+            f"dataset.image_px is {config.image_px}, but {config.name} is made of images of "
+            f"{digit_px} px"
+        )
+    check_shift(config, digit_px, (config.image_px - digit_px) // 2 + over_px)
+
+
+def check_shift(config: DatasetConfig, stored_px: int, most_px: int) -> None:
+    """Refuse a shift of more than `most_px`."""
+    if config.shift_px > most_px:
+        raise UserError(
+            f"dataset.shift_px is {config.shift_px}, but images of {stored_px} px can be moved by "
+            f"at most {most_px} px on {config.name}'s canvas of {config.image_px} px"
         )
 
 

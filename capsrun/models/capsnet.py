@@ -146,8 +146,10 @@ class CapsNet(nn.Module):
         channels at one place of the grid.
         """
         seen_BCHW = images_BCHW[..., : self.seen_px, : self.seen_px]
-        maps = self.conv1(F.pad(seen_BCHW, 2 * self._conv1_pads))
-        maps = F.pad(maps, 2 * self._primary_pads)
+        if self.config.padding == "same":
+            maps = F.pad(self.conv1(F.pad(seen_BCHW, 2 * self._conv1_pads)), 2 * self._primary_pads)
+        else:
+            maps = self.conv1(seen_BCHW)
         if self.fast and maps.device.type == "cpu":
             maps = relu_strided_conv2d(maps, self.primarycaps.weight, stride=2)
         else:

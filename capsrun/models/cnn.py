@@ -20,7 +20,7 @@ class CNNOutput(NamedTuple):
 
     @property
     def scores_BJ(self) -> Tensor:
-        """How much each class is seen in each image, in [0, 1]: the softmax of the logits."""
+        """How much each class is seen in each image, in [0, 1]: the softmax, whatever the loss."""
         return self.logits_BJ.softmax(1)
 
     @property

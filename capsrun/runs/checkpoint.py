@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
-from capsrun.data import is_part_of
-from capsrun.errors import UserError
+from capsrun.data import TESTS_BY_SEED, is_part_of
+from capsrun.errors import UserError, notice
 from capsrun.models import Model, build_model
 
 FORMAT = "capsrun checkpoint 1"
@@ -130,7 +130,7 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
     ours, theirs = (
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
-    instead = f"train one that fits with `{train_command(dataset)}`, or test this one on "
+    instead = f"train one for such images (`{train_command(dataset)}`), or test this one on "
     instead += f"dataset={trained.dataset.name}"
     if ours != theirs:
         raise UserError(
@@ -157,12 +157,16 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"the images of {dataset.source or dataset.name} are training images of {source}, on "
             f"which the model was trained; test it with dataset={trained.dataset.name}"
         )
-    if dataset.name != trained.dataset.name:
-        return
-    for key in ["split_seed"] if split == "test" else ["split_seed", "validation"]:
+    ours_from, theirs_from = (d.source or d.name for d in (dataset, trained.dataset))
+    # The seed decides about test images only where they are picked by it.
+    of_test = ["split_seed"] if ours_from in TESTS_BY_SEED else []
+    keys = of_test if split == "test" else ["split_seed", "validation"]
+    for key in keys if ours_from == theirs_from else []:
         value = getattr(trained.dataset, key)
         if getattr(dataset, key) != value:
             raise UserError(
                 f"the model was trained with dataset.{key}={value}: say the same here, or images "
                 "that it was trained on are counted as unseen"
             )
+    if dataset.trained_on != trained.dataset.name:
+        notice(f"this model was trained on {trained.dataset.name}, not on {dataset.trained_on}")

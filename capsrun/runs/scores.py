@@ -86,12 +86,12 @@ def score_figures(
     wrong_N = (score.labels_NT != score.predicted_NT).any(1)
     hits = (~wrong_N).nonzero().squeeze(1)[:pictures]
     failures = wrong_N.nonzero().squeeze(1)[:pictures]
-    has_decoder = isinstance(model, CapsNet) and model.decoder is not None
-    if len(hits) and has_decoder:
+    if len(hits) and has_decoder(model):
         drawn["reconstructions"] = _examples(model, split, class_names, score, hits, mask, False)
     if len(failures):
         drawn["failures"] = _examples(model, split, class_names, score, failures, mask, True)
-    if split.digits > 1 and isinstance(model, CapsNet) and model.decoder is not None:
+    if split.digits > 1 and has_decoder(model):
+        assert isinstance(model, CapsNet)
         chosen = torch.arange(min(pictures, score.count))
         drawn["absent"] = _absent(model, split, class_names, score, chosen)
     return drawn
@@ -144,8 +144,8 @@ def _absent(
     ]
     shown_BT = torch.stack([labels_BT[:, 0], torch.tensor(absent, device=split.device)], dim=1)
     drawn_BTCHW = reconstruct(model, batch.images_BCHW, shown_BT)
-    rows = input_rows(batch.targets_BTCHW[:, :1], batch.images_BCHW)[:1]
-    rows += [("both", list(in_colours(drawn_BTCHW)))]
+    rows = input_rows(batch.targets_BTCHW)[:1]
+    rows.append(("both", list(in_colours(drawn_BTCHW))))
     black = torch.zeros_like(drawn_BTCHW[:, 0])
     for name, place in (("present", 0), ("absent", 1)):
         alone = torch.stack(
@@ -165,14 +165,16 @@ def shown_classes(labels: Sequence[int], class_names: Sequence[str]) -> str:
     return ", ".join(class_names[label] for label in labels)
 
 
-def input_rows(
-    targets_BTCHW: Tensor, images_BCHW: Tensor | None = None
-) -> list[tuple[str, Sequence[Tensor]]]:
+def has_decoder(model: Model) -> bool:
+    """Whether a model can reconstruct."""
+    return isinstance(model, CapsNet) and model.decoder is not None
+
+
+def input_rows(targets_BTCHW: Tensor) -> list[tuple[str, Sequence[Tensor]]]:
     """The images, and with two digits the digits that they consist of, in their colours."""
-    digits = targets_BTCHW.shape[1]
-    pixels_BCHW = targets_BTCHW.sum(1).clamp(max=1) if images_BCHW is None else images_BCHW
+    pixels_BCHW = targets_BTCHW.sum(1).clamp(max=1)
     rows: list[tuple[str, Sequence[Tensor]]] = [("input", list(displayed(pixels_BCHW)))]
-    if digits > 1:
+    if targets_BTCHW.shape[1] > 1:
         rows.append(("its digits", list(in_colours(targets_BTCHW))))
     return rows
 

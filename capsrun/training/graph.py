@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capsrun.data.batches import TrainingBatches
 from capsrun.errors import notice
+from capsrun.models.capsnet import CapsNet
 
 if TYPE_CHECKING:
     from capsrun.training.step import Trainer, Update
@@ -71,6 +72,8 @@ class GraphedSteps:
         """Capture the updates in the fastest way of those that work here, as measured here."""
         reference = self._outcome(Way(False, False), batches)
         for way in WAYS:
+            if way.triton and not isinstance(self._trainer.model, CapsNet):
+                continue  # nothing is routed
             if not way.compiled and any(known.compiled for known in self.seconds):
                 break  # what is compiled works, and is faster
             try:
