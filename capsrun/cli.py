@@ -224,7 +224,7 @@ def run_command(name: str, arguments: list[str]) -> None:
             raise
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         # The commands' own exceptions do not come this way, so this is about the configuration.
-        raise UserError(describe_hydra_error(error, name)) from error
+        raise UserError(describe_hydra_error(error, name, arguments)) from error
     finally:
         sys.argv = saved_argv
         if saved_mode is None:
@@ -232,7 +232,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_mode
     if failures and isinstance(failures[0], OmegaConfBaseException):
-        raise UserError(describe_hydra_error(failures[0], name)) from failures[0]
+        raise UserError(describe_hydra_error(failures[0], name, arguments)) from failures[0]
     if failures:
         raise failures[0]
 
@@ -245,8 +245,11 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
         return hydra.compose(config_name=name, overrides=list(overrides))
 
 
-def describe_hydra_error(error: Exception, command: str) -> str:
-    """One sentence for what Hydra and OmegaConf say in several lines."""
+def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
+    """One sentence for what Hydra and OmegaConf say in several lines.
+
+    arguments: the words after the command.
+    """
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -265,9 +268,10 @@ def describe_hydra_error(error: Exception, command: str) -> str:
     group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
     if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
-        names = setting_names(command)
-        if key in names:  # it exists, but not with what was chosen: a CNN has no routing
-            return f"the chosen model or dataset has no setting {key!r}"
+        chosen = [word for word in arguments if re.match(r"(dataset|model|loss|recipe)=\w+$", word)]
+        names = setting_names(command, chosen)
+        if key in setting_names(command, []):  # but not with what was chosen: a CNN has no routing
+            return f"with {' '.join(chosen)} there is no setting {key!r}"
         hint = did_you_mean(key, names)
         return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
     if "Config group override must be" in str(error):
@@ -279,8 +283,9 @@ def describe_hydra_error(error: Exception, command: str) -> str:
     return " ".join(str(error).split())
 
 
-def setting_names(command: str) -> list[str]:
-    """Every key of a command's configuration, with dots."""
+def setting_names(command: str, choices: Sequence[str]) -> list[str]:
+    """Every key of a command's configuration, with dots, for some choices of dataset, model, …."""
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     def names(values: dict[str, Any], prefix: str) -> Iterable[str]:
@@ -289,7 +294,11 @@ def setting_names(command: str) -> list[str]:
             if isinstance(value, dict):
                 yield from names(value, f"{prefix}{key}.")
 
-    return list(names(OmegaConf.to_container(compose(command)), ""))  # type: ignore[arg-type]
+    try:
+        chosen = compose(command, choices)
+    except HydraException:  # a choice that this command does not have
+        chosen = compose(command)
+    return list(names(OmegaConf.to_container(chosen), ""))  # type: ignore[arg-type]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -309,7 +318,9 @@ def run_name(config: Any, overrides: Iterable[str]) -> str:
     chosen = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.lstrip("+~") not in NOT_IN_NAME and not key.startswith("record."):
+        is_length = override in ("recipe.epochs=null", "recipe.steps=null")  # the other one says it
+        is_free = key.lstrip("+~") in NOT_IN_NAME or key.startswith("record.")
+        if not is_length and not is_free:
             chosen.append(re.sub(r"[^\w.-]+", "_", f"{key.lstrip('+~')}-{value}").strip("_"))
     base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
     return "+".join([base, *sorted(chosen)])

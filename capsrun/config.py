@@ -425,7 +425,11 @@ def _check_training(config: TrainConfig) -> None:
     if isinstance(config.model, CNNConfig):
         model = config.model
         if not len(model.channels) == len(model.kernels_px) == len(model.pools_px) > 0:
-            raise UserError("model.channels, model.kernels_px and model.pools_px: one each a layer")
+            raise UserError(
+                "model.channels, model.kernels_px and model.pools_px have a value for each layer, "
+                f"but there are {len(model.channels)}, {len(model.kernels_px)} and "
+                f"{len(model.pools_px)}"
+            )
     stop = config.stop
     if stop.accuracy_percent is None and (stop.on != "test" or stop.every_steps is not None):
         raise UserError("stop.on and stop.every_steps need stop.accuracy_percent=…")
@@ -435,7 +439,7 @@ def _check_training(config: TrainConfig) -> None:
         and not config.dataset.validation
     ):
         raise UserError(
-            "stop.on=validation needs held-out training images: dataset.validation=10000"
+            "stop.on=validation needs held-out training images: dataset.validation=10000 (of MNIST)"
         )
     if config.name is not None:
         path = PurePath(config.name)

@@ -116,8 +116,9 @@ def test_every_yaml_is_found():
         (["train", "iterations=3"], ["did you mean 'routing.iterations'"]),
         (
             ["train", "model=cnn_baseline", "routing.iterations=1"],
-            ["model or dataset has no setting"],
+            ["with model=cnn_baseline there is no setting"],
         ),
+        (["train", "model=cnn_baseline", "model.chanels=[8]"], ["did you mean 'model.channels'"]),
         (["bench", "dataset=affnist_like"], ["affnist_like is for testing"]),
         (["bench", "recipe=affnist"], ["a recipe that does not say when to stop"]),
         (["train", "+sede=3"], ["no setting 'sede'"]),

@@ -106,7 +106,7 @@ def test_valid_padding_and_the_authors_initialisation():
         (["model.dropout=1.5"], "model.dropout is 1.5; it must be at most"),
         (["model.dropout=1"], "at most 0.99"),
         (["model.dropout=-0.1"], "at least 0"),
-        (["model.kernels_px=[5,5]"], "one each a layer"),
+        (["model.kernels_px=[5,5]"], "there are 3, 2 and 3"),
         (["model.channels=[256,0,128]"], "at least 1"),
         (["model.padding=full"], "valid, same"),
         (["loss=paper"], "for capsules, which model=cnn_baseline has not"),

@@ -6,6 +6,7 @@ from conftest import stored, train_config
 
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNetOutput
+from capsrun.runs.scores import class_errors
 from capsrun.training.losses import (
     capsnet_losses,
     class_presence,
@@ -80,7 +81,11 @@ def test_confusion_of_two_digits_by_hand():
     labels = torch.tensor([[0, 1], [0, 1], [0, 3], [2, 3]])
     predicted = torch.tensor([[0, 1], [1, 2], [1, 2], [2, 3]])
     counted = confusion_matrix(labels, predicted, 4)
-    assert counted.tolist() == [[1, 1, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    # Of the third image both were missed.
+    assert counted.tolist() == [[1, 0, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    score = Score(labels, predicted, counted, None)
+    assert score.digits_J.tolist() == [3, 2, 1, 2]
+    assert class_errors(score) == [2, 0, 0, 1]
 
 
 @pytest.fixture(scope="module")

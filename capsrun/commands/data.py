@@ -99,6 +99,7 @@ def split_statistics(split: Split, most: int) -> dict[str, Any]:
     mean, square, ink = (sums / (count * pixels[0].numel())).tolist()
     found = {
         "images": count,
+        "of": len(split),
         "mean": mean,
         "standard_deviation": max(square - mean**2, 0.0) ** 0.5,
         "ink_percent": 100 * ink,
@@ -113,9 +114,10 @@ def split_statistics(split: Split, most: int) -> dict[str, Any]:
 
 def print_statistics(name: str, found: dict[str, Any]) -> None:
     """Say what `split_statistics` found."""
+    first = "the first " if found["images"] < found["of"] else ""
     print(
-        f"{name}: {found['images']:,} images in {found['seconds']:.1f} s; pixels in [0, 1]: mean "
-        f"{found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
+        f"{name}: {first}{found['images']:,} images in {found['seconds']:.1f} s; pixels in [0, 1]: "
+        f"mean {found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
         f"{found['ink_percent']:.1f} % not black, brightest {found['brightest']:.3f}"
     )
     if "frame_overlap_percent" in found:

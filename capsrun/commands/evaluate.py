@@ -1,13 +1,14 @@
 """`capsrun eval`: test a trained model: errors, confusion matrix, pictures."""
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import SAMPLED, load_dataset
-from capsrun.errors import notice
+from capsrun.errors import UserError, notice
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import check_dataset, find_checkpoint, load_model
 from capsrun.runs.progress import bar
@@ -29,13 +30,22 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     ensemble = [trained, *map(load_model, others)]
     for member in ensemble:
         check_dataset(config.dataset, member.config, config.split)
+        if type(member.config.loss) is not type(trained.config.loss):
+            raise UserError(
+                "an ensemble averages capsule lengths, or the probabilities of CNNs, but not both: "
+                f"{trained.config.model.name} and {member.config.model.name}"
+            )
+    if config.mask == "longest" and trained.model.decoder is None:
+        raise UserError(f"{checkpoint} has no decoder, so there is nothing that mask= decides")
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
     # Beside the checkpoint, where another split or mask does not overwrite this one.
     name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained.config)
     name += "-all" if dataset.name in SAMPLED and config.dataset.test == "all" else ""
     name += "-longest" if config.mask == "longest" else ""
-    name += f"-ensemble{len(ensemble)}" if others else ""
+    if others:
+        digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
+        name += f"-ensemble{len(ensemble)}-{digest.hexdigest()[:6]}"
     out_dir = Path(config.out_dir or checkpoint.parent / name)
     record.make_output(out_dir)
 
@@ -76,6 +86,8 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         "trained": dataclasses.asdict(trained.config),
     }
     record.write_json(out_dir / "result.json", result)
+    if others:
+        print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
     print(f"pictures: {out_dir / 'pictures'}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))

@@ -99,10 +99,10 @@ def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
             run.progress.close()
             run.recorder.close()
         print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
-    if result.get("stopped"):
-        print(result["stopped"])
     if "almost_correct" in result:
         print(almost_line(result["almost_correct"], result["count"]))
+    if result.get("stopped"):
+        print(stopped_line(result["stopped"]))
     print(answer("test", result["errors"], result["count"]))
     return result
 
@@ -226,7 +226,10 @@ def log_step(run: Run, update: Update) -> None:
     run.logged = (run.step, run.clock.seconds)
     values["memory_gb"] = record.memory_gb(run.trainer.device)
     run.recorder.numbers(run.step, values)
-    run.progress.show({"loss": total, kind: values[f"loss/{kind}"]})
+    parts = {"loss": total}
+    if output.reconstructions_BTCHW is not None:  # else it is all there is
+        parts[kind] = values[f"loss/{kind}"]
+    run.progress.show(parts, values["images_per_second"])
 
 
 def kinds(config: TrainConfig) -> tuple[str, str]:
@@ -362,7 +365,7 @@ def finish(run: Run) -> dict[str, Any]:
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
-        "stopped": stopped_line(run),
+        "stopped": how_it_stopped(run),
         "notes": list(errors.notices),
         "config": run.folder.config,
     }
@@ -370,13 +373,23 @@ def finish(run: Run) -> dict[str, Any]:
     return result
 
 
-def stopped_line(run: Run) -> str | None:
-    """Whether and when the run stopped before its last step, or None where it was not to."""
-    stop = run.config.stop
-    if stop.accuracy_percent is None:
+def how_it_stopped(run: Run) -> dict[str, Any] | None:
+    """Whether and when the run reached the accuracy at which to stop; None where there is none."""
+    if run.config.stop.accuracy_percent is None:
         return None
-    asked = f"{stop.accuracy_percent:g} % on the {stop.on} images"
-    epochs = run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images
-    if run.reached:
-        return f"stopped after {run.step:,} steps ({epochs:.2f} epochs), which reached {asked}"
-    return f"{asked} was not reached in {run.step:,} steps ({epochs:.2f} epochs)"
+    return {
+        "accuracy_percent": run.config.stop.accuracy_percent,
+        "on": run.config.stop.on,
+        "reached": run.reached,
+        "steps": run.step,
+        "epochs": run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images,
+    }
+
+
+def stopped_line(stopped: Mapping[str, Any]) -> str:
+    """What `how_it_stopped` found, as a sentence."""
+    asked = f"{stopped['accuracy_percent']:g} % on the {stopped['on']} images"
+    length = f"{stopped['steps']:,} steps ({stopped['epochs']:.2f} epochs)"
+    if stopped["reached"]:
+        return f"stopped after {length}, which reached {asked}"
+    return f"{asked} was not reached in {length}"

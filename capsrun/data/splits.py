@@ -172,7 +172,7 @@ class Dataset:
         if not len(split):
             raise UserError(
                 f"no training images of {self.name} are held out, so there is no {name} split; "
-                "train with dataset.validation=10000, and say so here too"
+                f"train with dataset.validation={self.train.epoch_images // 6}, and say so here too"
             )
         return split
 

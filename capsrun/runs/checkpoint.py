@@ -121,6 +121,8 @@ def train_command(dataset: DatasetConfig) -> str:
     """The command that trains the model which is tested on a data set by default."""
     model, _, recipe = dataset.trained_by.partition("-")
     command = f"capsrun train dataset={dataset.trained_on}"
+    # What is made of MNIST, which is the default, is not said to be.
+    command += f" dataset.source={dataset.source}" if dataset.source not in (None, "mnist") else ""
     command += f" model={model}" if model != "capsnet" else ""
     return command + (f" recipe={recipe}" if recipe != "quick" else "")
 

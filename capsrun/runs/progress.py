@@ -32,8 +32,8 @@ class ProgressLine:
         self.step += steps
         self.bar.update(steps)
 
-    def show(self, values: Mapping[str, float]) -> None:
-        """Show the latest numbers."""
+    def show(self, values: Mapping[str, float], images_per_second: float) -> None:
+        """Show the latest numbers, and how fast training is while it is not tested."""
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
@@ -43,7 +43,7 @@ class ProgressLine:
             rate = (self.step - self.printed_step) / max(passed, 1e-9)
             self.printed_at, self.printed_step = now, self.step
             left = tqdm.format_interval((self.total - self.step) / max(rate, 1e-9))
-            speed = f"{rate * self.batch_size:.0f} images/s"
+            speed = f"{images_per_second:.0f} images/s"
             print(f"step {self.step:,} of {self.total:,}: {text}, {speed}, {left} left", flush=True)
 
     def say(self, line: str) -> None:

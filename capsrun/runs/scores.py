@@ -50,7 +50,7 @@ def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
 
 def class_errors(score: Score) -> list[int]:
     """Digits of each class that were missed."""
-    return (score.confusion_JJ.sum(1) - score.confusion_JJ.diagonal()).tolist()
+    return (score.digits_J - score.confusion_JJ.diagonal()).tolist()
 
 
 def print_table(score: Score, class_names: Sequence[str]) -> None:
@@ -60,13 +60,16 @@ def print_table(score: Score, class_names: Sequence[str]) -> None:
     print(f"{'class':>{width}} {shown:>9} {'errors':>7} {'error':>8}  taken for")
     for number, (name, errors) in enumerate(zip(class_names, class_errors(score), strict=True)):
         row = score.confusion_JJ[number]
-        count = int(row.sum())
+        count = int(score.digits_J[number])
         mistakes = sorted(
             ((int(row[k]), k) for k in range(len(row)) if k != number and row[k]), reverse=True
         )
         taken_for = ", ".join(f"{class_names[k]} ({times:,})" for times, k in mistakes)
         percent = f"{100 * errors / count:.2f} %" if count else "–"
         print(f"{name:>{width}} {count:>9,} {errors:>7,} {percent:>8}  {taken_for}".rstrip())
+    if score.labels_NT.shape[1] > 1:
+        both = score.count - score.almost_correct
+        print(f"(in {both:,} images both digits were missed: what for is not known)")
 
 
 def score_figures(
@@ -82,6 +85,8 @@ def score_figures(
     With a decoder these are figure 3 of the paper, or for two digits figure 5.
     """
     title = answer("", score.errors, score.count).strip()
+    if split.digits > 1:
+        title += "\ndigits; without images of which both were missed"
     drawn = {"confusion": figures.confusion_matrix(score.confusion_JJ, class_names, title)}
     wrong_N = (score.labels_NT != score.predicted_NT).any(1)
     hits = (~wrong_N).nonzero().squeeze(1)[:pictures]
@@ -111,6 +116,9 @@ def _examples(
     labels_BT, order_BT = batch.labels_BT.sort(dim=1)
     rows_B1 = torch.arange(len(chosen), device=split.device)[:, None]
     predicted_BT = score.predicted_NT[chosen].to(split.device)
+    if split.digits > 1:  # a class keeps its place, and so its colour
+        swapped_B1 = (predicted_BT.flip(1) == labels_BT).any(1, keepdim=True)
+        predicted_BT = torch.where(swapped_B1, predicted_BT.flip(1), predicted_BT)
     rows = input_rows(batch.targets_BTCHW[rows_B1, order_BT])
     if isinstance(model, CapsNet) and model.decoder is not None:
         seen = batch.images_BCHW
@@ -123,7 +131,9 @@ def _examples(
         for label, guess in zip(labels_BT.tolist(), predicted_BT.tolist(), strict=True)
     ]
     kind = "Failures" if failures else "Hits"
-    return figures.image_grid(rows, titles, f"{kind}: label above prediction above input")
+    colours = " (first digit orange, second blue)" if split.digits > 1 else ""
+    title = f"{kind}: label above prediction above input{colours}"
+    return figures.image_grid(rows, titles, title)
 
 
 def _absent(
@@ -156,7 +166,7 @@ def _absent(
         f"{shown_classes(label, class_names)}\n{class_names[label[0]]}, *{class_names[other]}"
         for label, other in zip(labels_BT.tolist(), absent, strict=True)
     ]
-    title = "Not there: label above what is reconstructed, * a class that is not in the image"
+    title = "What is not there: label above the classes drawn, * neither in the image nor predicted"
     return figures.image_grid(rows, titles, title)
 
 

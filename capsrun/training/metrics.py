@@ -27,7 +27,7 @@ class Score:
     predicted_NT: Tensor
     """The T classes with the longest capsules (or the most likely), in rising order."""
     confusion_JJ: Tensor
-    """Row: the true class; column: the predicted one; entries: digits."""
+    """Row: the true class; column: the predicted one; entries: digits. See `confusion_matrix`."""
     squared_error: float | None
     """Squared pixel differences of the reconstructions, summed over an image, mean over images."""
 
@@ -41,6 +41,11 @@ class Score:
         """Images of which at least one digit was found."""
         found_NT = (self.labels_NT[:, :, None] == self.predicted_NT[:, None]).any(2)
         return int(found_NT.any(1).sum())
+
+    @property
+    def digits_J(self) -> Tensor:
+        """Digits of each class."""
+        return self.labels_NT.flatten().bincount(minlength=len(self.confusion_JJ))
 
     @property
     def count(self) -> int:
@@ -112,24 +117,15 @@ def score_split(
 def confusion_matrix(labels_NT: Tensor, predicted_NT: Tensor, classes: int) -> Tensor:
     """Count digits by true class (row) and predicted class (column).
 
-    A digit that is found counts on the diagonal. The digits of an image that are missed are taken
-    for its predictions that are not there, both in rising order.
+    A digit that is found counts on the diagonal. Where one digit of an image is missed it was taken
+    for the prediction that is not there. Where two are, nobody knows which was taken for which, so
+    they are left out.
     """
     present_NJ = class_presence(labels_NT, classes)
     claimed_NJ = class_presence(predicted_NT, classes)
     found_NJ = present_NJ & claimed_NJ
-    pairs = [classes_of(found_NJ, k, classes) * (classes + 2) for k in range(labels_NT.shape[1])]
-    for k in range(labels_NT.shape[1]):
-        missed_N = classes_of(present_NJ & ~found_NJ, k, classes)
-        invented_N = classes_of(claimed_NJ & ~found_NJ, k, classes)
-        pairs.append(missed_N * (classes + 1) + invented_N)
-    # What is not there has number `classes`: one more row and column, which are dropped.
-    counts = torch.cat(pairs).bincount(minlength=(classes + 1) ** 2)
-    return counts.reshape(classes + 1, classes + 1)[:classes, :classes]
-
-
-def classes_of(present_NJ: Tensor, place: int, classes: int) -> Tensor:
-    """Of the classes present, in rising order, number `place` (N,); `classes` if there is none."""
-    ranks_NJ = present_NJ.cumsum(1)
-    at_place_NJ = present_NJ & (ranks_NJ == place + 1)
-    return torch.where(at_place_NJ.any(1), at_place_NJ.int().argmax(1), classes)
+    missed_NJ, invented_NJ = present_NJ & ~found_NJ, claimed_NJ & ~found_NJ
+    one_missed_N = missed_NJ.sum(1) == 1
+    taken_for = missed_NJ[one_missed_N].long().argmax(1), invented_NJ[one_missed_N].long().argmax(1)
+    confusion_JJ = found_NJ.sum(0).diag()
+    return confusion_JJ.index_put(taken_for, torch.ones_like(taken_for[0]), accumulate=True)
