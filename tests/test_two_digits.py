@@ -506,6 +506,8 @@ def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run,
     assert load_model(folder / "checkpoint.pt").config.dataset.digits == 1
     train(train_config(*TINY, "name=run"), folder)
     assert "is finished already" in capsys.readouterr().out
+    train(train_config(*TINY, "name=run", "dataset.trained_by=capsnet-mine"), folder)
+    assert "is finished already" in capsys.readouterr().out, "it says nothing of the run itself"
     assert with_later_settings(config)["stop"]["accuracy_percent"] is None
 
 

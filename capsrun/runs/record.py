@@ -25,7 +25,14 @@ from capsrun.errors import UserError
 from capsrun.runs.checkpoint import FILE_NAME, load_checkpoint, replacing
 
 # Settings that do not change what a run computes: they may differ when it is resumed.
-FREE_KEYS = ("runs_dir", "device", "compile", "dataset.data_dir")
+FREE_KEYS = (
+    "runs_dir",
+    "device",
+    "compile",
+    "dataset.data_dir",
+    "dataset.trained_on",
+    "dataset.trained_by",
+)
 FREE_SECTION = "record."
 
 
