@@ -113,7 +113,7 @@ class CNNConfig(ModelConfig):
     """Widths of the fully connected layers before the last one."""
     dropout: float = setting(minimum=0, maximum=0.99)
     """Share of the last hidden layer's units that is dropped in training."""
-    initialisation: str = setting(choices=("authors", "pytorch"))
+    initialisation: str = setting(choices=("authors", "glorot", "pytorch"))
 
 
 @dataclass(kw_only=True)

@@ -100,6 +100,17 @@ def test_valid_padding_and_the_authors_initialisation():
             assert parameter.std().item() == pytest.approx(0.88 * std, rel=0.02)
 
 
+def test_glorots_initialisation():
+    model = build("model=cnn_baseline")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        else:
+            receptive = parameter[0, 0].numel() if parameter.dim() == 4 else 1
+            bound = (6 / (receptive * sum(parameter.shape[:2]))) ** 0.5
+            assert 0.98 * bound < parameter.abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

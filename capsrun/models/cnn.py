@@ -70,6 +70,8 @@ class CNN(nn.Module):
         self.last = nn.Linear(last, classes)
         if config.initialisation == "authors":
             self._initialise_as_authors()
+        elif config.initialisation == "glorot":
+            self._initialise_as_glorot()
 
     @torch.no_grad()
     def _initialise_as_authors(self) -> None:
@@ -80,6 +82,15 @@ class CNN(nn.Module):
             else:
                 std = 0.05 if name.startswith("convolutions") else 0.1
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+    @torch.no_grad()
+    def _initialise_as_glorot(self) -> None:
+        """Uniform within ±√(6 / (inputs + outputs)), biases 0: TensorFlow's default in 2017."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(
         self, images_BCHW: Tensor, labels_BT: Tensor | None = None, noise_B: Tensor | None = None
