@@ -17,7 +17,7 @@ from capsrun.config import DataConfig, from_dict, with_later_settings
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.models import build_model
-from capsrun.runs import figures
+from capsrun.runs import figures, scores
 from capsrun.runs.checkpoint import check_dataset, load_checkpoint, load_model
 from capsrun.runs.scores import in_colours
 from capsrun.training.losses import capsnet_losses
@@ -185,21 +185,24 @@ def test_two_digits_are_drawn_in_two_colours():
     assert coloured[:, 3, 3].sum() == 0
 
 
-def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
-    """Where label and prediction share a class it is drawn in the same place."""
-    from capsrun.runs import scores
-
-    model = load_model(pairs_run / "checkpoint.pt").model
-    test = load_dataset(train_config(*PAIRS).dataset, CPU).test
-    score = score_split(model, test, "fp32", most=300)
-    asked = []
-    original = scores.reconstruct
+def watch_reconstructions(monkeypatch):
+    """Gathers which classes are reconstructed."""
+    asked, original = [], scores.reconstruct
 
     def watch(model, images, labels):
         asked.append(labels)
         return original(model, images, labels)
 
     monkeypatch.setattr(scores, "reconstruct", watch)
+    return asked
+
+
+def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
+    """Where label and prediction share a class it is drawn in the same place."""
+    model = load_model(pairs_run / "checkpoint.pt").model
+    test = load_dataset(train_config(*PAIRS).dataset, CPU).test
+    score = score_split(model, test, "fp32", most=300)
+    asked = watch_reconstructions(monkeypatch)
     failures = (score.labels_NT != score.predicted_NT).any(1).nonzero().squeeze(1)[:100]
     names = [str(digit) for digit in range(10)]
     scores._examples(model, test, names, score, failures, "label", True)
@@ -213,19 +216,10 @@ def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
 
 
 def test_a_digit_that_is_not_there_is_neither_label_nor_prediction(pairs_run, monkeypatch):
-    from capsrun.runs import scores
-
     model = load_model(pairs_run / "checkpoint.pt").model
     test = load_dataset(train_config(*PAIRS).dataset, CPU).test
     score = score_split(model, test, "fp32", most=16)
-    asked = []
-    original = scores.reconstruct
-
-    def watch(model, images, labels):
-        asked.append(labels)
-        return original(model, images, labels)
-
-    monkeypatch.setattr(scores, "reconstruct", watch)
+    asked = watch_reconstructions(monkeypatch)
     names = [str(digit) for digit in range(10)]
     drawn = scores.score_figures(model, test, names, score)
     for (present, absent), labels, predicted in zip(
