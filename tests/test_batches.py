@@ -6,13 +6,13 @@ from conftest import stored
 
 from capsrun.data.batches import (
     SHIFT,
-    TrainingBatches,
     batch_indices,
     epoch_order,
     place,
     random_bits,
     random_integers,
 )
+from capsrun.data.splits import TrainingBatches
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from capsrun.commands.train import train
 from capsrun.config import CrossEntropyConfig
 from capsrun.data import load_dataset
-from capsrun.data.batches import TrainingBatches
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.cnn import CNN, CNNOutput, drop_out

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from capsrun import errors, models
 from capsrun.commands.train import train
 from capsrun.data import load_dataset
-from capsrun.data.batches import TrainingBatches
+from capsrun.data.splits import TrainingBatches
 from capsrun.models import build_model, routing_cpu
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import capsule_votes, route

@@ -6,9 +6,8 @@ from conftest import MNIST_DIR, stored, train_config
 
 from capsrun.data import affnist_like, load_dataset
 from capsrun.data.affnist_like import Transforms, ink_extent, warp
-from capsrun.data.batches import TrainingBatches
 from capsrun.data.multimnist import ink_overlap
-from capsrun.data.splits import StoredImages, standardise, vary
+from capsrun.data.splits import StoredImages, TrainingBatches, standardise, vary
 from capsrun.errors import UserError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
-from capsrun.data.batches import TrainingBatches
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.runs import progress, record
 from capsrun.runs.checkpoint import load_checkpoint, load_model
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tiny_run, in_tmp):
     """Killed without warning after six steps, with a checkpoint after every one."""
     script = (
         "import os, signal, sys\n"
-        "from capsrun.data.batches import TrainingBatches\n"
+        "from capsrun.data.splits import TrainingBatches\n"
         "original, left = TrainingBatches.batch, [7]\n"
         "def count(*args):\n"
         "    left[0] -= 1\n"

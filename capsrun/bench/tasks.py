@@ -12,10 +12,9 @@ import torch
 from capsrun.bench.textbook import textbook_steps
 from capsrun.bench.timing import captured
 from capsrun.config import BenchConfig
-from capsrun.data import MADE, Split
-from capsrun.data.batches import TrainingBatches
+from capsrun.data import known
 from capsrun.data.files import RawData
-from capsrun.data.splits import stored_dataset
+from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs.record import memory_gb
@@ -50,7 +49,7 @@ def random_images(config: BenchConfig, count: int) -> RawData:
     """
     dataset, generator = config.dataset, torch.Generator().manual_seed(0)
     # What is made of other images is made of MNIST's size; else they are as large as the canvas.
-    side = DIGIT_PX if dataset.name in MADE else dataset.image_px
+    side = DIGIT_PX if known(dataset.name).read is None else dataset.image_px
     shape = (count, dataset.channels, side, side)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, dataset.classes, (count,), dtype=torch.uint8, generator=generator)
@@ -58,12 +57,10 @@ def random_images(config: BenchConfig, count: int) -> RawData:
     return RawData(images, labels, images[:0], labels[:0], names, ())
 
 
-def random_split(config: BenchConfig, count: int, device: torch.device) -> Split:
+def random_split(config: BenchConfig, count: int, device: torch.device) -> TrainingSplit:
     """Training images of random pixels, as the data set makes them."""
-    raw, dataset = random_images(config, count), config.dataset
-    if dataset.name not in MADE:
-        return stored_dataset(raw, dataset, device).train
-    return MADE[dataset.name](raw, dataset, device).train
+    make = known(config.dataset.name).make
+    return make(random_images(config, count), config.dataset, device).train
 
 
 def batches_alone(config: BenchConfig, device: torch.device) -> Run:

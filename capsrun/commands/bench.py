@@ -12,7 +12,7 @@ from capsrun.bench import tasks
 from capsrun.bench.breakdown import breakdown_ms
 from capsrun.bench.timing import Task, ratio, time_in_turns, warm_up
 from capsrun.config import BenchConfig, CapsNetConfig
-from capsrun.data import FOR_TESTING
+from capsrun.data import known
 from capsrun.errors import Noisy, UserError
 from capsrun.runs import figures, record
 from capsrun.runs.progress import bar
@@ -34,7 +34,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     if not isinstance(config.model, CapsNetConfig):
         raise UserError(f"bench times CapsNets, which model={config.model.name} is not")
-    if config.dataset.name in FOR_TESTING:
+    if known(config.dataset.name).for_testing:
         raise UserError(f"bench times training, and {config.dataset.name} is for testing")
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
@@ -61,12 +61,21 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     warm_up(others["testing"], config.turn_seconds, device)
     time_in_turns({"testing": others["testing"]}, TESTING_ROUNDS, device, bar)
 
-    size, digits = config.recipe.batch_size, config.dataset.digits
-    flop = tasks.step_flop(tasks.make_model(config, device, fast=False), size, digits)
+    flop = tasks.step_flop(
+        tasks.make_model(config, device, fast=False),
+        config.recipe.batch_size,
+        config.dataset.digits,
+    )
     gflops = {
         name: flops / others[f"matrix product {name}"].median_seconds / 1e9
         for name, (_, flops) in products.items()
     }
+    rows = {name: timing(task, config) for name, task in others.items()}
+    for name, rate in gflops.items():
+        rows[f"matrix product {name}"]["gflops"] = rate
+    rows["copy"]["gb_per_second"] = copied_bytes / others["copy"].median_seconds / 1e9
+    share = others["making a batch"].median_seconds / steps[variants[-1]].median_seconds
+    rows["making a batch"]["percent_of_step"] = 100 * share
     result: dict[str, Any] = {
         "command": "bench",
         **record.provenance(device, precision),
@@ -76,33 +85,41 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "step_gflop": flop / 1e9,
         "load_before": load_before,
         "matrix_gflops": gflops,
-        "steps": {},
-        "others": {name: timing(task, config) for name, task in others.items()},
+        "steps": step_rows(config, steps, flop, gflops, first_seconds),
+        "others": rows,
         "notes": list(errors.notices),
     }
-    for name, rate in gflops.items():
-        result["others"][f"matrix product {name}"]["gflops"] = rate
-    gb_per_second = copied_bytes / others["copy"].median_seconds / 1e9
-    result["others"]["copy"]["gb_per_second"] = gb_per_second
-    for name in variants:
-        result["steps"][name] = timing(steps[name], config) | {
-            "times_textbook": ratio(steps[variants[0]], steps[name]),
-            "images_per_second": config.recipe.batch_size / steps[name].median_seconds,
-            "percent_of_matrix_rate": flop
-            / steps[name].median_seconds
-            / (1e7 * gflops[name.split()[1]]),
-            "first_seconds": first_seconds[name],
-            "memory_gb": tasks.memory_alone(config, name) if config.memory else None,
-        }
     if config.profile:
         # The kernels of a captured graph belong to no operation, so on a GPU it is the plain step.
         name = variants[-1] if device.type == "cpu" else f"plain {precision}"
         profiled = tasks.training_steps(config, device, name, capture=False)
         result["profile"] = {"of": name} | breakdown_ms(profiled, PROFILED_STEPS, device)
-    share = others["making a batch"].median_seconds / steps[variants[-1]].median_seconds
-    result["others"]["making a batch"]["percent_of_step"] = 100 * share
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
+
+
+def step_rows(
+    config: BenchConfig,
+    steps: dict[str, Task],
+    flop: float,
+    gflops: dict[str, float],
+    first_seconds: dict[str, float],
+) -> dict[str, dict[str, Any]]:
+    """The figures of each kind of training step.
+
+    flop: of one step. gflops: 10⁹ a second of a large matrix product, by precision.
+    """
+    textbook, rows = next(iter(steps.values())), {}
+    for name, task in steps.items():
+        arithmetic_seconds = flop / (1e9 * gflops[name.split()[1]])
+        rows[name] = timing(task, config) | {
+            "times_textbook": ratio(textbook, task),
+            "images_per_second": config.recipe.batch_size / task.median_seconds,
+            "percent_of_matrix_rate": 100 * arithmetic_seconds / task.median_seconds,
+            "first_seconds": first_seconds[name],
+            "memory_gb": tasks.memory_alone(config, name) if config.memory else None,
+        }
+    return rows
 
 
 def routing_tasks(config: BenchConfig, device: torch.device) -> dict[str, Task]:

@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 from capsrun.config import DataConfig
-from capsrun.data import Dataset, Split, load_dataset
+from capsrun.data import Dataset, Split, known, load_dataset
 from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
 from capsrun.data.multimnist import DigitPairs, ink_overlap
-from capsrun.data.splits import StoredImages
+from capsrun.data.splits import OfDigits
 from capsrun.runs import figures, record
 from capsrun.runs.progress import bar
 from capsrun.runs.scores import displayed, in_colours
@@ -75,7 +75,7 @@ def print_counts(dataset: Dataset) -> None:
 def class_counts(split: Split, classes: int) -> list[int]:
     """How many images have each class as that of their (first) digit."""
     # Where images are made of digits, each digit has as many.
-    times = len(split) // split.epoch_images if isinstance(split, DigitPairs) else 1
+    times = len(split) // len(split.labels_N) if isinstance(split, OfDigits) and len(split) else 1
     labels = split.labels(torch.arange(len(split) // times))[:, 0]
     return (times * labels.bincount(minlength=classes)).tolist()
 
@@ -148,8 +148,9 @@ def transform_statistics(transforms: Transforms) -> dict[str, dict[str, float]]:
 
 def contact_sheet(dataset: Dataset, samples: int) -> Figure:
     """Images of each class, a row a class; two digits in their colours too."""
-    split, kind = dataset.train, "training images"
-    if not isinstance(split, StoredImages) or not len(split) or dataset.name == "mnist_padded":
+    split: Split = dataset.train
+    kind = "training images"
+    if known(dataset.name).read is None or not len(split):  # as they are made for testing
         split, kind = dataset.test, "test images"
     rows = []
     first_labels = split.labels(split.indices(0, LOOKED_THROUGH))[:, 0]

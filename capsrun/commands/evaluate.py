@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import SAMPLED, load_dataset
+from capsrun.data import known, load_dataset
 from capsrun.errors import UserError, notice
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import check_dataset, find_checkpoint, load_model
+from capsrun.runs.checkpoint import Trained, check_dataset, find_checkpoint, load_model
 from capsrun.runs.progress import bar
 from capsrun.runs.scores import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.training.metrics import score_split
@@ -25,27 +28,12 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    trained = load_model(checkpoint)
     others = [find_checkpoint(path, "capsrun train") for path in config.ensemble]
-    ensemble = [trained, *map(load_model, others)]
-    for member in ensemble:
-        check_dataset(config.dataset, member.config, config.split)
-        if type(member.config.loss) is not type(trained.config.loss):
-            raise UserError(
-                "an ensemble averages capsule lengths, or the probabilities of CNNs, but not both: "
-                f"{trained.config.model.name} and {member.config.model.name}"
-            )
-    if config.mask == "longest" and trained.model.decoder is None:
-        raise UserError(f"{checkpoint} has no decoder, so there is nothing that mask= decides")
+    ensemble = load_ensemble(config, [checkpoint, *others])
+    trained = ensemble[0]
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
-    # Beside the checkpoint, where another split or mask does not overwrite this one.
-    name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained.config)
-    name += "-all" if dataset.name in SAMPLED and config.dataset.test == "all" else ""
-    name += "-longest" if config.mask == "longest" else ""
-    if others:
-        digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
-        name += f"-ensemble{len(ensemble)}-{digest.hexdigest()[:6]}"
+    name = folder_name(config, trained.config, others)
     out_dir = Path(config.out_dir or checkpoint.parent / name)
     record.make_output(out_dir)
 
@@ -60,11 +48,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     print_table(score, dataset.class_names)
     drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
-    for old in ("confusion", "reconstructions", "failures", "absent"):
-        (out_dir / "pictures" / f"{old}.png").unlink(missing_ok=True)
-    for picture, figure in drawn.items():
-        figures.save(figure, out_dir / "pictures" / f"{picture}.png")
-    record.show_in_tensorboard(out_dir, "eval", drawn)
+    replace_pictures(out_dir, drawn)
     result = {
         "command": "eval",
         "name": trained.config.name,
@@ -93,6 +77,43 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         print(almost_line(score.almost_correct, score.count))
     print(answer(config.split, score.errors, score.count))
     return result
+
+
+def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
+    """The models of some checkpoints. Raises UserError for what they cannot do (together)."""
+    ensemble = [load_model(path) for path in paths]
+    first = ensemble[0]
+    for member in ensemble:
+        check_dataset(config.dataset, member.config, config.split)
+        if type(member.config.loss) is not type(first.config.loss):
+            raise UserError(
+                "an ensemble averages capsule lengths, or the probabilities of CNNs, but not both: "
+                f"{first.config.model.name} and {member.config.model.name}"
+            )
+    if config.mask == "longest" and first.model.decoder is None:
+        raise UserError(f"{paths[0]} has no decoder, so there is nothing that mask= decides")
+    return ensemble
+
+
+def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) -> str:
+    """A name beside the checkpoint that no other split, mask, set of images or ensemble has."""
+    dataset = config.dataset
+    name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained)
+    name += "-all" if known(dataset.name).sampled and dataset.test == "all" else ""
+    name += "-longest" if config.mask == "longest" else ""
+    if others:
+        digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
+        name += f"-ensemble{1 + len(others)}-{digest.hexdigest()[:6]}"
+    return name
+
+
+def replace_pictures(out_dir: Path, drawn: Mapping[str, Figure]) -> None:
+    """Write pictures in place of those of an earlier evaluation, of which there may be more."""
+    for old in ("confusion", "reconstructions", "failures", "absent"):
+        (out_dir / "pictures" / f"{old}.png").unlink(missing_ok=True)
+    for name, figure in drawn.items():
+        figures.save(figure, out_dir / "pictures" / f"{name}.png")
+    record.show_in_tensorboard(out_dir, "eval", drawn)
 
 
 def unlike_training(config: EvalConfig, trained: TrainConfig) -> str:

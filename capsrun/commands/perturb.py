@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capsrun.config import PerturbConfig, SweepConfig
 from capsrun.data import Dataset, Split, load_dataset
+from capsrun.data.batches import in_class_order
 from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
@@ -163,9 +164,9 @@ def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[
 @torch.inference_mode()
 def _first_right(model: CapsNet, test: Split, members: Tensor) -> int:
     """Which of some images is the first that the model classifies rightly; 0 when there is none."""
-    batch = test.batch(members)
+    batch = in_class_order(test.batch(members))
     predicted_BT = predicted_classes(model(batch.images_BCHW).scores_BJ, test.digits)
-    right_B = (predicted_BT == batch.labels_BT.sort(dim=1).values).all(1)
+    right_B = (predicted_BT == batch.labels_BT).all(1)
     return int(right_B.int().argmax())
 
 

@@ -12,8 +12,8 @@ import torch
 
 from capsrun import errors
 from capsrun.config import MarginLossConfig, StopConfig, TrainConfig
-from capsrun.data import FOR_TESTING, Dataset, load_dataset
-from capsrun.data.batches import TrainingBatches
+from capsrun.data import Dataset, known, load_dataset
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
@@ -157,7 +157,7 @@ def next_multiple(step: int, every: int, last: int) -> int:
 
 def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     """Load the data, build the model, and take both to where an interrupted run was."""
-    if config.dataset.name in FOR_TESTING:
+    if known(config.dataset.name).for_testing:
         raise UserError(
             f"{config.dataset.name} is for testing; train on dataset={config.dataset.trained_on}"
         )

@@ -1,6 +1,7 @@
 """The data sets, found by name. Their images are uint8 and live on the device."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -20,33 +21,49 @@ from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset, Split, stored_dataset
 from capsrun.errors import UserError
 
-__all__ = ["Dataset", "Split", "is_part_of", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Split", "is_part_of", "known", "load_dataset"]
 
-# Images on disk, and how they are read.
-STORED: dict[str, Callable[[DatasetConfig], RawData]] = {
-    "mnist": mnist.load,
-    "fashion_mnist": mnist.load,
-    "kmnist": mnist.load,
-    "mnist5k": mnist5k.load,
-    "cifar10": cifar10.load,
-    "svhn": svhn.load,
-    "smallnorb": smallnorb.load,
+
+@dataclass(frozen=True)
+class Entry:
+    """What is to be known of a data set before its files are read."""
+
+    read: Callable[[DatasetConfig], RawData] | None
+    """Reads its files; None: it is made of the images of `dataset.source`."""
+    make: Callable[[RawData, DatasetConfig, torch.device], Dataset] = stored_dataset
+    """What becomes of the images that were read."""
+    is_source: bool = False
+    """Whether other data sets may be made of it."""
+    digits: int = 1
+    """In each image."""
+    sampled: bool = False
+    """Whether `dataset.test` chooses between some of the test images and all of them."""
+    for_testing: bool = False
+    """Whether there are test images only."""
+    picked_from: str | None = None
+    """The data set of whose training images it consists; split_seed picks those for testing."""
+
+
+DATASETS = {
+    "mnist": Entry(mnist.load, is_source=True),
+    "mnist5k": Entry(mnist5k.load, is_source=True, picked_from="mnist"),
+    "fashion_mnist": Entry(mnist.load, is_source=True),
+    "kmnist": Entry(mnist.load, is_source=True),
+    "mnist_padded": Entry(None, mnist_padded.make, sampled=True),
+    "affnist": Entry(affnist.load, for_testing=True),
+    "affnist_like": Entry(None, affnist_like.make, for_testing=True),
+    "multimnist": Entry(None, multimnist.make, digits=2, sampled=True),
+    "cifar10": Entry(cifar10.load),
+    "svhn": Entry(svhn.load),
+    "smallnorb": Entry(smallnorb.load),
 }
-# Data sets that are made of the images of one of these four, and how.
-SOURCES = ("mnist", "mnist5k", "fashion_mnist", "kmnist")
-MADE: dict[str, Callable[[RawData, DatasetConfig, torch.device], Dataset]] = {
-    "mnist_padded": mnist_padded.make,
-    "affnist_like": affnist_like.make,
-    "multimnist": multimnist.make,
-}
-# Data sets of which dataset.test chooses some of the test images or all of them.
-SAMPLED = ("mnist_padded", "multimnist")
-# Data sets whose test images are picked by split_seed.
-TESTS_BY_SEED = ("mnist5k",)
-# Data sets of which there are test images only.
-FOR_TESTING = ("affnist", "affnist_like")
-# Data sets that consist of training images of another.
-PART_OF = {"mnist5k": "mnist"}
+
+
+def known(name: str) -> Entry:
+    """The entry of a data set. Raises UserError when there is none of this name."""
+    if name not in DATASETS:
+        raise UserError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+    return DATASETS[name]
 
 
 def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
@@ -54,32 +71,36 @@ def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
 
     Raises UserError when it cannot be had, is damaged, or is not what `config` says.
     """
-    if config.test == "sample" and config.name not in SAMPLED:
-        raise UserError(f"dataset.test=sample is for {' and '.join(SAMPLED)}, not {config.name}")
-    digits = 2 if config.name == "multimnist" else 1
-    if config.digits != digits:
+    entry = known(config.name)
+    if config.test == "sample" and not entry.sampled:
+        names = " and ".join(name for name, other in DATASETS.items() if other.sampled)
+        raise UserError(f"dataset.test=sample is for {names}, not {config.name}")
+    if config.digits != entry.digits:
         raise UserError(
-            f"images of {config.name} have {digits} digit(s) each, but dataset.digits is "
+            f"images of {config.name} have {entry.digits} digit(s) each, but dataset.digits is "
             f"{config.digits}"
         )
-    if config.name == "affnist":
-        return affnist.load(config, device)
-    if config.name in MADE:
-        if config.source not in SOURCES:
-            raise UserError(
-                f"dataset.source is {config.source}; {config.name} is made of the images of one "
-                f"of: {', '.join(SOURCES)}"
-            )
-        return MADE[config.name](STORED[config.source](config), config, device)
-    if config.name not in STORED:
-        names = ", ".join([*STORED, *MADE, "affnist"])
-        raise UserError(f"there is no data set {config.name!r}; there are {names}")
-    if config.source is not None:
-        raise UserError(f"dataset.source is for {', '.join(MADE)}; {config.name} has its own files")
-    return stored_dataset(STORED[config.name](config), config, device)
+    return entry.make(_reader(entry, config)(config), config, device)
+
+
+def _reader(entry: Entry, config: DatasetConfig) -> Callable[[DatasetConfig], RawData]:
+    """What reads the images of a data set: its own files, or those of its source."""
+    if entry.read is not None:
+        if config.source is not None:
+            made = ", ".join(name for name, other in DATASETS.items() if other.read is None)
+            raise UserError(f"dataset.source is for {made}; {config.name} has its own files")
+        return entry.read
+    sources = {name: other.read for name, other in DATASETS.items() if other.is_source}
+    read = sources.get(config.source or "")
+    if read is None:
+        raise UserError(
+            f"dataset.source is {config.source}; {config.name} is made of the images of one of: "
+            f"{', '.join(sources)}"
+        )
+    return read
 
 
 def is_part_of(config: DatasetConfig, other: DatasetConfig) -> bool:
     """Whether the test images of one data set are, or are made of, training images of the other."""
     ours, theirs = (c.source or c.name for c in (config, other))
-    return PART_OF.get(ours) == theirs
+    return known(ours).picked_from == theirs

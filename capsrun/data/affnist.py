@@ -18,8 +18,8 @@ import torch
 
 from capsrun.config import DatasetConfig
 from capsrun.data.download import file_md5, obtain
-from capsrun.data.files import Source
-from capsrun.data.splits import OF_PHOTOS, Dataset, StoredImages, no_images, refuse_changes
+from capsrun.data.files import RawData, Source
+from capsrun.data.splits import OF_PHOTOS, refuse_changes
 from capsrun.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
@@ -36,12 +36,12 @@ INSTEAD = (
 )
 
 
-def load(config: DatasetConfig, device: torch.device) -> Dataset:
-    """Find (or download), check and read the test images.
+def load(config: DatasetConfig) -> RawData:
+    """Find (or download), check and read the test images; there are none to train on.
 
     Raises UserError when they cannot be had or a file is not what it should be.
     """
-    refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation", "source"))
+    refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation"))
     if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
         raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
     folder = Path(config.data_dir).expanduser() / "affNIST"
@@ -71,14 +71,16 @@ def load(config: DatasetConfig, device: torch.device) -> Dataset:
             f"in another order, or parts of it are missing; {INSTEAD}"
         )
     check_digits(images_NHW, labels_N, str(where))
-    test = StoredImages(
-        torch.from_numpy(images_NHW)[:, None].to(device),
-        torch.from_numpy(labels_N).long().to(device),
-        config,
+    test_images = torch.from_numpy(images_NHW)[:, None]
+    test_labels = torch.from_numpy(labels_N)
+    return RawData(
+        test_images[:0],
+        test_labels[:0],
+        test_images,
+        test_labels,
+        tuple("0123456789"),
+        tuple(sources),
     )
-    nothing = no_images(config, device)
-    names = tuple("0123456789")
-    return Dataset(config.name, names, nothing, nothing, test, tuple(sources))
 
 
 def find(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import WARP, Batch, random_unit, to_pixels
 from capsrun.data.files import RawData
-from capsrun.data.splits import OF_PHOTOS, Dataset, Split, no_images, parts, refuse_changes
+from capsrun.data.splits import OF_PHOTOS, Dataset, OfDigits, no_images, parts, refuse_changes
 from capsrun.errors import UserError
 
 VERSIONS = 32
@@ -52,30 +52,18 @@ def _matrix(a_B: Tensor, b_B: Tensor, c_B: Tensor, d_B: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TransformedDigits(Split):
-    """32 versions of each of N digits; version k div N of digit k mod N is image k.
+class TransformedDigits(OfDigits):
+    """32 versions of each of N digits; image k is version k div N.
 
     A pure function of (seed, k). Rotation, shear and scale are uniform in their ranges, and then
     the place is uniform among those at which no ink leaves the canvas.
     """
 
-    digits_NCHW: Tensor
-    """uint8."""
-    labels_N: Tensor
-    config: DatasetConfig
-
     def __len__(self) -> int:
         return VERSIONS * len(self.labels_N)
 
-    @property
-    def device(self) -> torch.device:
-        return self.labels_N.device
-
-    def labels(self, indices_B: Tensor) -> Tensor:
-        return self.labels_N[indices_B % len(self.labels_N)][:, None]
-
     def batch(self, indices_B: Tensor) -> Batch:
-        digits_BCHW = self.digits_NCHW[indices_B % len(self.labels_N)]
+        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
         transforms = self.transforms(indices_B)
         warped_BCHW = warp(digits_BCHW.float(), transforms, self.config.image_px)
         pixels_BCHW = to_pixels(warped_BCHW.round())  # bytes, as those of affNIST are
@@ -86,7 +74,7 @@ class TransformedDigits(Split):
 
         Raises UserError for a digit that is too large for the canvas.
         """
-        digits_BCHW = self.digits_NCHW[indices_B % len(self.labels_N)]
+        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
         drawn, room_B2, places_B2 = self._draw(indices_B, digits_BCHW, 0)
         for attempt in range(1, ATTEMPTS):
             too_large_B = (room_B2 < 0).any(1)

@@ -3,9 +3,8 @@
 Shapes: N images of the data set, B batch, T digits in one image, C channels, H and W pixels.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,36 +129,8 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-class TrainingImages(Protocol):
-    """Images that a run is trained on; see `Split` in `splits.py`."""
-
-    @property
-    def epoch_images(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class TrainingBatches:
-    """The batches of a training run: in random order, changed at random as the images allow."""
-
-    images: TrainingImages
-    seed: int
-    batch_size: int
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        return self.assemble(*self.draw(step))
-
-    def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
-        """Which images the next `steps` batches hold; see `batch_indices`."""
-        count, device = self.images.epoch_images, self.images.device
-        return batch_indices(self.seed, step, self.batch_size, count, device, steps)
-
-    def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
-        """Make one batch of what `draw` returned, without any work or waiting on the host."""
-        batch = self.images.training_batch(indices_B, positions_B, self.seed)
-        return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
+def in_class_order(batch: Batch) -> Batch:
+    """The same images, the digits of each in the order of their classes."""
+    labels_BT, order_BT = batch.labels_BT.sort(dim=1)
+    rows_B1 = torch.arange(len(labels_BT), device=labels_BT.device)[:, None]
+    return batch._replace(labels_BT=labels_BT, targets_BTCHW=batch.targets_BTCHW[rows_B1, order_BT])

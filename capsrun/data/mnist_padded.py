@@ -14,8 +14,8 @@ from capsrun.data.files import RawData
 from capsrun.data.splits import (
     OF_PHOTOS,
     Dataset,
+    OfDigits,
     Part,
-    Split,
     StoredImages,
     check_canvas,
     parts,
@@ -24,30 +24,18 @@ from capsrun.data.splits import (
 
 
 @dataclass(frozen=True)
-class PlacedDigits(Split):
+class PlacedDigits(OfDigits):
     """Each of N digits at one place, or at each of the (2·shift_px + 1)² places.
 
-    Image k shows digit k mod N. With one place it is drawn from (seed, k); else it is place
-    k div N, counted row by row.
+    With one place it is drawn from (seed, k); else image k is at place k div N, counted row by row.
     """
 
-    digits_NCHW: Tensor
-    """uint8."""
-    labels_N: Tensor
-    config: DatasetConfig
     stream: int = PLACE
     """Makes the places of each split its own."""
 
     def __len__(self) -> int:
         places = (2 * self.config.shift_px + 1) ** 2
         return len(self.labels_N) * (places if self.config.test == "all" else 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels_N.device
-
-    def labels(self, indices_B: Tensor) -> Tensor:
-        return self.labels_N[indices_B % len(self.labels_N)][:, None]
 
     def offsets(self, indices_B: Tensor) -> Tensor:
         """The row and column (B, 2) of each digit's top left corner."""
@@ -57,12 +45,12 @@ class PlacedDigits(Split):
             return border_px + random_offsets(
                 indices_B, shift_px, self.config.split_seed, self.stream
             )
-        places_B = indices_B // len(self.labels_N)
+        _, places_B = self.numbers(indices_B)
         side = 2 * shift_px + 1
         return border_px - shift_px + torch.stack([places_B // side, places_B % side], dim=1)
 
     def batch(self, indices_B: Tensor) -> Batch:
-        digits_BCHW = self.digits_NCHW[indices_B % len(self.labels_N)]
+        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
         placed_BCHW = place(digits_BCHW, self.offsets(indices_B), self.config.image_px)
         pixels_BCHW = to_pixels(placed_BCHW).contiguous()
         return Batch(pixels_BCHW, self.labels(indices_B), pixels_BCHW[:, None])

@@ -21,7 +21,16 @@ from capsrun.data.batches import (
     to_pixels,
 )
 from capsrun.data.files import RawData
-from capsrun.data.splits import OF_PHOTOS, Dataset, Part, Split, check_canvas, parts, refuse_changes
+from capsrun.data.splits import (
+    OF_PHOTOS,
+    Dataset,
+    OfDigits,
+    Part,
+    TrainingSplit,
+    check_canvas,
+    parts,
+    refuse_changes,
+)
 from capsrun.errors import UserError
 
 PARTNERS = 1000
@@ -34,7 +43,7 @@ of 4, and about one digit in a hundred loses some ink."""
 
 
 @dataclass(frozen=True)
-class DigitPairs(Split):
+class DigitPairs(OfDigits, TrainingSplit):
     """Each of N base digits with some partners of other classes, added and clipped at 255.
 
     Image k is base digit k mod N with its partner number k div N: a pure function of (seed, k).
@@ -45,24 +54,16 @@ class DigitPairs(Split):
 
     digits = 2
 
-    digits_NCHW: Tensor
-    """uint8."""
-    labels_N: Tensor
     others_JM: Tensor
     """For each class the digits of all other classes, shuffled; shorter rows end in zeros."""
     others_J: Tensor
     """How many of them there are."""
     partners: int
-    config: DatasetConfig
     key: int
     """Makes the draws of each split its own."""
 
     def __len__(self) -> int:
         return len(self.labels_N) * self.partners
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels_N.device
 
     @property
     def epoch_images(self) -> int:
@@ -76,15 +77,11 @@ class DigitPairs(Split):
 
     def pairs(self, indices_B: Tensor) -> Tensor:
         """Which two digits (B, T) are in each image."""
-        bases_B, numbers_B = self._split_index(indices_B)
+        bases_B, numbers_B = self.numbers(indices_B)
         classes_B = self.labels_N[bases_B]
         starts_B = random_integers(bases_B, 0, 2**48, self.config.split_seed, PARTNER, self.key)
         places_B = (starts_B + numbers_B) % self.others_J[classes_B]
         return torch.stack([bases_B, self.others_JM[classes_B, places_B]], dim=1)
-
-    def _split_index(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The base digit, and the number of its partner."""
-        return indices_B % len(self.labels_N), indices_B // len(self.labels_N)
 
     def labels(self, indices_B: Tensor) -> Tensor:
         return self.labels_N[self.pairs(indices_B)]
@@ -92,7 +89,7 @@ class DigitPairs(Split):
     def offsets(self, indices_B: Tensor) -> Tensor:
         """The row and column (B, T, 2) of the top left corner of each digit's own image."""
         seed, shift_px = self.config.split_seed, self.config.shift_px
-        bases_B, _ = self._split_index(indices_B)
+        bases_B, _ = self.numbers(indices_B)
         base_B2 = random_offsets(bases_B, shift_px, seed, SHIFT, self.key, 0)
         partner_B2 = random_offsets(indices_B, shift_px, seed, SHIFT, self.key, 1)
         border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
@@ -165,4 +162,4 @@ def digit_pairs(part: Part, config: DatasetConfig, partners: int, key: int) -> D
         raise UserError(f"{config.name}: all digits are of one class, so none has a partner")
     # A base has at most as many partners as there are digits of other classes.
     partners = min(partners, int(others_J.min())) if len(labels_N) else partners
-    return DigitPairs(part.images_NCHW, labels_N, others_JM, others_J, partners, config, key)
+    return DigitPairs(part.images_NCHW, labels_N, config, others_JM, others_J, partners, key)

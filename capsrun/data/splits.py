@@ -13,9 +13,11 @@ from torch import Tensor
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import (
     LIGHT,
+    NOISE,
     SHIFT,
     SPLIT,
     Batch,
+    batch_indices,
     place,
     random_bits,
     random_offsets,
@@ -52,25 +54,52 @@ class Split(ABC):
     def batch(self, indices_B: Tensor) -> Batch:
         """Some images as they are tested, not changed at random."""
 
-    @property
-    def epoch_images(self) -> int:
-        """How many images a pass of training makes."""
-        return len(self)
-
-    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
-        """Some images of an epoch, changed at random as they are in training.
-
-        positions_B: how many images the run had seen before each; with `seed` they decide.
-        """
-        raise NotImplementedError(f"{type(self).__name__} is for testing")
-
     def indices(self, start: int, stop: int) -> Tensor:
         """The numbers of the images from `start` to before `stop`, on the device."""
         return torch.arange(start, min(stop, len(self)), device=self.device)
 
 
+class TrainingSplit(Split):
+    """Images that a run can be trained on, too."""
+
+    @property
+    @abstractmethod
+    def epoch_images(self) -> int:
+        """How many images a pass of training makes."""
+
+    @abstractmethod
+    def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
+        """Some images of an epoch, changed at random as they are in training.
+
+        positions_B: how many images the run had seen before each; with `seed` they decide.
+        """
+
+
 @dataclass(frozen=True)
-class StoredImages(Split):
+class TrainingBatches:
+    """The batches of a training run: in random order, changed at random as the images allow."""
+
+    images: TrainingSplit
+    seed: int
+    batch_size: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, from 0."""
+        return self.assemble(*self.draw(step))
+
+    def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
+        """Which images the next `steps` batches hold; see `batch_indices`."""
+        count, device = self.images.epoch_images, self.images.device
+        return batch_indices(self.seed, step, self.batch_size, count, device, steps)
+
+    def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
+        """Make one batch of what `draw` returned, without any work or waiting on the host."""
+        batch = self.images.training_batch(indices_B, positions_B, self.seed)
+        return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
+
+
+@dataclass(frozen=True)
+class StoredImages(TrainingSplit):
     """Images that are kept as they are, and put in the middle of the canvas or cut to it.
 
     In training each is moved by its own random shift: every one of the (2·shift_px + 1)² shifts is
@@ -89,6 +118,10 @@ class StoredImages(Split):
     @property
     def device(self) -> torch.device:
         return self.labels_N.device
+
+    @property
+    def epoch_images(self) -> int:
+        return len(self)
 
     @property
     def border_px(self) -> int:
@@ -151,12 +184,33 @@ def standardise(pixels_BCHW: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class OfDigits(Split):
+    """Images that are made of N digits: image k, of however many, of digit k mod N."""
+
+    digits_NCHW: Tensor
+    """uint8."""
+    labels_N: Tensor
+    config: DatasetConfig
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels_N.device
+
+    def numbers(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Which digit each image is made of, and which of this digit's images it is."""
+        return indices_B % len(self.labels_N), indices_B // len(self.labels_N)
+
+    def labels(self, indices_B: Tensor) -> Tensor:
+        return self.labels_N[self.numbers(indices_B)[0]][:, None]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A data set on a device, with the validation images taken out of the training images."""
 
     name: str
     class_names: tuple[str, ...]
-    train: Split
+    train: TrainingSplit
     """Empty where a data set is for testing only."""
     validation: Split
     """Empty unless the configuration asks for one."""
@@ -213,7 +267,7 @@ def parts(raw: RawData, config: DatasetConfig, device: torch.device) -> tuple[Pa
 def _hold_out(raw: RawData, config: DatasetConfig) -> tuple[Tensor, Tensor]:
     """Indices of the training and the validation images, each in the order of the file."""
     count = len(raw.train_labels)
-    if config.validation >= count:
+    if config.validation and config.validation >= count:
         raise UserError(
             f"dataset.validation is {config.validation}, but {config.name} has only {count} "
             "training images"

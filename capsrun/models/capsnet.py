@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from capsrun.config import CapsNetConfig, RoutingConfig
 from capsrun.models import routing_cpu
+from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 from capsrun.models.strided_conv import relu_strided_conv2d
 
@@ -119,17 +120,11 @@ class CapsNet(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights from torch's global generator, as `config.initialisation` says.
 
-        `authors`: weights from a normal truncated at ±2σ, σ = 0.05 in Conv1 and 0.1 elsewhere, and
-        every bias 0.1 (authors' code; Paper: silent). `pytorch`: each layer's default, and for
-        DigitCaps the same rule, uniform within ±1/√K, with a zero bias.
+        `authors`: see `initialise_as_authors`, σ = 0.05 in Conv1. `pytorch`: each layer's default,
+        and for DigitCaps the same rule, uniform within ±1/√K, with a zero bias.
         """
         if self.config.initialisation == "authors":
-            for name, parameter in self.named_parameters():
-                if name.endswith("bias"):
-                    parameter.fill_(0.1)
-                else:
-                    std = 0.05 if name.startswith("conv1.") else 0.1
-                    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            initialise_as_authors(self, narrow="conv1.")
             return
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

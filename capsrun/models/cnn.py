@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capsrun.config import CNNConfig
 from capsrun.data.batches import random_unit
+from capsrun.models.initialisation import initialise_as_authors
 
 
 class CNNOutput(NamedTuple):
@@ -69,19 +70,9 @@ class CNN(nn.Module):
         last = config.hidden[-1] if config.hidden else width * side**2
         self.last = nn.Linear(last, classes)
         if config.initialisation == "authors":
-            self._initialise_as_authors()
+            initialise_as_authors(self, narrow="convolutions.")
         elif config.initialisation == "glorot":
             self._initialise_as_glorot()
-
-    @torch.no_grad()
-    def _initialise_as_authors(self) -> None:
-        """A normal truncated at ±2σ, σ 0.05 in convolutions and 0.1 elsewhere; biases 0.1."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.fill_(0.1)
-            else:
-                std = 0.05 if name.startswith("convolutions") else 0.1
-                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
     @torch.no_grad()
     def _initialise_as_glorot(self) -> None:

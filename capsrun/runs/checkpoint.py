@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
-from capsrun.data import TESTS_BY_SEED, is_part_of
+from capsrun.data import is_part_of, known
 from capsrun.errors import UserError, notice
 from capsrun.models import Model, build_model
 
@@ -128,7 +128,10 @@ def train_command(dataset: DatasetConfig) -> str:
 
 
 def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> None:
-    """Refuse images that the model cannot take, and test images that it was trained on."""
+    """Refuse images that the model cannot take, and test images that it was trained on.
+
+    Says so where the model was trained on another data set than is usual for this one.
+    """
     ours, theirs = (
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
@@ -161,7 +164,7 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
         )
     ours_from, theirs_from = (d.source or d.name for d in (dataset, trained.dataset))
     # The seed decides about test images only where they are picked by it.
-    of_test = ["split_seed"] if ours_from in TESTS_BY_SEED else []
+    of_test = ["split_seed"] if known(ours_from).picked_from else []
     keys = of_test if split == "test" else ["split_seed", "validation"]
     for key in keys if ours_from == theirs_from else []:
         value = getattr(trained.dataset, key)

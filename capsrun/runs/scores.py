@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from capsrun.data import Split
+from capsrun.data.batches import in_class_order
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures
@@ -112,14 +113,13 @@ def _examples(
     failures: bool,
 ) -> Figure:
     """Images above their reconstructions; failures are reconstructed as both classes."""
-    batch = split.batch(chosen.to(split.device))
-    labels_BT, order_BT = batch.labels_BT.sort(dim=1)
-    rows_B1 = torch.arange(len(chosen), device=split.device)[:, None]
+    batch = in_class_order(split.batch(chosen.to(split.device)))
+    labels_BT = batch.labels_BT
     predicted_BT = score.predicted_NT[chosen].to(split.device)
     if split.digits > 1:  # a class keeps its place, and so its colour
         swapped_B1 = (predicted_BT.flip(1) == labels_BT).any(1, keepdim=True)
         predicted_BT = torch.where(swapped_B1, predicted_BT.flip(1), predicted_BT)
-    rows = input_rows(batch.targets_BTCHW[rows_B1, order_BT])
+    rows = input_rows(batch.targets_BTCHW)
     if isinstance(model, CapsNet) and model.decoder is not None:
         seen = batch.images_BCHW
         as_label = ("as label", list(in_colours(reconstruct(model, seen, labels_BT))))
@@ -143,8 +143,8 @@ def _absent(
 
     What is not there should stay dark, as the decoder is to draw only what it finds in the image.
     """
-    batch = split.batch(chosen.to(split.device))
-    labels_BT = batch.labels_BT.sort(dim=1).values
+    batch = in_class_order(split.batch(chosen.to(split.device)))
+    labels_BT = batch.labels_BT
     taken = torch.cat([labels_BT, score.predicted_NT[chosen].to(split.device)], dim=1).tolist()
     count = len(class_names)
     # The next class after the last label that nothing speaks for.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from capsrun.data.batches import TrainingBatches
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import notice
 from capsrun.models.capsnet import CapsNet
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from capsrun.data import Split
+from capsrun.data.batches import in_class_order
 from capsrun.models import Model
 from capsrun.training.losses import class_presence
 from capsrun.training.step import Progress, autocast
@@ -87,21 +88,19 @@ def score_split(
     labels, predicted, squared_errors = [], [], []
     confusion_JJ = torch.zeros(first.classes, first.classes, dtype=torch.int64, device=split.device)
     for start in progress(range(0, count, BATCH_SIZE)):
-        batch = split.batch(split.indices(start, min(start + BATCH_SIZE, count)))
+        # Labels and predictions in the order of their classes, so that they correspond.
+        indices_B = split.indices(start, min(start + BATCH_SIZE, count))
+        batch = in_class_order(split.batch(indices_B))
         with autocast(split.device, precision):
             outputs = [model(batch.images_BCHW) for model in ensemble]
             scores_BJ = torch.stack([output.scores_BJ for output in outputs]).mean(0)
             predicted_BT = predicted_classes(scores_BJ, split.digits)
             if mask is not None and first.decoder is not None:
-                # Targets and predictions in the order of their classes, so that they correspond.
-                labels_BT, order_BT = batch.labels_BT.sort(dim=1)
-                rows_B1 = torch.arange(len(labels_BT), device=split.device)[:, None]
-                targets_BTCHW = batch.targets_BTCHW[rows_B1, order_BT]
-                shown_BT = labels_BT if mask == "label" else predicted_BT
+                shown_BT = batch.labels_BT if mask == "label" else predicted_BT
                 drawn_BTCHW = first.decode_all(outputs[0].capsules_BJD, shown_BT)
-                difference = drawn_BTCHW - targets_BTCHW
+                difference = drawn_BTCHW - batch.targets_BTCHW
                 squared_errors.append(difference.square().flatten(1).sum(1))
-        labels.append(batch.labels_BT.sort(dim=1).values)
+        labels.append(batch.labels_BT)
         predicted.append(predicted_BT)
         confusion_JJ += confusion_matrix(labels[-1], predicted_BT, first.classes)
     for model in ensemble:

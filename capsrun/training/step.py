@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from capsrun.config import LossConfig, RecipeConfig
-from capsrun.data.batches import Batch, TrainingBatches
+from capsrun.data.batches import Batch
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import Model, Output
 from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
