@@ -7,7 +7,7 @@ from conftest import MNIST_DIR, stored, train_config
 from capsrun.data import affnist_like, load_dataset
 from capsrun.data.affnist_like import Transforms, ink_extent, warp
 from capsrun.data.multimnist import ink_overlap
-from capsrun.data.splits import StoredImages, TrainingBatches, standardise, vary
+from capsrun.data.splits import StoredImages, TrainingBatches, check_crop, standardise, vary
 from capsrun.errors import UserError
 
 CPU = torch.device("cpu")
@@ -399,8 +399,6 @@ def test_half_of_the_images_are_mirrored():
 
 @pytest.mark.parametrize(("px", "shift"), [(25, 4), (24, 5), (31, 1)])
 def test_crops_beyond_the_edge_of_a_photo_are_refused(px, shift):
-    from capsrun.data.splits import check_crop
-
     with pytest.raises(UserError, match="at most"):
         check_crop(photos(1, image_px=px, shift_px=shift).config, 32)
 

@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TINY, train_config
 from PIL import Image
 
 from capsrun import cli, errors
+from capsrun.bench import tasks
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.config import DataConfig, from_dict, with_later_settings
@@ -144,8 +147,6 @@ def test_an_ensemble_averages_the_lengths(pairs_run, tmp_path, capsys):
 
 
 def test_ensembles_of_one_kind_only_and_each_in_its_own_folder(tiny_run, tmp_path, capsys):
-    import shutil
-
     small = ["model=cnn_baseline", "model.channels=[4]", "model.kernels_px=[5]"]
     small += ["model.pools_px=[4]", "recipe.batch_size=8", "recipe.epochs=null", "recipe.steps=1"]
     cnn = tmp_path / "cnn"
@@ -238,8 +239,6 @@ def test_perturb_a_checkpoint_of_two_digits(pairs_run, tmp_path, capsys):
 
 
 def test_bench_makes_pairs(tmp_path, monkeypatch, capsys):
-    from capsrun.bench import tasks
-
     monkeypatch.setattr(tasks, "TRAINING_IMAGES", 500)
     monkeypatch.setattr(tasks, "TEST_IMAGES", 16)
     small = ["model.conv1_channels=8", "model.primary_types=2", "recipe.batch_size=8"]
@@ -338,8 +337,6 @@ def test_a_model_of_other_images_is_said_to_be_one(monkeypatch, capsys):
 
 
 def test_other_test_images_have_their_own_folder(pairs_run, tmp_path, capsys, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(errors, "notices", [])
     shutil.copy(pairs_run / "checkpoint.pt", tmp_path)
     common = ["eval", "dataset=multimnist", "dataset.source=mnist5k", f"checkpoint={tmp_path}"]
@@ -482,10 +479,6 @@ def test_the_recipe_for_affnist_says_when_to_stop():
 
 
 def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run, tmp_path, capsys):
-    import shutil
-
-    import yaml
-
     folder = tmp_path / "seed0"
     shutil.copytree(tiny_run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())

@@ -139,7 +139,8 @@ def step_times(result: Mapping[str, Any]) -> Figure:
             color="#3182bd",
             label="its arithmetic, at the rate of a large matrix product" if place == 0 else None,
         )
-        text = f" {milliseconds:,.3g} ms, {row['times_textbook']:.1f}×"
+        digits = 0 if milliseconds >= 100 else 2
+        text = f" {milliseconds:,.{digits}f} ms, {row['times_textbook']:.1f}×"
         axes.text(milliseconds, place, text, va="center", fontsize=FONT_SIZE)
     axes.set_yticks(range(len(rows)), list(result["steps"]), fontsize=FONT_SIZE)
     axes.invert_yaxis()
