@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from capsrun import __version__
-from capsrun.errors import Noisy, Stopped, UserError
+from capsrun.errors import Noisy, Stopped, Unfinished, UserError
 
-# These choices make the first part of a run's name, or do not belong into it.
+# These choices make the first part of a run's name …
+FIRST_IN_NAME = ("dataset", "model", "recipe")
+# … and these do not belong into it.
 NOT_IN_NAME = (
-    "dataset",
-    "model",
-    "recipe",
+    "experiment",
     "seed",
     "name",
     "runs_dir",
@@ -43,14 +43,22 @@ class Command:
 
 
 def run_train(cfg: Any, overrides: list[str]) -> None:
-    from capsrun.config import TrainConfig, from_dict
-
-    config = from_dict(TrainConfig, cfg)
+    config = training_config(cfg)
     config.name = config.name or run_name(config, overrides)
 
     from capsrun.commands.train import train
 
     train(config, Path(config.runs_dir) / config.name / f"seed{config.seed}")
+
+
+def training_config(cfg: Any) -> Any:
+    """The `TrainConfig` of a composed configuration, without what is told about the experiment."""
+    from omegaconf import OmegaConf
+
+    from capsrun.config import TrainConfig, from_dict
+
+    settings = [key for key in cfg if key != "experiment"]
+    return from_dict(TrainConfig, OmegaConf.masked_copy(cfg, settings))
 
 
 def run_eval(cfg: Any, overrides: list[str]) -> None:
@@ -95,6 +103,30 @@ def run_bench(cfg: Any, overrides: list[str]) -> None:
     bench(config)
 
 
+def run_reproduce(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import ReproduceConfig, from_dict
+
+    if isinstance(cfg.targets, str):  # targets=table1 means targets=[table1]
+        cfg.targets = cfg.targets.split(",")
+    if isinstance(cfg.seeds, int):
+        cfg.seeds = [cfg.seeds]
+    config = from_dict(ReproduceConfig, cfg)
+
+    from capsrun.commands.reproduce import reproduce
+
+    reproduce(config, Experiments())
+
+
+def run_report(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import ReportConfig, from_dict
+
+    config = from_dict(ReportConfig, cfg)
+
+    from capsrun.commands.report import report
+
+    report(config, Experiments())
+
+
 COMMANDS = {
     "train": Command(
         run_train,
@@ -120,6 +152,16 @@ COMMANDS = {
         run_bench,
         "time training here, beside a textbook and what the machine can do",
         "capsrun bench",
+    ),
+    "reproduce": Command(
+        run_reproduce,
+        "run the paper's experiments, as far as they are not finished",
+        "capsrun reproduce budget=smoke targets=[table1]",
+    ),
+    "report": Command(
+        run_report,
+        "what was measured, beside what the paper reports",
+        "capsrun report",
     ),
 }
 # Short forms of settings that Hydra's own options look like.
@@ -157,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except Noisy as error:
+    except (Noisy, Unfinished) as error:
         print(f"capsrun {name}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -176,7 +218,7 @@ def usage() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:<8} {command.summary}", f"  {'':<8}   {command.example}"]
+        lines += [f"  {name:<9} {command.summary}", f"  {'':<9}   {command.example}"]
     lines += [
         "",
         "After the command everything is Hydra: `capsrun train --help` lists the choices and the",
@@ -238,11 +280,48 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> Any:
-    """The configuration that a command's overrides make, for tests and scripts."""
+    """The configuration that a command's overrides make."""
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
 
+    if GlobalHydra.instance().is_initialized():  # a command asks for another one's configuration
+        return hydra.compose(config_name=name, overrides=list(overrides))
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         return hydra.compose(config_name=name, overrides=list(overrides))
+
+
+class Experiments:
+    """The rows and figures of the paper: the files of `configs/experiment/`."""
+
+    def __init__(self) -> None:
+        self._about: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """Their names, in alphabetical order."""
+        return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
+
+    def about(self, name: str) -> Any:
+        """What is told about an experiment: an `ExperimentConfig`."""
+        from omegaconf import OmegaConf
+
+        from capsrun.config import ExperimentConfig, from_dict
+
+        if name not in self._about:
+            file = OmegaConf.load(configs_dir() / "experiment" / f"{name}.yaml")
+            self._about[name] = from_dict(ExperimentConfig, file.experiment)
+        return self._about[name]
+
+    def training(self, overrides: Sequence[str]) -> Any:
+        """The `TrainConfig` that `capsrun train` makes of these overrides."""
+        return training_config(compose("train", overrides))
+
+    def tested(self, arguments: Sequence[str]) -> Any:
+        """The `EvalConfig` of `capsrun eval …`; None for another command."""
+        from capsrun.config import EvalConfig, from_dict
+
+        if arguments[0] != "eval":
+            return None
+        return from_dict(EvalConfig, compose("eval", arguments[1:]))
 
 
 def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
@@ -268,7 +347,11 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
     group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
     if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
-        chosen = [word for word in arguments if re.match(r"(dataset|model|loss|recipe)=\w+$", word)]
+        chosen = [
+            word
+            for word in arguments
+            if re.match(r"(dataset|model|loss|recipe|experiment)=\w+$", word)
+        ]
         names = setting_names(command, chosen)
         if key in setting_names(command, []):  # but not with what was chosen: a CNN has no routing
             return f"with {' '.join(chosen)} there is no setting {key!r}"
@@ -315,14 +398,20 @@ def run_name(config: Any, overrides: Iterable[str]) -> str:
 
     Only characters that neither a shell, make nor Hydra takes for something else.
     """
+    overrides = list(overrides)
+    experiment = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    if experiment:
+        base, not_in_name = experiment[-1], [*NOT_IN_NAME]
+    else:
+        base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
+        not_in_name = [*NOT_IN_NAME, *FIRST_IN_NAME]
     chosen = []
     for override in overrides:
         key, _, value = override.partition("=")
         is_length = override in ("recipe.epochs=null", "recipe.steps=null")  # the other one says it
-        is_free = key.lstrip("+~") in NOT_IN_NAME or key.startswith("record.")
+        is_free = key.lstrip("+~") in not_in_name or key.startswith("record.")
         if not is_length and not is_free:
             chosen.append(re.sub(r"[^\w.-]+", "_", f"{key.lstrip('+~')}-{value}").strip("_"))
-    base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
     return "+".join([base, *sorted(chosen)])
 
 

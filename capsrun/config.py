@@ -234,12 +234,14 @@ class EvalConfig:
     """Picks the run whose checkpoint is the default."""
     runs_dir: str
     out_dir: str | None
-    """None: a folder beside the checkpoint."""
+    """None: a folder in the run's; for a checkpoint that is no run's, in one named after it."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
     compile: bool
     """See `TrainConfig.compile`."""
     split: str = setting(choices=("test", "validation", "train"))
+    images: int | None = setting(minimum=1)
+    """How many of the images, from the first, are tested; None: all."""
     mask: str = setting(choices=("label", "longest"))
     pictures: int = setting(minimum=1, maximum=100)
     """How many hits, and at most how many failures, are drawn."""
@@ -308,6 +310,109 @@ class BenchConfig:
     routing: RoutingConfig | None
     loss: LossConfig
     recipe: RecipeConfig
+
+
+@dataclass(kw_only=True)
+class BudgetConfig:
+    """How long the experiments are made to run. Values: `configs/budget/`."""
+
+    name: str
+    train: list[str]
+    """Overrides of `capsrun train`."""
+    eval: list[str]
+    """Overrides of `capsrun eval`."""
+    stand_ins: dict[str, list[str]]
+    """Overrides that take a smaller data set in place of one, by its name."""
+    members: int = setting(minimum=1)
+    """How many models an ensemble has at most."""
+    seeds: list[int] = setting(minimum=0)
+    """The seeds to run if none are said."""
+
+
+@dataclass(kw_only=True)
+class QueueEntry:
+    """Some experiments, each with some seeds."""
+
+    targets: list[str]
+    seeds: list[int] = setting(minimum=0)
+
+
+@dataclass(kw_only=True)
+class QueueConfig:
+    """What to run, in this order. Values: `configs/queue/`."""
+
+    entries: list[QueueEntry]
+
+
+@dataclass(kw_only=True)
+class ReproduceConfig:
+    """Everything that `capsrun reproduce` needs. Values: `configs/reproduce.yaml`."""
+
+    targets: list[str]
+    seeds: list[int] = setting(minimum=0)
+    budget: BudgetConfig
+    queue: QueueConfig
+    only_plan: bool
+    timing: bool
+    minutes: float | None = setting(above=0)
+    parallel: int = setting(minimum=1)
+    runs_dir: str
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Everything that `capsrun report` needs. Values: `configs/report.yaml`."""
+
+    sources: list[str]
+    runs_dir: str
+    out_dir: str
+    keep: str | None
+
+
+@dataclass(kw_only=True)
+class Published:
+    """A number that somebody reports."""
+
+    error_percent: float = setting(minimum=0, maximum=100)
+    spread: float | None = setting(minimum=0)
+    """Standard deviation over trials, in points."""
+    trials: int | None = setting(minimum=1)
+    source: str
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """How long an experiment's command took when it was last timed."""
+
+    seconds: float = setting(above=0)
+    per: str = setting(choices=("step", "image", "run"))
+    """Of training, of testing, or the whole command."""
+    device: str
+    date: str
+
+
+@dataclass(kw_only=True)
+class ExperimentConfig:
+    """What `configs/experiment/*.yaml` says beside the settings of a run."""
+
+    group: str = setting(
+        choices=("table1", "multimnist", "affnist", "section7", "figures", "ablations")
+    )
+    title: str
+    command: str | None
+    """`train`, or what is done with the runs that it uses; None: they are all that it needs."""
+    uses: list[str]
+    """The experiments whose runs it needs."""
+    models: int = setting(minimum=1)
+    """How many models, of as many seeds, are tested together; 1: no ensemble."""
+    smoke: list[str]
+    """Overrides of `capsrun train` that only the budget `smoke` needs."""
+    paper: Published | None
+    public: Published | None
+    """The best public re-implementation."""
+    note: str | None
+    measured: Measured | None
 
 
 # Settings that came later, with the values that everything before them had.
@@ -395,7 +500,10 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             check_ranges(value, key + ".")
             continue
         for item in value if isinstance(value, list) else [value]:
-            _check_value(key, item, field.metadata)
+            if dataclasses.is_dataclass(item):
+                check_ranges(item, key + ".")
+            else:
+                _check_value(key, item, field.metadata)
 
 
 def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -14,6 +14,10 @@ class Noisy(Exception):
     """The machine was too busy with other things for a measurement to be quoted."""
 
 
+class Unfinished(Exception):
+    """Some of the runs that were asked for failed; the others are done."""
+
+
 class Stopped(Exception):
     """The user or the system asked a run to stop; its work so far is saved."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from capsrun import cli
-from capsrun.config import TrainConfig, from_dict
+from capsrun.config import TrainConfig
 from capsrun.data.splits import StoredImages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ TINY = [
 
 def train_config(*overrides: str) -> TrainConfig:
     """The configuration that `capsrun train` makes of these overrides."""
-    return from_dict(TrainConfig, cli.compose("train", overrides))
+    return cli.training_config(cli.compose("train", overrides))
 
 
 def stored(images, labels, shift_px: int = 2) -> StoredImages:

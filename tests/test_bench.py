@@ -111,7 +111,7 @@ def test_the_textbook_learns(few_images):
         seen.append((lengths.gather(1, labels).mean() - lengths.mean()).item())
         return lengths, drawn
 
-    raw = tasks.random_images(config, 16)
+    raw = tasks.random_images(config.dataset, 16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextbookCapsNet, "forward", watch)
         still = bench_config("dataset.shift_px=0").dataset

@@ -367,3 +367,13 @@ def test_an_image_of_unknown_range_is_refused(tmp_path):
     Image.fromarray(np.ones((28, 28), dtype=np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(UserError, match="no known range"):
         read_image(tmp_path / "a.tiff", 28, 1, "auto")
+
+
+def test_eval_of_some_images_has_its_own_folder_and_says_how_many(tiny_run, in_tmp, capsys):
+    shutil.copytree(tiny_run, in_tmp / "runs/copy/seed0")
+    words = ["dataset=mnist5k", "checkpoint=runs/copy/seed0", "images=70"]
+    assert cli.main(["eval", *words]) == 0
+    assert " of 70)" in capsys.readouterr().out.splitlines()[-1]
+    folder = in_tmp / "runs/copy/seed0/eval-mnist5k-test-first70"
+    assert json.loads((folder / "result.json").read_text())["count"] == 70
+    assert cli.main(["eval", *words[:2], "images=0"]) == 2

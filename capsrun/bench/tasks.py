@@ -3,6 +3,8 @@
 Shapes: B batch, I input capsules, K input dimension.
 """
 
+import dataclasses
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +13,7 @@ import torch
 
 from capsrun.bench.textbook import textbook_steps
 from capsrun.bench.timing import captured
-from capsrun.config import BenchConfig
+from capsrun.config import BenchConfig, DatasetConfig, TrainConfig
 from capsrun.data import known
 from capsrun.data.files import RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
@@ -42,12 +44,12 @@ def make_model(config: BenchConfig, device: torch.device, fast: bool) -> CapsNet
     return to_device(model, device, fast)
 
 
-def random_images(config: BenchConfig, count: int) -> RawData:
+def random_images(dataset: DatasetConfig, count: int) -> RawData:
     """Training images as large as the data set's, of random pixels.
 
     Their content does not change how long anything takes.
     """
-    dataset, generator = config.dataset, torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     # What is made of other images is made of MNIST's size; else they are as large as the canvas.
     side = DIGIT_PX if known(dataset.name).read is None else dataset.image_px
     shape = (count, dataset.channels, side, side)
@@ -57,15 +59,14 @@ def random_images(config: BenchConfig, count: int) -> RawData:
     return RawData(images, labels, images[:0], labels[:0], names, ())
 
 
-def random_split(config: BenchConfig, count: int, device: torch.device) -> TrainingSplit:
+def random_split(dataset: DatasetConfig, count: int, device: torch.device) -> TrainingSplit:
     """Training images of random pixels, as the data set makes them."""
-    make = known(config.dataset.name).make
-    return make(random_images(config, count), config.dataset, device).train
+    return known(dataset.name).make(random_images(dataset, count), dataset, device).train
 
 
 def batches_alone(config: BenchConfig, device: torch.device) -> Run:
     """The images and targets of a training batch, from the numbers of the images."""
-    split = random_split(config, TRAINING_IMAGES, device)
+    split = random_split(config.dataset, TRAINING_IMAGES, device)
     batches = TrainingBatches(split, 0, config.recipe.batch_size)
     indices, positions = batches.draw(0)
     return captured(lambda: batches.assemble(indices, positions), device)
@@ -79,11 +80,11 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     kind, precision = name.split()
     size = config.recipe.batch_size
     if kind == "textbook":
-        raw = random_images(config, TRAINING_IMAGES)
+        raw = random_images(config.dataset, TRAINING_IMAGES)
         like = make_model(config, device, False)
         images, labels = raw.train_images, raw.train_labels
         return textbook_steps(like, images, labels, config.dataset, size, device)
-    split = random_split(config, TRAINING_IMAGES, device)
+    split = random_split(config.dataset, TRAINING_IMAGES, device)
     model = make_model(config, torch.device("cpu"), False)
     fast = kind == "fast" and (capture or device.type == "cpu")
     trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
@@ -96,6 +97,27 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
         made += count
 
     return advance
+
+
+def step_seconds(config: TrainConfig, device: torch.device, precision: str) -> float:
+    """About how long a training step of a run takes: the faster one of two, after a first one.
+
+    On a GPU the step is plain, as to capture it would take longer than the answer is worth; so
+    training there is faster than this says.
+    """
+    dataset = dataclasses.replace(config.dataset, validation=0)
+    batches = TrainingBatches(random_split(dataset, 1000, device), 0, config.recipe.batch_size)
+    model = build_model(config.model, config.routing, config.dataset)
+    fast = device.type == "cpu"
+    trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
+    seconds = []
+    for number in range(3):
+        began = time.perf_counter()
+        trainer.advance(batches, number, 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def routing_alone(
@@ -121,7 +143,7 @@ def routing_alone(
 def testing(config: BenchConfig, device: torch.device, precision: str) -> Run:
     """Classify as many images as MNIST has for testing."""
     model = make_model(config, device, fast=True)
-    split = random_split(config, TRAINING_IMAGES, device)
+    split = random_split(config.dataset, TRAINING_IMAGES, device)
 
     def run(count: int) -> None:
         for _ in range(count):

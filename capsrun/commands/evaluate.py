@@ -13,7 +13,13 @@ from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import known, load_dataset
 from capsrun.errors import UserError, notice
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import Trained, check_dataset, find_checkpoint, load_model
+from capsrun.runs.checkpoint import (
+    Trained,
+    check_dataset,
+    find_checkpoint,
+    load_model,
+    output_folder,
+)
 from capsrun.runs.progress import bar
 from capsrun.runs.scores import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.training.metrics import score_split
@@ -34,7 +40,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
     name = folder_name(config, trained.config, others)
-    out_dir = Path(config.out_dir or checkpoint.parent / name)
+    out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
     record.make_output(out_dir)
 
     for path, member in zip([checkpoint, *others], ensemble):
@@ -44,7 +50,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     began = time.perf_counter()
     models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
     model = models[0]
-    score = score_split(models, split, precision, config.mask, bar)
+    score = score_split(models, split, precision, config.mask, bar, config.images)
     seconds = time.perf_counter() - began
     print_table(score, dataset.class_names)
     drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
@@ -58,7 +64,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         "model": trained.config.model.name,
         "seed": trained.config.seed,
         "steps": trained.step,
-        "finished": trained.finished,
+        "finished": all(member.finished for member in ensemble),
         **score_summary(score, dataset.class_names),
         "train_seconds": trained.train_seconds,
         "eval_seconds": seconds,
@@ -68,6 +74,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         "ensemble": [str(path) for path in others],
         "config": dataclasses.asdict(config),
         "trained": dataclasses.asdict(trained.config),
+        "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
     }
     record.write_json(out_dir / "result.json", result)
     if others:
@@ -100,6 +107,7 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     dataset = config.dataset
     name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained)
     name += "-all" if known(dataset.name).sampled and dataset.test == "all" else ""
+    name += f"-first{config.images}" if config.images is not None else ""
     name += "-longest" if config.mask == "longest" else ""
     if others:
         digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)

@@ -3,6 +3,7 @@
 Shapes: C channels, H and W pixels, D dimensions of a capsule, V values, J classes.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import check_dataset, load_model
+from capsrun.runs.checkpoint import check_dataset, load_model, output_folder
 from capsrun.runs.scores import displayed
 from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import resolve_device, to_device
@@ -75,7 +76,8 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
         dataset = load_dataset(config.dataset, device)
         subjects = chosen_images(config.perturb, model, dataset)
 
-    out_dir = Path(config.out_dir or checkpoint.parent / f"perturb-{place}")
+    folder = output_folder(checkpoint, config.runs_dir)
+    out_dir = Path(config.out_dir or folder / f"perturb-{place}")
     record.make_output(out_dir)
     paths = []
     for subject in subjects:
@@ -86,6 +88,20 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
             out_dir, subject.file_name, {f"perturb/{subject.file_name}": figure}
         )
         print(paths[-1])
+    result = {
+        "command": "perturb",
+        "name": trained.config.name,
+        "dataset": None if config.perturb.image else config.dataset.name,
+        "model": trained.config.model.name,
+        "seed": trained.config.seed,
+        "steps": trained.step,
+        "pictures": [path.name for path in paths],
+        **record.provenance(device, "fp32"),
+        "checkpoint": str(checkpoint),
+        "config": dataclasses.asdict(config),
+        "trained": dataclasses.asdict(trained.config),
+    }
+    record.write_json(out_dir / "result.json", result)
     return paths
 
 

@@ -21,7 +21,7 @@ from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset, Split, stored_dataset
 from capsrun.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "Split", "is_part_of", "known", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Split", "is_part_of", "known", "load_dataset", "sizes"]
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,24 @@ class Entry:
     """Whether there are test images only."""
     picked_from: str | None = None
     """The data set of whose training images it consists; split_seed picks those for testing."""
+    images: tuple[int, int] | None = None
+    """How many training and test images there are; None: as many as its source has."""
+    copies: int = 1
+    """How many test images are made of each of the source's; of a sampled data set, by default."""
 
 
 DATASETS = {
-    "mnist": Entry(mnist.load, is_source=True),
-    "mnist5k": Entry(mnist5k.load, is_source=True, picked_from="mnist"),
-    "fashion_mnist": Entry(mnist.load, is_source=True),
-    "kmnist": Entry(mnist.load, is_source=True),
+    "mnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
+    "mnist5k": Entry(mnist5k.load, is_source=True, picked_from="mnist", images=(4_000, 1_000)),
+    "fashion_mnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
+    "kmnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
     "mnist_padded": Entry(None, mnist_padded.make, sampled=True),
-    "affnist": Entry(affnist.load, for_testing=True),
-    "affnist_like": Entry(None, affnist_like.make, for_testing=True),
-    "multimnist": Entry(None, multimnist.make, digits=2, sampled=True),
-    "cifar10": Entry(cifar10.load),
-    "svhn": Entry(svhn.load),
-    "smallnorb": Entry(smallnorb.load),
+    "affnist": Entry(affnist.load, for_testing=True, images=(0, 320_000)),
+    "affnist_like": Entry(None, affnist_like.make, for_testing=True, copies=32),
+    "multimnist": Entry(None, multimnist.make, digits=2, sampled=True, copies=10),
+    "cifar10": Entry(cifar10.load, images=(50_000, 10_000)),
+    "svhn": Entry(svhn.load, images=(73_257, 26_032)),
+    "smallnorb": Entry(smallnorb.load, images=(24_300, 24_300)),
 }
 
 
@@ -64,6 +68,17 @@ def known(name: str) -> Entry:
     if name not in DATASETS:
         raise UserError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def sizes(config: DatasetConfig) -> tuple[int, int]:
+    """How many training images an epoch and how many test images a test has.
+
+    Known without reading anything, so that a plan can be made where the data set is not at hand;
+    `dataset.test=all` is not thought of.
+    """
+    entry = known(config.name)
+    train, test = entry.images or known(config.source or "mnist").images or (0, 0)
+    return train - config.validation, test * entry.copies
 
 
 def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:

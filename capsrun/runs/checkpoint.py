@@ -87,6 +87,13 @@ def find_checkpoint(path: str, train_command: str) -> Path:
     return found
 
 
+def output_folder(checkpoint: Path, runs_dir: str) -> Path:
+    """Where what is made of a model goes: its run's folder; of a lone file, one named after it."""
+    if checkpoint.name == FILE_NAME:
+        return checkpoint.parent
+    return Path(runs_dir) / checkpoint.stem
+
+
 def load_model(path: Path) -> Trained:
     """Rebuild the trained model of a checkpoint on the CPU.
 

@@ -99,7 +99,7 @@ class Stopwatch:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a request that the training loop sees between two steps.
+    """Turn Ctrl-C, SIGTERM and a closed terminal into a request that is seen between two steps.
 
     A second one stops at once.
     """
@@ -116,7 +116,7 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(name, handler)
 
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[name] = signal.signal(name, ask)
     except ValueError:  # not the main thread: signals are somebody else's business
         pass

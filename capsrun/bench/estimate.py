@@ -1,0 +1,61 @@
+"""How long the paper's experiments will take on this machine, from a few timed training steps."""
+
+import math
+import sys
+from collections.abc import Iterable
+
+from capsrun.bench.tasks import step_seconds
+from capsrun.config import EvalConfig, TrainConfig
+from capsrun.data import sizes
+from capsrun.runs.jobs import Experiments, Job
+from capsrun.training.step import resolve_device, resolve_precision
+
+# What a job takes beside training and testing: starting Python, reading data, drawing pictures.
+START_SECONDS = 8.0
+# Testing an image takes about a third of training on it: the forward pass alone.
+TEST_SHARE = 1 / 3
+
+
+def job_seconds(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, float]:
+    """About how many seconds each job takes, at most: a run may stop early."""
+    place = resolve_device(device)
+    precision = resolve_precision("auto", place)
+    timed: dict[str, float] = {}
+    found = {}
+    for job in jobs:
+        trained = job if job.trains else job.needs[0]
+        training = experiments.training(trained.arguments[1:])
+        network = repr((training.model, training.routing, training.dataset.image_px))
+        if network not in timed:
+            print(f"timing the network of {trained.experiment} …", file=sys.stderr)
+            timed[network] = step_seconds(training, place, precision)
+        if job.trains:
+            found[job] = training_seconds(training, timed[network], job.steps_made())
+        else:
+            test = experiments.tested(job.arguments)
+            image_seconds = timed[network] / training.recipe.batch_size
+            found[job] = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
+    return found
+
+
+def training_seconds(training: TrainConfig, step_seconds: float, made: int) -> float:
+    """About how long the rest of a run takes, with its tests once an epoch and in the end."""
+    train, test = sizes(training.dataset)
+    batch, recipe = training.recipe.batch_size, training.recipe
+    steps = recipe.steps or math.ceil((recipe.epochs or 0) * train / batch)
+    left = max(steps - made, 0)
+    tests = left * batch // train
+    in_training = min(test, training.record.evaluate_images) + training.dataset.validation
+    tested = test + tests * in_training
+    return START_SECONDS + step_seconds * (left + TEST_SHARE * tested / batch)
+
+
+def testing_seconds(image_seconds: float, config: EvalConfig | None) -> float:
+    """About how long it takes to test a model; None: on no more than a few images.
+
+    image_seconds: of training.
+    """
+    if config is None:
+        return 0.0
+    count = sizes(config.dataset)[1]
+    return TEST_SHARE * image_seconds * min(count, config.images or count)

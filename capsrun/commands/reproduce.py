@@ -1,0 +1,172 @@
+"""`capsrun reproduce`: run the paper's experiments, as far as they are not finished."""
+
+import itertools
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from capsrun.config import ReproduceConfig
+from capsrun.errors import Stopped, Unfinished
+from capsrun.runs.jobs import Experiments, Job, JobMaker, duration
+from capsrun.runs.progress import StopRequest, stop_requests
+
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Outcome:
+    """How the jobs ended."""
+
+    finished: list[Job] = field(default_factory=list)
+    failed: list[Job] = field(default_factory=list)
+    interrupted: list[Job] = field(default_factory=list)
+    """Running when the time was over; they can go on."""
+    waiting: list[Job] = field(default_factory=list)
+    """Not begun: the time was over, or what they need failed."""
+
+
+def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
+    """Say what is to be run and how long it will take, then run it, each job in its own process.
+
+    A job that fails does not stop the others. Raises Unfinished, naming them, when some failed,
+    UserError for an unknown target, and Stopped, with everything saved, on Ctrl-C.
+    """
+    maker = JobMaker(experiments, config.budget, config.runs_dir, config.device)
+    jobs = maker.queue(config.queue.entries)
+    left = [job for job in jobs if not job.finished]
+    seconds = timed(left, config, experiments) if config.timing else {}
+    if len(jobs) > 1 or config.timing or config.only_plan:
+        show_plan(jobs, seconds, config)
+    if config.only_plan or not left:
+        return Outcome(waiting=left)
+    deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
+    with stop_requests() as stop:
+        outcome = run(left, config.parallel, deadline, stop)
+    show_outcome(outcome)
+    if stop.asked:
+        raise Stopped("stopped; what was running is saved", stop.signal_number)
+    if outcome.failed:
+        names = ", ".join(map(str, outcome.failed))
+        raise Unfinished(f"failed: {names}; why is said above, or in log.txt in the job's folder")
+    return outcome
+
+
+def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRequest) -> Outcome:
+    """Run jobs in order, as many at once as `parallel` says, each when those it needs are done."""
+    outcome, running = Outcome(waiting=list(jobs)), dict[Job, subprocess.Popen]()
+    while outcome.waiting or running:
+        over = stop.asked or (deadline is not None and time.monotonic() >= deadline)
+        if over:
+            for process in running.values():
+                process.send_signal(signal.SIGTERM)  # a run saves what it has
+        ready = [job for job in outcome.waiting if all(need.finished for need in job.needs)]
+        while ready and len(running) < parallel and not over:
+            job = ready.pop(0)
+            outcome.waiting.remove(job)
+            running[job] = start(job, quiet=parallel > 1)
+        if not running:  # nothing can be begun any more
+            break
+        for job in ended(running, wait=over):
+            code = running.pop(job).returncode
+            if code == 0 and job.finished:
+                outcome.finished.append(job)
+            elif over:
+                outcome.interrupted.append(job)
+            else:
+                outcome.failed.append(job)
+    return outcome
+
+
+def start(job: Job, quiet: bool) -> subprocess.Popen:
+    """Begin a job; what it prints goes to the screen, or into its folder when it is not alone.
+
+    It has a process group of its own, so that Ctrl-C does not reach it: it is told once, by `run`,
+    as a second signal would end it at once.
+    """
+    print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
+    words = [sys.executable, "-m", "capsrun", *job.arguments]
+    if not quiet:
+        return subprocess.Popen(words, process_group=0)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "log.txt", "a") as log:
+        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+
+
+def ended(running: Mapping[Job, subprocess.Popen], wait: bool) -> list[Job]:
+    """The jobs that have ended: with `wait` all of them, else as soon as there may be some."""
+    if wait:
+        for process in running.values():
+            process.wait()
+    else:
+        time.sleep(POLL_SECONDS)
+    return [job for job, process in running.items() if process.poll() is not None]
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """Print how many jobs ended in which way, and which did not end well."""
+    print(f"\n{len(outcome.finished)} finished")
+    for what, jobs in (
+        ("failed", outcome.failed),
+        ("interrupted, to go on next time", outcome.interrupted),
+        ("not begun", outcome.waiting),
+    ):
+        for job in jobs:
+            print(f"{what}: {job}")
+
+
+def timed(
+    jobs: Sequence[Job], config: ReproduceConfig, experiments: Experiments
+) -> dict[Job, float]:
+    """About how many seconds each job will take here, from a few timed steps of each network."""
+    if not jobs:
+        return {}
+    from capsrun.bench.estimate import job_seconds  # which needs PyTorch, as nothing else here does
+
+    return job_seconds(jobs, experiments, config.device)
+
+
+def show_plan(jobs: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> None:
+    """Print a line for each experiment, how long all takes, and what fits into the minutes."""
+    width = max((len(job.experiment) for job in jobs), default=0)
+    print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
+    print(
+        f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {'takes about' if seconds else ''}"
+    )
+    for name, group in itertools.groupby(jobs, key=lambda job: job.experiment):
+        own = list(group)
+        takes = [seconds[job] for job in own if job in seconds]
+        shown = duration(sum(takes)) if takes else ""
+        seeds = " ".join(str(job.seed) for job in own)
+        print(f"{name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
+    left = [job for job in jobs if not job.finished]
+    line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
+    if seconds:
+        line += f"; the rest takes about {duration(sum(seconds.values()))}, one after the other"
+    print(line)
+    if seconds and config.minutes is not None:
+        print(f"expected to finish in {config.minutes:g} minutes: {fitting(left, seconds, config)}")
+
+
+def states(jobs: Sequence[Job]) -> str:
+    """How many of an experiment's jobs are finished, begun and new."""
+    finished = sum(job.finished for job in jobs)
+    begun = [job.steps_made() for job in jobs if not job.finished and job.steps_made()]
+    parts = [f"{finished} finished"] if finished else []
+    parts += [f"{len(begun)} at step {', '.join(f'{step:,}' for step in begun)}"] if begun else []
+    new = len(jobs) - finished - len(begun)
+    return ", ".join(parts + ([f"{new} to run"] if new else []))
+
+
+def fitting(left: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> str:
+    """The jobs that will be finished in time when the first ones come first."""
+    assert config.minutes is not None
+    passed, names = 0.0, []
+    for job in left:
+        passed += seconds[job]
+        if passed <= 60 * config.minutes:
+            names.append(str(job))
+    return ", ".join(names) or "nothing, but what is begun goes on next time"

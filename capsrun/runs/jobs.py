@@ -1,0 +1,190 @@
+"""The paper's experiments as jobs: which command makes which result, and what is left to do.
+
+A job is one experiment with one seed and one budget. Its folder is
+`<runs_dir>/<budget>/<experiment>/seed<k>`, and it is finished when `result.json` is there.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from capsrun.config import BudgetConfig, EvalConfig, ExperimentConfig, QueueEntry, TrainConfig
+from capsrun.errors import UserError
+
+GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
+
+
+class Experiments(Protocol):
+    """What is known of the experiments; `cli.py` reads it from `configs/experiment/`."""
+
+    def names(self) -> list[str]:
+        """Every experiment."""
+
+    def about(self, name: str) -> ExperimentConfig:
+        """What is told about one."""
+
+    def training(self, overrides: Sequence[str]) -> TrainConfig:
+        """The run that `capsrun train` would make of these words."""
+
+    def tested(self, arguments: Sequence[str]) -> EvalConfig | None:
+        """What a whole command tests, if it is an `eval`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command and the result that it makes."""
+
+    experiment: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+    """What follows `capsrun`."""
+    needs: tuple["Job", ...] = ()
+    """The jobs whose models it uses."""
+
+    @property
+    def result(self) -> Path:
+        """The file that is there when the job is done."""
+        return self.folder / "result.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.result.exists()
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains a model, and does not only use some."""
+        return self.arguments[0] == "train"
+
+    def __str__(self) -> str:
+        return f"{self.experiment} seed {self.seed}"
+
+    def steps_made(self) -> int:
+        """How many steps of training were recorded in an interrupted job."""
+        if not (self.folder / "checkpoint.pt").exists():
+            return 0
+        try:
+            last = (self.folder / "metrics.jsonl").read_text().splitlines()[-1]
+            return int(json.loads(last)["step"])
+        except (OSError, IndexError, ValueError, KeyError):
+            return 0
+
+
+@dataclass(frozen=True)
+class JobMaker:
+    """Turns names and seeds into jobs of one budget."""
+
+    experiments: Experiments
+    budget: BudgetConfig
+    runs_dir: str
+    device: str
+
+    def queue(self, entries: Iterable[QueueEntry]) -> list[Job]:
+        """Every job that is asked for, in order, each after those whose models it uses.
+
+        Raises UserError for a target that is neither an experiment nor a group of them, or none.
+        """
+        jobs: dict[tuple[str, int], Job] = {}
+        for entry in entries:
+            for name in self.chosen(entry.targets):
+                # An ensemble has one result, whatever the seeds.
+                seeds = entry.seeds if self.experiments.about(name).models == 1 else [0]
+                for seed in seeds:
+                    for job in self.with_needs(name, seed):
+                        jobs.setdefault((job.experiment, job.seed), job)
+        if not jobs:
+            raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
+        return list(jobs.values())
+
+    def chosen(self, targets: Iterable[str]) -> list[str]:
+        """The experiments that are meant by names and groups."""
+        names = self.experiments.names()
+        found: dict[str, None] = {}
+        for target in targets:
+            if target in names:
+                found[target] = None
+            elif target == "all" or target in GROUPS:
+                groups = GROUPS if target == "all" else (target,)
+                members = {group: self.members(group) for group in groups}
+                found |= dict.fromkeys(name for group in groups for name in members[group])
+            else:
+                raise UserError(
+                    f"there is no experiment {target!r}; there are all, {', '.join(GROUPS)} and "
+                    f"{', '.join(names)}"
+                )
+        return list(found)
+
+    def members(self, group: str) -> list[str]:
+        """The experiments of a group."""
+        about = self.experiments.about
+        return [name for name in self.experiments.names() if about(name).group == group]
+
+    def with_needs(self, name: str, seed: int) -> list[Job]:
+        """The job of an experiment after the jobs that it needs.
+
+        An experiment without a command of its own is done when those that it uses are.
+        """
+        about = self.experiments.about(name)
+        members = min(about.models, self.budget.members)
+        seeds = [seed] if about.models == 1 else range(members)
+        chains = [self.with_needs(used, k) for used in about.uses for k in seeds]
+        before = [job for chain in chains for job in chain]
+        if about.command is None:
+            return before
+        models = tuple(chain[-1] for chain in chains)
+        folder = self.folder(name, seed)
+        return [*before, Job(name, seed, folder, self.arguments(name, about, seed, models), models)]
+
+    def folder(self, name: str, seed: int) -> Path:
+        return Path(self.runs_dir) / self.budget.name / name / f"seed{seed}"
+
+    def arguments(
+        self, name: str, about: ExperimentConfig, seed: int, models: Sequence[Job]
+    ) -> tuple[str, ...]:
+        """The command that makes the result of an experiment, without `capsrun`."""
+        assert about.command is not None
+        words = about.command.split()
+        device = [] if self.device == "auto" else [f"device={self.device}"]
+        if words[0] == "train":
+            words += [f"experiment={name}", *self.budget.train, *device]
+            if self.budget.stand_ins:
+                dataset = self.experiments.training([f"experiment={name}"]).dataset.name
+                words += self.budget.stand_ins.get(dataset, [])
+            words += about.smoke if self.budget.name == "smoke" else []
+            words += [f"name={self.budget.name}/{name}", f"seed={seed}"]
+            return (*words, *([] if self.runs_dir == "runs" else [word("runs_dir", self.runs_dir)]))
+        dataset = words[1].removeprefix("dataset=")
+        words += [
+            *self.budget.stand_ins.get(dataset, []),
+            word("checkpoint", models[0].folder),
+            *device,
+            *(self.budget.eval if words[0] == "eval" else []),
+        ]
+        if len(models) > 1:
+            words.append(f"ensemble=[{','.join(quoted(job.folder) for job in models[1:])}]")
+        return (*words, word("out_dir", self.folder(name, seed)))
+
+
+def word(key: str, path: str | Path) -> str:
+    """An override that Hydra understands, whatever characters the path has."""
+    return f"{key}={quoted(path)}"
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a value in an override: in quotes where it needs them."""
+    text = str(path)
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in the unit that suits it."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            digits = 1 if seconds < 10 * size else 0
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"

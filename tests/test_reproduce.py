@@ -1,0 +1,473 @@
+"""The paper's experiments as data, as jobs, and run."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MNIST_DIR, REPOSITORY, TINY, run_capsrun, train_config
+
+from capsrun import cli
+from capsrun.bench import estimate
+from capsrun.commands import reproduce
+from capsrun.config import (
+    BudgetConfig,
+    EvalConfig,
+    PerturbConfig,
+    QueueEntry,
+    ReproduceConfig,
+    TrainConfig,
+    from_dict,
+)
+from capsrun.data import load_dataset, sizes
+from capsrun.errors import UserError
+from capsrun.models.routing import route
+from capsrun.runs.jobs import GROUPS, Job, JobMaker, duration
+from capsrun.runs.progress import StopRequest
+
+EXPERIMENTS = cli.Experiments()
+NAMES = EXPERIMENTS.names()
+BUDGETS = ("smoke", "short", "full")
+# Table 1, §5.2 and §7: error, standard deviation.
+PAPER = {
+    "table1_mnist_baseline": (0.39, None),
+    "table1_mnist_1": (0.34, 0.032),
+    "table1_mnist_1_reconstruction": (0.29, 0.011),
+    "table1_mnist_3": (0.35, 0.036),
+    "table1_mnist_3_reconstruction": (0.25, 0.005),
+    "table1_multimnist_baseline": (8.1, None),
+    "table1_multimnist_1_reconstruction": (7.5, None),
+    "table1_multimnist_3_reconstruction": (5.2, None),
+    "affnist_capsnet": (21, None),
+    "affnist_cnn": (34, None),
+    "section7_cifar10_ensemble": (10.6, None),
+    "section7_smallnorb": (2.7, None),
+    "section7_svhn": (4.3, None),
+    "ablation_iterations_1": (0.29, 0.011),
+    "ablation_iterations_3": (0.25, 0.005),
+}
+
+
+def budget(name: str) -> BudgetConfig:
+    return from_dict(ReproduceConfig, cli.compose("reproduce", [f"budget={name}"])).budget
+
+
+def maker(name: str = "smoke", runs_dir: str = "runs", device: str = "auto") -> JobMaker:
+    return JobMaker(EXPERIMENTS, budget(name), runs_dir, device)
+
+
+def all_jobs(name: str, seeds: tuple[int, ...] = (0,)) -> list[Job]:
+    return maker(name).queue([QueueEntry(targets=["all"], seeds=list(seeds))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_is_complete(name):
+    about = EXPERIMENTS.about(name)
+    assert about.group in GROUPS
+    assert set(about.uses) <= set(NAMES)
+    assert bool(about.uses) == (about.command != "train")
+    assert (about.measured is not None) == (about.command is not None)
+    training = EXPERIMENTS.training([f"experiment={name}"])
+    assert training.recipe.steps == 300_000
+    paper = None if about.paper is None else (about.paper.error_percent, about.paper.spread)
+    assert paper == PAPER.get(name)
+
+
+def test_every_published_number_has_its_source():
+    for name in NAMES:
+        about = EXPERIMENTS.about(name)
+        for number in (about.paper, about.public):
+            assert number is None or number.source
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if EXPERIMENTS.about(n).command != "train"])
+def test_what_uses_a_model_is_of_the_network_that_it_names(name):
+    used = EXPERIMENTS.about(name).uses[-1]
+    assert EXPERIMENTS.training([f"experiment={name}"]) == EXPERIMENTS.training(
+        [f"experiment={used}"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("ablation_loss_paper", "loss.class_reduction", "sum"),
+        ("ablation_detach", "routing.detach", True),
+        ("ablation_no_bias", "model.digit_bias", False),
+        ("ablation_iterations_2", "routing.iterations", 2),
+        ("ablation_iterations_5", "routing.iterations", 5),
+    ],
+)
+def test_an_ablation_changes_one_thing(name, key, value):
+    node, _, field = key.partition(".")
+    reference = EXPERIMENTS.training(["experiment=table1_mnist_3_reconstruction"])
+    changed = EXPERIMENTS.training([f"experiment={name}"])
+    assert getattr(getattr(changed, node), field) == value
+    for other in ("dataset", "model", "routing", "recipe", "stop", "record"):
+        if other != node:
+            assert getattr(changed, other) == getattr(reference, other)
+
+
+def test_uniform_coupling_is_one_iteration():
+    votes_BIJD = torch.randn(2, 7, 10, 4)
+    bias_JD = torch.randn(10, 4)
+    sums_BJD = votes_BIJD.mean(1) * 7 / 10 + bias_JD
+    squared = sums_BJD.square().sum(-1, keepdim=True)
+    expected = squared / (1 + squared) * sums_BJD / squared.sqrt()
+    torch.testing.assert_close(route(votes_BIJD, bias_JD, 1), expected)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_command_of_a_budget_composes(name):
+    schemas = {"train": TrainConfig, "eval": EvalConfig, "perturb": PerturbConfig}
+    for job in all_jobs(name):
+        composed = cli.compose(job.arguments[0], job.arguments[1:])
+        if job.trains:
+            config = cli.training_config(composed)
+            folder = Path(config.runs_dir) / config.name / f"seed{config.seed}"
+            limit = {"smoke": 4, "short": 30_000, "full": 300_000}[name]
+            assert config.recipe.steps == limit
+            if name == "smoke":
+                assert "mnist5k" in (config.dataset.name, config.dataset.source) or (
+                    config.dataset.name in ("cifar10", "svhn", "smallnorb")
+                )
+        else:
+            config = from_dict(schemas[job.arguments[0]], composed)
+            folder = Path(config.out_dir)
+            if job.arguments[0] == "eval":
+                assert config.images == (1000 if name == "smoke" else None)
+            assert Path(config.checkpoint) == job.needs[0].folder
+        assert folder == job.folder
+
+
+def test_affnist_stops_where_the_paper_stopped_whatever_the_length():
+    for name in BUDGETS:
+        (job,) = maker(name).queue([QueueEntry(targets=["padded_capsnet"], seeds=[0])])
+        training = EXPERIMENTS.training(job.arguments[1:])
+        assert training.stop.accuracy_percent == 99.23
+
+
+def test_what_a_job_uses_comes_before_it():
+    for name in BUDGETS:
+        jobs = all_jobs(name, (0, 1))
+        places = {(job.experiment, job.seed): place for place, job in enumerate(jobs)}
+        assert len(places) == len(jobs)
+        for place, job in enumerate(jobs):
+            assert all(places[need.experiment, need.seed] < place for need in job.needs)
+
+
+def test_every_experiment_is_run_or_stands_for_others():
+    run = {job.experiment for job in all_jobs("smoke")}
+    for name in NAMES:
+        about = EXPERIMENTS.about(name)
+        assert name in run if about.command else set(about.uses) <= run
+
+
+def test_an_ensemble_is_of_the_first_seeds_and_made_once():
+    jobs = maker("full").queue([QueueEntry(targets=["section7_cifar10_ensemble"], seeds=[0, 1])])
+    assert [(job.experiment, job.seed) for job in jobs] == [
+        *(("section7_cifar10", seed) for seed in range(7)),
+        ("section7_cifar10_ensemble", 0),
+    ]
+    assert len(jobs[-1].needs) == 7
+    assert jobs[-1].arguments[-2].count("section7_cifar10/seed") == 6
+
+
+def test_targets_are_experiments_and_groups():
+    assert maker().chosen(["table1"])[0] == "table1_mnist_1"
+    assert maker().chosen(["figure_4", "table1", "figure_4"])[0] == "figure_4"
+    assert set(maker().chosen(["all"])) == set(NAMES)
+    with pytest.raises(UserError, match="there is no experiment 'table2'"):
+        maker().chosen(["table2"])
+
+
+def test_one_target_may_stand_alone(in_tmp, capsys):
+    words = ["reproduce", "budget=smoke", "only_plan=true", "timing=false"]
+    assert cli.main([*words, "targets=table1_mnist_1", "seeds=4"]) == 0
+    assert "1 jobs, 0 of them finished" in capsys.readouterr().out
+    assert cli.main([*words, "targets=[]"]) == 2
+    assert "there is nothing to run" in capsys.readouterr().err
+    assert cli.main([*words, "targets=figure_4"]) == 0  # smoke has one seed of its own accord
+    assert "2 jobs" in capsys.readouterr().out
+
+
+def test_a_folder_of_any_name_reaches_the_commands():
+    (_, job) = maker("smoke", "my runs, (1)'s").queue([QueueEntry(targets=["figure_4"], seeds=[0])])
+    composed = cli.compose(job.arguments[0], job.arguments[1:])
+    assert Path(composed.checkpoint) == job.needs[0].folder
+    assert Path(composed.out_dir) == job.folder
+    training = EXPERIMENTS.training(job.needs[0].arguments[1:])
+    assert training.runs_dir == "my runs, (1)'s"
+
+
+def test_device_and_folder_are_passed_on():
+    (job,) = maker("smoke", "elsewhere", "cpu").queue(
+        [QueueEntry(targets=["table1_mnist_1"], seeds=[3])]
+    )
+    config = EXPERIMENTS.training(job.arguments[1:])
+    assert (config.device, config.runs_dir, config.seed) == ("cpu", "elsewhere", 3)
+    assert job.folder == Path("elsewhere/smoke/table1_mnist_1/seed3")
+
+
+@pytest.mark.parametrize("source", [None, "mnist5k"])
+@pytest.mark.parametrize("dataset", ["mnist5k", "mnist_padded", "multimnist", "affnist_like"])
+def test_sizes_are_those_of_the_data_sets(dataset, source):
+    if dataset == "mnist5k" and source:
+        pytest.skip("mnist5k has its own files")
+    if dataset != "mnist5k" and not source and not MNIST_DIR.is_dir():
+        pytest.skip("needs MNIST")
+    words = [f"dataset={dataset}"] + ([f"dataset.source={source}"] if source else [])
+    words += [f"dataset.data_dir={MNIST_DIR}"]
+    config = train_config(*words).dataset
+    loaded = load_dataset(config, torch.device("cpu"))
+    in_epoch = loaded.train.epoch_images if len(loaded.train) else 0
+    expected = sizes(config)
+    assert expected[1] == len(loaded.test)
+    assert in_epoch in (0, expected[0])
+
+
+def test_estimates():
+    config = train_config(*TINY, "recipe.epochs=2", "recipe.steps=null", "recipe.batch_size=100")
+    assert estimate.training_seconds(config, 0.5, 0) == pytest.approx(
+        8 + 0.5 * (80 + (2 + 1) * 10 / 3)
+    )
+    assert estimate.training_seconds(config, 0.5, 40) == pytest.approx(
+        8 + 0.5 * (40 + (1 + 1) * 10 / 3)
+    )
+    test = from_dict(EvalConfig, cli.compose("eval", ["dataset=mnist5k"]))
+    assert estimate.testing_seconds(0.3, test) == pytest.approx(100)
+    test.images = 100
+    assert estimate.testing_seconds(0.3, test) == pytest.approx(10)
+    assert estimate.testing_seconds(0.3, None) == 0
+    assert [duration(s) for s in (3, 100, 3_000, 40_000, 2_000_000)] == [
+        "3 s",
+        "100 s",
+        "50 min",
+        "11 h",
+        "23 days",
+    ]
+
+
+def test_jobs_are_timed(capfd):
+    tiny = [w for w in TINY if not w.startswith("dataset=")]
+    plan = dataclasses.replace(budget("smoke"), train=tiny)
+    jobs = JobMaker(EXPERIMENTS, plan, "runs", "cpu").queue(
+        [QueueEntry(targets=["figure_4", "ablation_uniform"], seeds=[0])]
+    )
+    seconds = estimate.job_seconds(jobs, EXPERIMENTS, "cpu")
+    assert [job.experiment for job in seconds] == [
+        "table1_mnist_3_reconstruction",
+        "figure_4",
+        "table1_mnist_1_reconstruction",
+    ]
+    assert all(8 <= s < 60 for s in seconds.values())
+    assert capfd.readouterr().err.count("timing") == 2  # two networks, three jobs
+
+
+# Running.
+
+
+def fake(tmp_path: Path, name: str, code: str, needs: tuple[Job, ...] = ()) -> Job:
+    """A job that runs some Python instead of a command; `done()` in it makes the result."""
+    folder = tmp_path / name
+    folder.mkdir()
+    return Job(name, 0, folder, (code,), needs)
+
+
+@pytest.fixture
+def python_jobs(monkeypatch):
+    """Jobs whose arguments are Python."""
+
+    def start(job: Job, quiet: bool) -> subprocess.Popen:
+        head = f"import time, sys\ndef done(): open({str(job.result)!r}, 'w').close()\n"
+        return subprocess.Popen([sys.executable, "-c", head + job.arguments[0]])
+
+    monkeypatch.setattr(reproduce, "start", start)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_failed_job_does_not_stop_the_others(tmp_path, python_jobs, parallel):
+    good = fake(tmp_path, "good", "done()")
+    bad = fake(tmp_path, "bad", "sys.exit(2)")
+    empty = fake(tmp_path, "empty", "")  # ends well, but makes nothing
+    needs_bad = fake(tmp_path, "needs_bad", "done()", (bad,))
+    needs_good = fake(tmp_path, "needs_good", "done()", (good,))
+    outcome = reproduce.run(
+        [bad, good, empty, needs_bad, needs_good], parallel, None, StopRequest()
+    )
+    assert set(outcome.finished) == {good, needs_good}
+    assert set(outcome.failed) == {bad, empty}
+    assert outcome.waiting == [needs_bad]
+
+
+def test_jobs_run_beside_each_other(tmp_path, python_jobs):
+    jobs = [fake(tmp_path, str(k), "time.sleep(2); done()") for k in range(3)]
+    began = time.monotonic()
+    assert len(reproduce.run(jobs, 3, None, StopRequest()).finished) == 3
+    assert time.monotonic() - began < 5
+
+
+def test_when_the_time_is_over_jobs_are_asked_to_save(tmp_path, python_jobs):
+    code = (
+        "import signal, os\n"
+        "def save(*a):\n    open(os.path.join({0!r}, 'saved'), 'w').close(); os._exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\ntime.sleep(30)"
+    )
+    slow = fake(tmp_path, "slow", code.format(str(tmp_path)))
+    later = fake(tmp_path, "later", "done()")
+    outcome = reproduce.run([slow, later], 1, time.monotonic() + 1.5, StopRequest())
+    assert (outcome.interrupted, outcome.waiting) == ([slow], [later])
+    assert (tmp_path / "saved").exists()
+
+
+def test_ctrl_c_ends_what_runs_and_begins_nothing(tmp_path, python_jobs):
+    stop = StopRequest()
+    stop.signal_number = signal.SIGINT
+    outcome = reproduce.run([fake(tmp_path, "a", "done()")], 1, None, stop)
+    assert len(outcome.waiting) == 1
+    assert not outcome.failed
+
+
+def budget_of(*overrides: str) -> str:
+    """The words as a list that Hydra takes from a command line."""
+    return "budget.train=[" + ",".join(f"'{word}'" for word in overrides) + "]"
+
+
+def test_reproduce_runs_what_is_needed_and_only_once(in_tmp):
+    small = [word for word in TINY if not word.startswith(("dataset=", "model.decoder"))]
+    words = ["reproduce", "budget=smoke", budget_of(*small), "timing=false"]
+    words += ["targets=[figure_4]", "seeds=[0]"]
+    first = run_capsrun(*words, cwd=in_tmp)
+    assert first.returncode == 0, first.stderr
+    folder = in_tmp / "runs/smoke"
+    assert (folder / "table1_mnist_3_reconstruction/seed0/result.json").exists()
+    assert len(list((folder / "figure_4/seed0/pictures").glob("digit_*.png"))) == 10
+    second = run_capsrun(*words, cwd=in_tmp)
+    assert second.returncode == 0
+    assert "2 jobs, 2 of them finished" in second.stdout
+    assert "train" not in second.stdout.replace("budget.train", "").split("experiment")[1]
+
+
+def test_a_failure_is_named(in_tmp):
+    words = ["reproduce", "budget=smoke", budget_of("recipe.nonsense=4"), "timing=false"]
+    done = run_capsrun(*words, "targets=[table1_mnist_1]", "seeds=[0,1]", cwd=in_tmp)
+    assert done.returncode == 1
+    assert "failed: table1_mnist_1 seed 0, table1_mnist_1 seed 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_terminal_ends_and_saves_what_runs(in_tmp):
+    """The training goes on from where it was when the same is asked again."""
+    small = [w for w in TINY if not w.startswith(("dataset=", "model.decoder", "recipe.steps"))]
+    words = ["reproduce", "budget=smoke", budget_of(*small, "recipe.steps=3000"), "timing=false"]
+    command = [sys.executable, "-m", "capsrun", *words, "targets=table1_mnist_1", "seeds=0"]
+    process = subprocess.Popen(command, cwd=in_tmp)
+    metrics = in_tmp / "runs/smoke/table1_mnist_1/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert (metrics.parent / "checkpoint.pt").exists()
+    assert not (metrics.parent / "result.json").exists()
+
+
+def test_the_plan_of_the_gpu_queue_is_in_order_of_value(in_tmp):
+    words = ["reproduce", "queue=gpu", "budget=full", "only_plan=true", "timing=false"]
+    done = run_capsrun(*words, cwd=in_tmp)
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("table1")]
+    assert names[0] == names[-1] == "table1_mnist_3_reconstruction"
+    assert "0 1 2  " in done.stdout
+    assert "3 4 5 6 7 8 9" in done.stdout
+    assert not (in_tmp / "runs").exists()
+
+
+@pytest.mark.parametrize("minutes", ["", "0", "0.5", "ten"])
+def test_the_gpu_script_wants_whole_minutes(minutes):
+    script = REPOSITORY / "scripts/gpu_reproduce.sh"
+    done = subprocess.run([script, minutes], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "minutes" in done.stderr.lower()
+
+
+STUB = """#!/bin/sh
+# Stands for Python: notes its words, and leaves what `report` would.
+echo "$@" >> words.txt
+case "$*" in *report*)
+  mkdir -p OUT/.packed/results OUT/.packed/report
+  echo p > OUT/.packed/report/report.html
+esac
+"""
+
+
+def test_the_gpu_script_plans_runs_and_packs(tmp_path):
+    """With a stand-in for Python, as the experiments themselves take hours."""
+    copy, out = tmp_path / "capsrun", tmp_path / "out"
+    (copy / "scripts").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "scripts/gpu_reproduce.sh", copy / "scripts")
+    stub = tmp_path / "python"
+    stub.write_text(STUB.replace("OUT", str(out)))
+    stub.chmod(0o755)
+    began = time.monotonic()
+    done = subprocess.run(
+        [copy / "scripts/gpu_reproduce.sh", "2", out],
+        env={**os.environ, "PYTHON": str(stub), "BUDGET": "smoke"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 20  # it does not wait for its clock
+    plan, bench, queue, report = (copy / "words.txt").read_text().splitlines()
+    assert "reproduce queue=gpu budget=smoke" in plan
+    assert "only_plan=true" in plan
+    assert "bench" in bench
+    assert "minutes=1." in queue
+    assert f"keep={out}/.packed/results" in report
+    assert {"report.html", "results.tar.gz", "log.txt"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_lists_every_experiment():
+    done = subprocess.run(
+        ["make", "-n", "reproduce", "BUDGET=smoke", "SEEDS=0 1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = re.findall(r"reproduce targets=\[(\w+)\] seeds=\[(\d+)\]", done.stdout)
+    expected = {(name, str(seed)) for name, seed in listed_jobs((0, 1))}
+    assert set(listed) == expected
+    assert len(listed) == len(expected)
+
+
+def listed_jobs(seeds: tuple[int, ...]) -> set[tuple[str, int]]:
+    """What a user asks for: not the further seeds that an ensemble needs."""
+    found = set()
+    for name in NAMES:
+        about = EXPERIMENTS.about(name)
+        for own in [name] if about.command else about.uses:
+            found |= {(own, k) for k in (seeds if EXPERIMENTS.about(own).models == 1 else [0])}
+    return found
+
+
+def test_an_experiment_is_a_choice_of_train():
+    config = train_config("experiment=table1_mnist_1", "recipe=quick", "loss=paper")
+    overrides = ["experiment=table1_mnist_1", "recipe=quick", "loss=paper", "seed=3"]
+    assert cli.run_name(config, overrides) == "table1_mnist_1+loss-paper+recipe-quick"
+    assert config.routing.iterations == 1
+    assert not config.model.reconstruction
+
+
+def test_a_misspelt_experiment_is_named(capsys):
+    assert cli.main(["train", "experiment=table1_mnist_2"]) == 2
+    assert "there is no experiment=table1_mnist_2, did you mean" in capsys.readouterr().err
