@@ -1,0 +1,380 @@
+"""`capsrun report`: what was measured, beside what the paper reports, as Markdown and HTML."""
+
+import itertools
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from capsrun.config import ReportConfig
+from capsrun.data import sizes
+from capsrun.errors import UserError
+from capsrun.runs import plots, record
+from capsrun.runs.gallery import Pictures, curves, paper_figures
+from capsrun.runs.jobs import Experiments, duration
+from capsrun.runs.page import to_html
+from capsrun.runs.results import Group, Result, Wanted, find_results, grouped, of_network, own_test
+from capsrun.runs.tables import (
+    ROWS,
+    SUMMARY,
+    Row,
+    aligned,
+    differences,
+    how_trained,
+    length,
+    measured,
+    row_lines,
+    summary_lines,
+    table,
+)
+
+GROUP_TITLES = {
+    "table1": "Table 1: MNIST",
+    "multimnist": "Table 1: MultiMNIST",
+    "affnist": "Padded MNIST and affNIST (§5.2)",
+    "section7": "Other data sets (§7)",
+}
+REFERENCE = "ablation_iterations_3"
+# What `keep` copies of a run; of metrics.jsonl only what is not larger than this.
+KEPT = ("result.json", "config.yaml", "metrics.jsonl")
+KEPT_BYTES = 500_000
+
+
+def report(config: ReportConfig, experiments: Experiments) -> Path:
+    """Write `report.md`, `report.html` and the pictures; returns the page's path.
+
+    Raises UserError where there is no finished run, or for a folder that cannot be written.
+    """
+    results = find_results(config.sources)
+    if not results:
+        raise UserError(
+            f"there is no finished run in {' or '.join(config.sources)}; make some with "
+            "`capsrun reproduce budget=smoke`, say"
+        )
+    out_dir = Path(config.out_dir)
+    record.make_folder(out_dir)
+    shutil.rmtree(out_dir / "pictures", ignore_errors=True)
+    record.make_folder(out_dir / "pictures")
+    rows = [make_row(name, experiments, results) for name in experiments.names()]
+    text = "\n\n".join(page(rows, results, experiments, Pictures(out_dir))) + "\n"
+    (out_dir / "report.md").write_text(text)
+    (out_dir / "report.html").write_text(to_html(text, out_dir))
+    if config.keep is not None:
+        keep(results, Path(config.keep))
+    print(aligned(SUMMARY, summary_lines(rows)))
+    print(f"\nthe whole report: {out_dir / 'report.html'}")
+    return out_dir / "report.html"
+
+
+def make_row(name: str, experiments: Experiments, results: Iterable[Result]) -> Row:
+    """Find what belongs to an experiment."""
+    about = experiments.about(name)
+    training = experiments.training([f"experiment={name}"])
+    test = experiments.tested((about.command or "train").split())
+    # The pictures of a figure are of what its run found in training.
+    dataset = None if test is None or about.group == "figures" else test.dataset
+    wanted = Wanted.of(training, dataset, about.models)
+    return Row(name, about, wanted, grouped(r for r in results if wanted.fits(r)))
+
+
+def page(
+    rows: Sequence[Row],
+    results: Sequence[Result],
+    experiments: Experiments,
+    pictures: Pictures,
+) -> list[str]:
+    """The paragraphs of the report."""
+    dates = [result.values["date"] for result in results]
+    made = " to ".join(dict.fromkeys((min(dates), max(dates))))
+    parts = [
+        "# capsrun: what the paper reports and what was measured",
+        "*Dynamic Routing Between Capsules* (Sabour, Frosst, Hinton, NIPS 2017). Test errors in "
+        "percent, at the end of training, on all test images (on 100,000 pairs of MultiMNIST); "
+        "± is the standard deviation over seeds. `capsrun report` built this page from "
+        f"{len(results)} `result.json` files ({made}). A number stands in a row of the paper "
+        "only if its network, images and loss are those of the row, and results whose settings "
+        "differ are never averaged. **full length**: with the recipe and steps of the experiment's "
+        "file, which are the authors' where they are known; everything else is labelled with how "
+        "long it was trained, and says little about the paper's number.",
+        table(SUMMARY, summary_lines(rows)),
+    ]
+    others = other_runs(rows, results)
+    for group, title in GROUP_TITLES.items():
+        own = of_group(group, rows)
+        parts += [f"## {title}", *tables(group, rows), *others_table(own, others)]
+        parts += curves(group, title, own, pictures)
+    parts += ["## What the number depends on", *ablations(rows, pictures)]
+    parts += others_table([row for row in rows if row.about.group == "ablations"], others)
+    parts += ["## Figures", *paper_figures(rows, results, pictures)]
+    parts += ["## What is missing", *missing(rows, experiments)]
+    parts += ["## Every result", provenance(results)]
+    return parts
+
+
+def of_group(group: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows of a group, the baseline first."""
+    own = [row for row in rows if row.about.group == group]
+    return sorted(own, key=lambda row: ("baseline" not in row.name, row.name))
+
+
+def tables(group: str, rows: Sequence[Row]) -> list[str]:
+    """The tables of a group: one, but for affNIST one for each set of test images."""
+    own = of_group(group, rows)
+    parts = []
+    if group == "affnist":
+        for start, text in (
+            ("padded", "**Padded MNIST**, on which training is stopped:"),
+            ("affnist_c", "**affNIST**, its official test set:"),
+            (
+                "affnist_like",
+                "**affnist_like**: made here of MNIST in the way of affNIST. It is *not* affNIST, "
+                "so the paper's numbers are not beside it:",
+            ),
+        ):
+            lines = [line for row in own if row.name.startswith(start) for line in row_lines(row)]
+            parts += [text, table(ROWS, lines)]
+    else:
+        parts.append(table(ROWS, [line for row in own for line in row_lines(row)]))
+    notes = dict.fromkeys(row.about.note for row in own if row.about.note)
+    sources = [
+        f"{row.about.title}: {number.source}"
+        for row in own
+        for number in (row.about.public,)
+        if number
+    ]
+    parts += [f"Note: {note}." for note in notes]
+    parts += ["Best public: " + "; ".join(sources) + "."] if sources else []
+    parts += twice(own)
+    return parts
+
+
+def twice(rows: Iterable[Row]) -> list[str]:
+    """Say so where a seed was run more than once, with other results."""
+    return [
+        f"{row.about.title}: seed {seed} was run more than once, with different results; one "
+        "of them counts."
+        for row in rows
+        for group in row.groups
+        for seed in group.twice
+    ]
+
+
+def ablations(rows: Sequence[Row], pictures: Pictures) -> list[str]:
+    """What each change does, beside the reference of the same length of training."""
+    own = [row for row in rows if row.about.group == "ablations"]
+    own.sort(key=lambda row: (row.name != REFERENCE, row.name))
+    reference = {how_trained(group): group for group in own[0].groups}
+    lines = []
+    for row in own:
+        for line, group in itertools.zip_longest(row_lines(row), by_length(row)):
+            base = reference.get(how_trained(group)) if group else None
+            line[-1] = against(group, base) if group and base and row is not own[0] else ""
+            lines.append(line)
+    header = (*ROWS[:-1], "against 3 iterations, trained as long")
+    parts = [
+        "CapsNet with reconstruction on MNIST, one thing changed. Uniform coupling is what the "
+        "first iteration computes, so it is the network with one iteration.",
+        table(header, lines),
+    ]
+    points = iterations(own)
+    if len(points) > 1:
+        how = length(None, next(iter(points.values())))
+        errors = {number: group.errors for number, group in points.items()}
+        figure = plots.error_by_iterations(errors, how)
+        parts.append(pictures.draw("iterations", figure, "test error against routing iterations"))
+    return parts
+
+
+def by_length(row: Row) -> list[Group]:
+    """A row's groups in the order of its lines."""
+    return sorted(row.groups, key=lambda group: not row.is_full(group))
+
+
+def against(group: Group, base: Group) -> str:
+    """The difference of two means, and in standard errors where both have some seeds."""
+    difference = group.mean - base.mean
+    if group.spread is None or base.spread is None:
+        return f"{difference:+.2f}; one seed has no standard error"
+    variance = group.spread**2 / len(group.results) + base.spread**2 / len(base.results)
+    if not variance:
+        return f"{difference:+.2f}"
+    return f"{difference:+.2f} ({abs(difference) / variance**0.5:.1f} standard errors)"
+
+
+def iterations(rows: Iterable[Row]) -> dict[int, Group]:
+    """Groups by their routing iterations, all trained alike: as most numbers of iterations are."""
+    alike: dict[str, dict[int, Group]] = {}
+    for row in rows:
+        if row.name.startswith("ablation_iterations_"):
+            for group in row.groups:
+                number = int(row.wanted.settings["routing.iterations"])
+                alike.setdefault(how_trained(group), {})[number] = group
+    size = [
+        (len(found), sum(len(g.results) for g in found.values()), k) for k, found in alike.items()
+    ]
+    return dict(sorted(alike[max(size)[2]].items())) if size else {}
+
+
+def other_runs(rows: Sequence[Row], results: Iterable[Result]) -> dict[str, list[Group]]:
+    """What belongs to no experiment, by the name of the one that it is most like."""
+    left = [
+        result
+        for result in results
+        if not repeats_training(result) and not any(row.wanted.fits(result) for row in rows)
+    ]
+    found: dict[str, list[Group]] = {}
+    for group in grouped(left):
+        found.setdefault(nearest(rows, group).name, []).append(group)
+    return found
+
+
+def repeats_training(result: Result) -> bool:
+    """Whether a result tells nothing that the one of its training run does not."""
+    if result.command != "eval":
+        return result.command == "perturb"
+    return result.tested == own_test(result.training)
+
+
+def nearest(rows: Iterable[Row], group: Group) -> Row:
+    """The experiment tested on the same data set, if any, that differs in the fewest settings."""
+    result = group.results[0]
+    ours = of_network(result.settings)
+
+    def distance(row: Row) -> tuple[int, int, int]:
+        asked = of_network(row.wanted.settings)
+        tested_on = row.wanted.tested.get("name") or asked["dataset.name"].strip("'")
+        return (
+            tested_on != result.tested_on,
+            bool(row.wanted.tested) != bool(result.tested),
+            sum(ours.get(key) != asked.get(key) for key in {*ours, *asked}),
+        )
+
+    own = (row for row in rows if row.about.group != "figures" and row.about.command is not None)
+    return min(own, key=distance)
+
+
+def others_table(rows: Sequence[Row], others: Mapping[str, Sequence[Group]]) -> list[str]:
+    """What is like some rows, but is of another network, of other images or tested otherwise."""
+    lines = [
+        [
+            f"{row.about.title}, but {differences(row, group)}",
+            f"{group.results[0].tested_on} ({group.results[0].values['count']:,} images)",
+            measured(group),
+            " ".join(str(result.seed) for result in group.results),
+            length(None, group),
+            "; ".join(group.devices) + ", " + group.results[0].values["precision"],
+        ]
+        for row in rows
+        for group in others.get(row.name, ())
+    ]
+    if not lines:
+        return []
+    header = ("other networks, images or tests", "tested on", "test error %", *ROWS[4:7])
+    return ["Not the paper's, so nothing of the paper is beside them:", table(header, lines)]
+
+
+def seconds_at_full_length(
+    row: Row, by_name: Mapping[str, Row], experiments: Experiments
+) -> float | None:
+    """How long one seed takes at most, with the models that it needs, as it was once timed."""
+    measured, command = row.about.measured, row.about.command
+    if measured is None or command is None:
+        return None
+    count = 1.0
+    if measured.per == "step":
+        count = row.wanted.settings["recipe.steps"]
+    elif measured.per == "image":
+        test = experiments.tested(command.split())
+        count = sizes(test.dataset)[1] if test else 1.0
+    needed = [
+        seconds_at_full_length(by_name[used], by_name, experiments) or 0.0
+        for used in row.about.uses
+    ]
+    return measured.seconds * count + row.about.models * sum(needed)
+
+
+def missing(rows: Sequence[Row], experiments: Experiments) -> list[str]:
+    """The experiments that have too few seeds at full length, and what makes them."""
+    lines = []
+    by_name = {row.name: row for row in rows}
+    groups = (*GROUP_TITLES, "ablations", "figures")
+    for row in (row for group in groups for row in of_group(group, rows)):
+        if not row.missing or row.about.command is None:
+            continue
+        seconds = seconds_at_full_length(row, by_name, experiments)
+        lines.append(
+            [
+                row.label,
+                f"{row.missing} of {row.asked}",
+                f"`capsrun reproduce targets=[{row.name}] budget=full`",
+                duration(seconds) if seconds else "",
+            ]
+        )
+    if not lines:
+        return ["Nothing."]
+    header = ("at full length", "seeds missing", "command", "a seed takes about, on two CPU cores")
+    return [table(header, lines), "`make reproduce BUDGET=full` runs all of them."]
+
+
+def provenance(results: Iterable[Result]) -> str:
+    """Where each number comes from."""
+    header = (
+        "run",
+        "seed",
+        "tested on",
+        "error %",
+        "of",
+        "steps",
+        "training",
+        "device",
+        "torch",
+        "date",
+        "commit",
+    )
+    lines = []
+    for result in results:
+        if result.command == "perturb":
+            continue
+        values = result.values
+        lines.append(
+            [
+                values["name"],
+                str(result.seed),
+                result.tested.get("name", values["dataset"]),
+                f"{result.error_percent:.2f}",
+                f"{values['count']:,}",
+                f"{values['steps']:,}",
+                duration(values["train_seconds"]),
+                f"{values['device']}, {values['precision']}",
+                values["versions"]["torch"],
+                values["date"],
+                (values.get("git_commit") or "–")[:8],
+            ]
+        )
+    return table(header, sorted(lines))
+
+
+def keep(results: Sequence[Result], folder: Path) -> None:
+    """Copy results, metrics and the pictures of the first seed of each run, to be kept.
+
+    A run's folder is named as the run, and what was made of it lies inside: an `eval` has the name
+    that it has beside its run, or that of its experiment.
+    """
+    first: dict[str, int] = {}
+    for result in results:
+        name = result.values["name"]
+        first[name] = min(result.seed, first.get(name, result.seed))
+    for result in results:
+        name, source = result.values["name"], result.folder
+        target = folder / name / f"seed{result.seed}"
+        if result.command != "train":
+            beside = source.name.startswith(("eval-", "perturb-"))
+            target /= source.name if beside else source.parent.name
+        if target.resolve() == source.resolve():  # kept before
+            continue
+        record.make_folder(target)
+        for file in KEPT:
+            path = source / file
+            if path.exists() and path.stat().st_size <= KEPT_BYTES:
+                shutil.copyfile(path, target / file)
+        if result.seed == first[name] and (source / "pictures").is_dir():
+            shutil.copytree(source / "pictures", target / "pictures", dirs_exist_ok=True)

@@ -1,0 +1,306 @@
+"""What finished runs found, and which experiment of the paper each belongs to.
+
+A run belongs to an experiment because of its settings, not of its name: so a run that somebody made
+by hand counts, and one with another network never does.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from capsrun.config import DatasetConfig, Published, TrainConfig, from_dict, with_later_settings
+from capsrun.data import sizes
+
+# Settings that do not change what is computed, or are told apart (the seed, the precision).
+FREE = ("name", "seed", "runs_dir", "device", "compile", "precision", "record")
+FREE_OF_DATASET = ("data_dir", "trained_on", "trained_by")
+# Settings of how a network is trained, not of which network on which images.
+OF_LENGTH = ("recipe", "stop.accuracy_percent", "stop.every_steps")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One `result.json` of `train`, `eval` or `perturb`."""
+
+    folder: Path
+    values: Mapping[str, Any]
+
+    @property
+    def command(self) -> str:
+        return self.values["command"]
+
+    @property
+    def seed(self) -> int:
+        return self.values["seed"]
+
+    @property
+    def error_percent(self) -> float:
+        return self.values["error_percent"]
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The configuration of the run that trained the model."""
+        return self.values["config" if self.command == "train" else "trained"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the trained model, but for the seed, with dots in the names."""
+        return settings_of(self.training) | {"precision": self.values["precision"]}
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the accuracy at which to stop was reached, where the run had one."""
+        training = with_later_settings(self.training)
+        if training["stop"]["accuracy_percent"] is None:
+            return True
+        stopped = self.values.get("stopped")  # of training; eval does not tell
+        if stopped:
+            return stopped["reached"]
+        return self.values["steps"] < total_steps(training)
+
+    @property
+    def tested(self) -> dict[str, Any]:
+        """What decides which images it was tested on, and how."""
+        if self.command == "train":
+            return {}
+        config = self.values["config"]
+        return {
+            **test_settings(config["dataset"]),
+            "split": config["split"],
+            "images": config.get("images"),
+            "ensemble": len(self.values.get("ensemble", [])) + 1,
+        }
+
+    @property
+    def members_alike(self) -> bool:
+        """Whether the models of an ensemble differ in nothing but their seeds."""
+        others = self.values.get("others_trained", [])
+        seeds = {self.training["seed"], *(other["seed"] for other in others)}
+        alike = all(settings_of(other) == settings_of(self.training) for other in others)
+        return alike and len(seeds) == 1 + len(others)
+
+    @property
+    def tested_on(self) -> str:
+        """The name of the data set whose images it was tested on."""
+        return self.tested.get("name") or self.training["dataset"]["name"]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was recorded during training; empty where that is not at hand."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return []
+
+
+def total_steps(training: Mapping[str, Any]) -> int:
+    """How many steps a training configuration asks for, at most."""
+    recipe = training["recipe"]
+    return recipe["steps"] or math.ceil(recipe["epochs"] / epochs_of_a_step(training) - 1e-9)
+
+
+def epochs_of_a_step(training: Mapping[str, Any]) -> float:
+    """Which part of the training images a step sees."""
+    config = from_dict(TrainConfig, with_later_settings(training))
+    return config.recipe.batch_size / sizes(config.dataset)[0]
+
+
+def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training run that decide what it computes, but for the seed."""
+    complete = with_later_settings(training)
+    kept = {key: value for key, value in complete.items() if key not in FREE}
+    kept["dataset"] = {k: v for k, v in kept["dataset"].items() if k not in FREE_OF_DATASET}
+    return dict(flattened(kept))
+
+
+def test_settings(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a data set that decide which test images there are."""
+    complete = with_later_settings({"dataset": dataset})["dataset"]
+    ignored = (*FREE_OF_DATASET, "validation", "shift_px", "flip", "brightness", "contrast")
+    return {key: value for key, value in complete.items() if key not in ignored}
+
+
+def own_test(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What an eval on the test images of its training run is."""
+    dataset = with_later_settings(training)["dataset"]
+    return {**test_settings(dataset), "split": "test", "images": None, "ensemble": 1}
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """`(key with dots, value)` of nested settings; a list counts as one value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            # 0 and 0.0 are the same setting, whichever way a file has it.
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + key, float(value) if number else repr(value)
+
+
+def of_network(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of which network is trained on which images, not of how long."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if key != "precision" and not any(key == k or key.startswith(k + ".") for k in OF_LENGTH)
+    }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a result must be to belong to an experiment."""
+
+    settings: Mapping[str, Any]
+    """Those of the training run, at the paper's length."""
+    tested: Mapping[str, Any]
+    """Empty: tested by training itself."""
+    models: int = 1
+    """How many are tested together."""
+
+    @classmethod
+    def of(cls, training: TrainConfig, tested: DatasetConfig | None, models: int) -> "Wanted":
+        """tested: the data set of an eval; None for what training found itself."""
+        other = (
+            {}
+            if tested is None
+            else {
+                **test_settings(asdict(tested)),
+                "split": "test",
+                "images": None,
+            }
+        )
+        return cls(settings_of(asdict(training)), other, models)
+
+    def fits(self, result: Result) -> bool:
+        """Whether a result is of this network, these images and this test, whatever the length."""
+        if result.command not in ("train", "eval"):
+            return False
+        tested = dict(result.tested)
+        models = tested.pop("ensemble", 1)
+        return (
+            tested == dict(self.tested)
+            and models == self.models
+            and result.members_alike
+            and of_network(result.settings) == of_network(self.settings)
+        )
+
+    def is_of_full_length(self, result: Result) -> bool:
+        """Whether a result that fits was trained with the recipe, and as long, as is asked for."""
+        settings = {k: v for k, v in result.settings.items() if k != "precision"}
+        return settings == self.settings and result.reached_target
+
+
+@dataclass(frozen=True)
+class Group:
+    """Results that differ in nothing but their seed."""
+
+    results: Sequence[Result]
+    """One for each seed, in the order of the seeds."""
+    twice: Sequence[int] = ()
+    """Seeds of which there are several, different results; the one of the latest day counts."""
+
+    @property
+    def errors(self) -> list[float]:
+        return [result.error_percent for result in self.results]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.errors)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds (n − 1); None for one seed."""
+        return statistics.stdev(self.errors) if len(self.errors) > 1 else None
+
+    @property
+    def steps(self) -> list[int]:
+        return [result.values["steps"] for result in self.results]
+
+    @property
+    def devices(self) -> list[str]:
+        return sorted({result.values["device"] for result in self.results})
+
+    @property
+    def dates(self) -> list[str]:
+        return sorted({result.values["date"] for result in self.results})
+
+
+def find_results(sources: Iterable[str | Path]) -> list[Result]:
+    """Every finished result below some folders, each once.
+
+    A `result.json` that is not of capsrun, or is damaged, is left out.
+    """
+    found: dict[str, Result] = {}
+    for source in sources:
+        for path in sorted(Path(source).rglob("result.json")):
+            inside = path.relative_to(source).parts
+            result = None if any(part.startswith(".") for part in inside) else read_result(path)
+            if result is not None:
+                # The same run can be in runs/ and, copied, in results/.
+                found.setdefault(fingerprint(result), result)
+    return list(found.values())
+
+
+def read_result(path: Path) -> Result | None:
+    """A finished result, or None for anything else."""
+    try:
+        values = json.loads(path.read_text())
+        result = Result(path.parent, values)
+        if not isinstance(values, dict) or values["command"] not in ("train", "eval", "perturb"):
+            return None
+        fingerprint(result)  # has all that is looked at later
+        if result.command != "perturb":
+            assert math.isfinite(result.error_percent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        return None
+    return result if values.get("finished", True) else None
+
+
+def fingerprint(result: Result) -> str:
+    """The same for two copies of a result."""
+    values = result.values
+    what = [result.command, result.seed, result.settings, values["steps"], values["date"]]
+    if result.command != "perturb":
+        what += [result.tested, values["errors"], values["count"]]
+        what += [values.get("train_seconds"), values.get("eval_seconds")]
+    return repr(what)
+
+
+def grouped(results: Iterable[Result]) -> list[Group]:
+    """Put together what differs in the seed only, the longest training first."""
+    by_settings: dict[str, list[Result]] = {}
+    for result in results:
+        key = repr((sorted(result.settings.items()), sorted(result.tested.items())))
+        by_settings.setdefault(key, []).append(result)
+    groups = [one_of_each_seed(members) for members in by_settings.values()]
+    return sorted(groups, key=lambda group: (-max(group.steps), -len(group.results)))
+
+
+def one_of_each_seed(results: Sequence[Result]) -> Group:
+    """One result of each seed, of the latest day: a second one would not be another sample."""
+    newest: dict[int, Result] = {}
+    twice = set()
+    for result in sorted(results, key=lambda r: r.values["date"]):
+        before = newest.get(result.seed)
+        if before is not None and before.values["errors"] != result.values["errors"]:
+            twice.add(result.seed)
+        newest[result.seed] = result
+    return Group([newest[seed] for seed in sorted(newest)], sorted(twice))
+
+
+def standard_error(group: Group, paper: Published) -> float | None:
+    """Of the difference between the means of a group and of the paper; None for one seed.
+
+    √(s²/n + s'²/n'): the paper's part is left out where it gives no spread.
+    """
+    if group.spread is None:
+        return None
+    variance = group.spread**2 / len(group.results)
+    if paper.spread is not None and paper.trials is not None:
+        variance += paper.spread**2 / paper.trials
+    return math.sqrt(variance)
