@@ -14,6 +14,8 @@ from capsrun.config import (
     DataConfig,
     EvalConfig,
     PerturbConfig,
+    ReportConfig,
+    ReproduceConfig,
     TrainConfig,
     differing_keys,
     from_dict,
@@ -26,6 +28,8 @@ SCHEMAS = {
     "perturb": PerturbConfig,
     "data": DataConfig,
     "bench": BenchConfig,
+    "reproduce": ReproduceConfig,
+    "report": ReportConfig,
 }
 CHOICES = [
     f"{folder.name}={file.stem}"
@@ -98,10 +102,16 @@ def test_every_command_has_a_configuration_that_composes():
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes(choice):
-    # Cross-entropy is for networks without capsules.
-    config = train_config(*["model=cnn_baseline"] * ("entropy" in choice), choice)
     group, name = choice.split("=")
-    assert getattr(config, group).name == name
+    if group in ("budget", "queue"):
+        config = from_dict(ReproduceConfig, cli.compose("reproduce", [choice]))
+        assert config.queue.entries if group == "queue" else config.budget.name == name
+    elif group == "experiment":
+        train_config(choice)
+    else:
+        # Cross-entropy is for networks without capsules.
+        config = train_config(*["model=cnn_baseline"] * ("entropy" in choice), choice)
+        assert getattr(config, group).name == name
 
 
 def test_every_yaml_is_found():
