@@ -291,10 +291,11 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
 
 
 class Experiments:
-    """The rows and figures of the paper: the files of `configs/experiment/`."""
+    """The rows and figures of the paper: the files of `configs/experiment/`, each read once."""
 
     def __init__(self) -> None:
         self._about: dict[str, Any] = {}
+        self._composed: dict[tuple[str, ...], Any] = {}
 
     def names(self) -> list[str]:
         """Their names, in alphabetical order."""
@@ -313,7 +314,10 @@ class Experiments:
 
     def training(self, overrides: Sequence[str]) -> Any:
         """The `TrainConfig` that `capsrun train` makes of these overrides."""
-        return training_config(compose("train", overrides))
+        key = ("train", *overrides)
+        if key not in self._composed:
+            self._composed[key] = training_config(compose("train", overrides))
+        return self._composed[key]
 
     def tested(self, arguments: Sequence[str]) -> Any:
         """The `EvalConfig` of `capsrun eval …`; None for another command."""
@@ -321,7 +325,10 @@ class Experiments:
 
         if arguments[0] != "eval":
             return None
-        return from_dict(EvalConfig, compose("eval", arguments[1:]))
+        key = tuple(arguments)
+        if key not in self._composed:
+            self._composed[key] = from_dict(EvalConfig, compose("eval", arguments[1:]))
+        return self._composed[key]
 
 
 def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
