@@ -46,12 +46,12 @@ work() {
     (while sleep 150; do pack; done) >/dev/null 2>&1 &
     packing=$!
     capsrun "${queue[@]}" timing=false "minutes=$(awk "BEGIN { print $(left) / 60 }")"
-    done=$?
+    ended=$?
     kill "$packing" 2>/dev/null
     wait "$packing" 2>/dev/null
   fi
   pack
-  return "${done:-0}"
+  return "${ended:-0}"
 }
 
 work 2>&1 | tee -a "$out/log.txt"
