@@ -17,7 +17,7 @@ mkdir -p "$out" || exit
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3} budget=${BUDGET:-full} device=${DEVICE:-cuda} parallel=${PARALLEL:-3}
 queue=(reproduce queue=gpu "budget=$budget" "device=$device" "parallel=$parallel")
-deadline=$(($(date +%s) + 60 * minutes - 40)) # what is found must be packed before the time is over
+deadline=$(($(date +%s) + 60 * minutes - 60)) # what is found must be packed before the time is over
 
 capsrun() { "$python" -m capsrun "$@"; }
 left() { echo $((deadline - $(date +%s))); }

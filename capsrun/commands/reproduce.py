@@ -15,6 +15,8 @@ from capsrun.runs.jobs import Experiments, Job, JobMaker, duration
 from capsrun.runs.progress import StopRequest, stop_requests
 
 POLL_SECONDS = 0.2
+# How long a job may take to save when the time is over: one that tests its model does not look up.
+GRACE_SECONDS = 20.0
 
 
 @dataclass
@@ -58,27 +60,47 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
 def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRequest) -> Outcome:
     """Run jobs in order, as many at once as `parallel` says, each when those it needs are done."""
     outcome, running = Outcome(waiting=list(jobs)), dict[Job, subprocess.Popen]()
-    while outcome.waiting or running:
-        over = stop.asked or (deadline is not None and time.monotonic() >= deadline)
-        if over:
-            for process in running.values():
-                process.send_signal(signal.SIGTERM)  # a run saves what it has
-        ready = [job for job in outcome.waiting if all(need.finished for need in job.needs)]
-        while ready and len(running) < parallel and not over:
-            job = ready.pop(0)
-            outcome.waiting.remove(job)
-            running[job] = start(job, quiet=parallel > 1)
-        if not running:  # nothing can be begun any more
-            break
-        for job in ended(running, wait=over):
-            code = running.pop(job).returncode
-            if code == 0 and job.finished:
-                outcome.finished.append(job)
-            elif over:
-                outcome.interrupted.append(job)
-            else:
-                outcome.failed.append(job)
+    try:
+        while outcome.waiting or running:
+            late = deadline is not None and time.monotonic() >= deadline
+            if stop.asked or late:
+                end(running, GRACE_SECONDS if late else None)
+            ready = [job for job in outcome.waiting if all(need.finished for need in job.needs)]
+            while ready and len(running) < parallel and not (stop.asked or late):
+                job = ready.pop(0)
+                outcome.waiting.remove(job)
+                running[job] = start(job, quiet=parallel > 1)
+            if not running:  # nothing can be begun any more
+                break
+            time.sleep(POLL_SECONDS)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                code = running.pop(job).returncode
+                if code == 0 and job.finished:
+                    outcome.finished.append(job)
+                elif stop.asked or late:
+                    outcome.interrupted.append(job)
+                else:
+                    outcome.failed.append(job)
+    finally:
+        for process in running.values():  # after a second Ctrl-C, say
+            process.kill()
     return outcome
+
+
+def end(running: Mapping[Job, subprocess.Popen], grace_seconds: float | None) -> None:
+    """Ask jobs to save what they have and end; kill those that have not after the grace, if any.
+
+    A run that is killed loses at most what it did since its last checkpoint.
+    """
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    limit = None if grace_seconds is None else time.monotonic() + grace_seconds
+    for process in running.values():
+        try:
+            process.wait(None if limit is None else max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def start(job: Job, quiet: bool) -> subprocess.Popen:
@@ -94,16 +116,6 @@ def start(job: Job, quiet: bool) -> subprocess.Popen:
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "log.txt", "a") as log:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, process_group=0)
-
-
-def ended(running: Mapping[Job, subprocess.Popen], wait: bool) -> list[Job]:
-    """The jobs that have ended: with `wait` all of them, else as soon as there may be some."""
-    if wait:
-        for process in running.values():
-            process.wait()
-    else:
-        time.sleep(POLL_SECONDS)
-    return [job for job, process in running.items() if process.poll() is not None]
 
 
 def show_outcome(outcome: Outcome) -> None:
