@@ -70,9 +70,7 @@ def make_row(name: str, experiments: Experiments, results: Iterable[Result]) -> 
     about = experiments.about(name)
     training = experiments.training([f"experiment={name}"])
     test = experiments.tested((about.command or "train").split())
-    # The pictures of a figure are of what its run found in training.
-    dataset = None if test is None or about.group == "figures" else test.dataset
-    wanted = Wanted.of(training, dataset, about.models)
+    wanted = Wanted.of(training, None if test is None else test.dataset, about.models)
     return Row(name, about, wanted, grouped(r for r in results if wanted.fits(r)))
 
 
