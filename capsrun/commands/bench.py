@@ -70,12 +70,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         name: flops / others[f"matrix product {name}"].median_seconds / 1e9
         for name, (_, flops) in products.items()
     }
-    rows = {name: timing(task, config) for name, task in others.items()}
-    for name, rate in gflops.items():
-        rows[f"matrix product {name}"]["gflops"] = rate
-    rows["copy"]["gb_per_second"] = copied_bytes / others["copy"].median_seconds / 1e9
-    share = others["making a batch"].median_seconds / steps[variants[-1]].median_seconds
-    rows["making a batch"]["percent_of_step"] = 100 * share
+    step_seconds = steps[variants[-1]].median_seconds
     result: dict[str, Any] = {
         "command": "bench",
         **record.provenance(device, precision),
@@ -86,7 +81,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "load_before": load_before,
         "matrix_gflops": gflops,
         "steps": step_rows(config, steps, flop, gflops, first_seconds),
-        "others": rows,
+        "others": other_rows(config, others, gflops, copied_bytes, step_seconds),
         "notes": list(errors.notices),
     }
     if config.profile:
@@ -96,6 +91,26 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         result["profile"] = {"of": name} | breakdown_ms(profiled, PROFILED_STEPS, device)
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
+
+
+def other_rows(
+    config: BenchConfig,
+    others: dict[str, Task],
+    gflops: dict[str, float],
+    copied_bytes: int,
+    step_seconds: float,
+) -> dict[str, dict[str, Any]]:
+    """The figures of what is timed beside training steps.
+
+    gflops: 10⁹ a second of a large matrix product, by precision. step_seconds: of the fastest step.
+    """
+    rows = {name: timing(task, config) for name, task in others.items()}
+    for name, rate in gflops.items():
+        rows[f"matrix product {name}"]["gflops"] = rate
+    rows["copy"]["gb_per_second"] = copied_bytes / others["copy"].median_seconds / 1e9
+    share = others["making a batch"].median_seconds / step_seconds
+    rows["making a batch"]["percent_of_step"] = 100 * share
+    return rows
 
 
 def step_rows(

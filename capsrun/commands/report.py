@@ -12,7 +12,16 @@ from capsrun.runs import plots, record
 from capsrun.runs.gallery import Pictures, curves, paper_figures
 from capsrun.runs.jobs import Experiments, duration
 from capsrun.runs.page import to_html
-from capsrun.runs.results import Group, Result, Wanted, find_results, grouped, of_network, own_test
+from capsrun.runs.results import (
+    Group,
+    Result,
+    Wanted,
+    find_results,
+    grouped,
+    of_network,
+    own_test,
+    standard_error,
+)
 from capsrun.runs.tables import (
     ROWS,
     SUMMARY,
@@ -71,7 +80,10 @@ def make_row(name: str, experiments: Experiments, results: Iterable[Result]) -> 
     training = experiments.training([f"experiment={name}"])
     test = experiments.tested((about.command or "train").split())
     wanted = Wanted.of(training, None if test is None else test.dataset, about.models)
-    return Row(name, about, wanted, grouped(r for r in results if wanted.fits(r)))
+    groups = grouped(result for result in results if wanted.fits(result))
+    # The sort is stable: within both, the longest training stays first.
+    groups.sort(key=lambda group: not all(wanted.is_of_full_length(r) for r in group.results))
+    return Row(name, about, wanted, groups)
 
 
 def page(
@@ -163,7 +175,7 @@ def ablations(rows: Sequence[Row], pictures: Pictures) -> list[str]:
     reference = {how_trained(group): group for group in own[0].groups}
     lines = []
     for row in own:
-        for line, group in itertools.zip_longest(row_lines(row), by_length(row)):
+        for line, group in itertools.zip_longest(row_lines(row), row.groups):
             base = reference.get(how_trained(group)) if group else None
             line[-1] = against(group, base) if group and base and row is not own[0] else ""
             lines.append(line)
@@ -182,20 +194,15 @@ def ablations(rows: Sequence[Row], pictures: Pictures) -> list[str]:
     return parts
 
 
-def by_length(row: Row) -> list[Group]:
-    """A row's groups in the order of its lines."""
-    return sorted(row.groups, key=lambda group: not row.is_full(group))
-
-
 def against(group: Group, base: Group) -> str:
     """The difference of two means, and in standard errors where both have some seeds."""
     difference = group.mean - base.mean
-    if group.spread is None or base.spread is None:
+    error = standard_error(group, base)
+    if error is None:
         return f"{difference:+.2f}; one seed has no standard error"
-    variance = group.spread**2 / len(group.results) + base.spread**2 / len(base.results)
-    if not variance:
+    if not error:  # every seed gave the same
         return f"{difference:+.2f}"
-    return f"{difference:+.2f} ({abs(difference) / variance**0.5:.1f} standard errors)"
+    return f"{difference:+.2f} ({abs(difference) / error:.1f} standard errors)"
 
 
 def iterations(rows: Iterable[Row]) -> dict[int, Group]:

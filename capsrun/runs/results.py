@@ -218,6 +218,11 @@ class Group:
         return statistics.stdev(self.errors) if len(self.errors) > 1 else None
 
     @property
+    def variance_of_mean(self) -> float | None:
+        """s²/n; None for one seed."""
+        return None if self.spread is None else self.spread**2 / len(self.results)
+
+    @property
     def steps(self) -> list[int]:
         return [result.values["steps"] for result in self.results]
 
@@ -293,14 +298,20 @@ def one_of_each_seed(results: Sequence[Result]) -> Group:
     return Group([newest[seed] for seed in sorted(newest)], sorted(twice))
 
 
-def standard_error(group: Group, paper: Published) -> float | None:
-    """Of the difference between the means of a group and of the paper; None for one seed.
+def standard_error(group: Group, other: Group | Published) -> float | None:
+    """Of the difference between the means of a group and of another, or of what is published.
 
-    √(s²/n + s'²/n'): the paper's part is left out where it gives no spread.
+    √(s²/n + s'²/n'). The part of what is published is left out where it gives no spread; None for a
+    group of one seed.
     """
-    if group.spread is None:
-        return None
-    variance = group.spread**2 / len(group.results)
-    if paper.spread is not None and paper.trials is not None:
-        variance += paper.spread**2 / paper.trials
-    return math.sqrt(variance)
+    variances = [group.variance_of_mean, other_variance(other)]
+    return None if None in variances else math.sqrt(sum(v for v in variances if v is not None))
+
+
+def other_variance(other: Group | Published) -> float | None:
+    """The variance of a mean: 0 where a publication does not tell, None for one seed."""
+    if isinstance(other, Group):
+        return other.variance_of_mean
+    if other.spread is None or other.trials is None:
+        return 0.0
+    return other.spread**2 / other.trials

@@ -26,7 +26,7 @@ class Row:
     about: ExperimentConfig
     wanted: Wanted
     groups: Sequence[Group]
-    """The longest training first."""
+    """What has the paper's length first, then the longest training."""
 
     def is_full(self, group: Group) -> bool:
         """Whether a group was trained with the recipe and length that the experiment asks for."""
@@ -40,7 +40,7 @@ class Row:
     @property
     def best(self) -> Group | None:
         """What stands for the row: the paper's length where there is one, else the longest."""
-        return self.full or next(iter(self.groups), None)
+        return next(iter(self.groups), None)
 
     @property
     def asked(self) -> int:
@@ -183,7 +183,7 @@ def row_lines(row: Row) -> list[list[str]]:
     if not row.groups:
         return [[*head, NOT_RUN, "", "", "", ""]]
     lines = []
-    for group in sorted(row.groups, key=lambda group: not row.is_full(group)):
+    for group in row.groups:
         lines.append(
             [
                 *head,
