@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from capsrun.errors import UserError
-from capsrun.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from capsrun.runs.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
 
 
 def main(source: str, target: str) -> None:
     """Read a checkpoint file, or that of a run's folder, and write the small one."""
-    checkpoint = load_checkpoint(find_checkpoint(source, "capsrun train"))
+    checkpoint = read_checkpoint(find_checkpoint(source, "capsrun train"))
     if checkpoint["optimizer"] is not None:
         raise UserError(f"{source} is not finished: train it to its end first")
     weights = {name: tensor.half() for name, tensor in checkpoint["model"].items()}

@@ -12,7 +12,7 @@ from capsrun.models import build_model
 from capsrun.runs.checkpoint import (
     find_checkpoint,
     load_checkpoint,
-    load_model,
+    read_checkpoint,
     replacing,
     save_checkpoint,
 )
@@ -31,7 +31,7 @@ def saved(tmp_path):
 
 def test_what_is_saved_comes_back(saved):
     path, model, config = saved
-    trained = load_model(path)
+    trained = load_checkpoint(path)
     assert trained.config == config
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained.model.state_dict()[name])
@@ -45,7 +45,7 @@ def test_a_checkpoint_from_before_there_was_a_fast_way_can_be_used(tmp_path):
     del stored["compile"]
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, stored, 5, model=model.state_dict(), **REST)
-    assert load_model(path).config == config
+    assert load_checkpoint(path).config == config
 
 
 def test_names_of_the_weights_are_fixed(saved):
@@ -67,7 +67,7 @@ def test_a_truncated_checkpoint_is_refused(saved, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(UserError, match="damaged or cut short"):
-        load_checkpoint(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -84,7 +84,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
     torch.save({"format": "capsrun checkpoint 1", "model": Attack()}, zipped)
     for path in (plain, zipped):
         with pytest.raises(UserError, match="nothing in it was run"):
-            load_checkpoint(path)
+            read_checkpoint(path)
     assert not marker.exists()
     torch.load(zipped, weights_only=False)
     assert marker.exists(), "the attack itself does not work, so this test shows nothing"
@@ -97,7 +97,7 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     with pytest.raises(UserError, match=r"not a checkpoint|incomplete"):
-        load_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_weights_of_another_shape_are_refused(saved):
@@ -116,7 +116,7 @@ def test_weights_of_another_shape_are_refused(saved):
     ]:
         save_checkpoint(path, dataclasses.asdict(config), 5, model=changed, **REST)
         with pytest.raises(UserError, match=message):
-            load_model(path)
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_a_hostile_configuration_is_refused(saved, key, value):
     values["routing"][key] = value
     save_checkpoint(path, values, 5, model=model.state_dict(), **REST)
     with pytest.raises(UserError, match=r"cannot be used.*" + key):
-        load_model(path)
+        load_checkpoint(path)
 
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="make it with `capsrun train dataset=mnist`"):
         find_checkpoint(str(tmp_path / "none"), "capsrun train dataset=mnist")
     with pytest.raises(UserError, match="cannot be read"):
-        load_checkpoint(tmp_path / "none.pt")
+        read_checkpoint(tmp_path / "none.pt")
 
 
 def test_a_run_folder_stands_for_its_checkpoint(saved):

@@ -12,7 +12,7 @@ from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.cnn import CNN, CNNOutput, drop_out
-from capsrun.runs.checkpoint import load_model
+from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.training.losses import cross_entropy
 from capsrun.training.metrics import predicted_classes, score_split
 from capsrun.training.step import Trainer
@@ -238,7 +238,7 @@ def test_a_cnn_on_two_digits(tmp_path):
     result = train(config, tmp_path)
     assert result["count"] == 10_000
     assert result["almost_correct"] >= result["count"] - result["errors"]
-    trained = load_model(tmp_path / "checkpoint.pt").model
+    trained = load_checkpoint(tmp_path / "checkpoint.pt").model
     assert isinstance(trained, CNN)
     test = load_dataset(config.dataset, CPU).test
     score = score_split(trained, test, "fp32", most=500)

@@ -17,7 +17,7 @@ from capsrun.config import PerturbConfig, from_dict
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.runs import figures
-from capsrun.runs.checkpoint import load_checkpoint, load_model, save_checkpoint
+from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 
 
 def capsrun(capsys, *arguments):
@@ -173,7 +173,7 @@ def test_values_of_the_paper():
 
 
 def test_one_dimension_of_one_capsule_is_moved(tiny_run):
-    model = load_model(tiny_run / "checkpoint.pt").model
+    model = load_checkpoint(tiny_run / "checkpoint.pt").model
     image = torch.rand(1, 28, 28)
     drawn = perturbed(model, image, 7, [-0.1, 0.0, 0.2])
     assert drawn.shape == (16, 3, 1, 28, 28)
@@ -333,7 +333,7 @@ def test_digits_that_the_model_was_trained_on_are_no_test(tmp_path, capsys):
 
 
 def test_eval_says_when_a_run_is_not_finished(tiny_run, tmp_path, capsys):
-    checkpoint = load_checkpoint(tiny_run / "checkpoint.pt")
+    checkpoint = read_checkpoint(tiny_run / "checkpoint.pt")
     checkpoint["optimizer"] = {}
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     lines, result = evaluate(capsys, tmp_path, tmp_path / "out")

@@ -20,7 +20,7 @@ from capsrun.commands.perturb import perturb
 from capsrun.config import EvalConfig, PerturbConfig, ReportConfig, from_dict
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
-from capsrun.runs.checkpoint import load_model
+from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.runs.page import to_html
 from capsrun.runs.results import find_results, grouped, standard_error
 from capsrun.runs.tables import SUMMARY, measured, summary_lines, table, verdict
@@ -459,7 +459,9 @@ def test_half_precision(tmp_path, tiny_run, monkeypatch, capsys):
     runpy.run_path(str(REPOSITORY / "scripts/half_precision.py"), run_name="__main__")
     assert target.stat().st_size < 0.6 * (tiny_run / "checkpoint.pt").stat().st_size
     images = torch.rand(4, 1, 28, 28)
-    whole, half = (load_model(path).model.eval() for path in (tiny_run / "checkpoint.pt", target))
+    whole, half = (
+        load_checkpoint(path).model.eval() for path in (tiny_run / "checkpoint.pt", target)
+    )
     assert next(half.parameters()).dtype == torch.float32
     torch.testing.assert_close(half.encode(images), whole.encode(images), rtol=0, atol=2e-3)
     monkeypatch.chdir(tmp_path)
@@ -486,7 +488,7 @@ def test_half_precision_of_an_unfinished_run_is_refused(tmp_path, monkeypatch):
 @needs_results
 def test_the_committed_model_knows_digits():
     assert COMMITTED.stat().st_size < 17e6
-    trained = load_model(COMMITTED)
+    trained = load_checkpoint(COMMITTED)
     assert trained.finished
     if not MNIST_DIR.is_dir():
         pytest.skip("needs MNIST")

@@ -17,7 +17,7 @@ from capsrun.commands.train import train
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.runs import progress, record
-from capsrun.runs.checkpoint import load_checkpoint, load_model
+from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
 
 # Numbers that tell of the machine and the clock, not of the computation.
 OF_THE_MACHINE = {"images_per_second", "memory_gb", "train_seconds"}
@@ -29,7 +29,7 @@ def metrics(folder):
 
 
 def assert_same_run(folder, other):
-    ours, theirs = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
+    ours, theirs = (read_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     assert metrics(folder) == metrics(other)
@@ -49,7 +49,7 @@ def test_result(tiny_run):
         "seed": 0,
         "steps": 12,
         "count": 1000,
-        "config": load_checkpoint(tiny_run / "checkpoint.pt")["config"],
+        "config": read_checkpoint(tiny_run / "checkpoint.pt")["config"],
     }
     assert {key: result[key] for key in expected} == expected
     assert result["error_percent"] == 100 * result["errors"] / 1000
@@ -169,7 +169,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     assert "Traceback" not in errors
     assert "stopping after this step" in errors
     assert "capsrun train dataset=mnist5k" in errors.splitlines()[-1]
-    step = load_checkpoint(metrics_file.parent / "checkpoint.pt")["step"]
+    step = read_checkpoint(metrics_file.parent / "checkpoint.pt")["step"]
     assert f"after step {step:,} of 100,000" in errors
 
 
@@ -194,11 +194,13 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tiny_run, in_tmp):
     )
     assert killed.returncode == -signal.SIGKILL
     folder = in_tmp / "runs" / "run" / "seed0"
-    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 6
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 6
     finished = run_capsrun(*arguments, cwd=in_tmp)
     assert finished.returncode == 0, finished.stderr
     assert "going on after step 6 of 12" in finished.stdout
-    ours, theirs = (load_model(f / "checkpoint.pt").model.state_dict() for f in (folder, tiny_run))
+    ours, theirs = (
+        load_checkpoint(f / "checkpoint.pt").model.state_dict() for f in (folder, tiny_run)
+    )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert metrics(folder) == metrics(tiny_run)
 
@@ -292,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"after step 6: the loss is nan.*not_finite\.pt"):
         train(config, tmp_path)
     for name in ("not_finite.pt", "checkpoint.pt"):
-        state = load_checkpoint(tmp_path / name)
+        state = read_checkpoint(tmp_path / name)
         assert state["step"] == 6
         assert all(value.isfinite().all() for value in state["model"].values()), name
     assert not (tmp_path / "result.json").exists()
@@ -347,7 +349,7 @@ def test_epochs_count_the_training_images(tmp_path):
 
 def test_seeds_differ(tiny_run, tmp_path):
     train(train_config(*TINY, "seed=1"), tmp_path)
-    ours, theirs = (load_model(f / "checkpoint.pt").model for f in (tmp_path, tiny_run))
+    ours, theirs = (load_checkpoint(f / "checkpoint.pt").model for f in (tmp_path, tiny_run))
     assert not torch.equal(ours.conv1.weight, theirs.conv1.weight)
 
 
@@ -412,4 +414,4 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(in_tmp, monkeypatch, 
     assert main(["train", *TINY, "name=full", "record.checkpoint_every_seconds=0"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     folder = in_tmp / "runs" / "full" / "seed0"
-    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 2
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 2

@@ -21,7 +21,7 @@ from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.runs import figures, scores
-from capsrun.runs.checkpoint import check_dataset, load_checkpoint, load_model
+from capsrun.runs.checkpoint import check_dataset, load_checkpoint, read_checkpoint
 from capsrun.runs.scores import in_colours
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import score_split
@@ -95,7 +95,7 @@ def test_both_digits_are_in_the_loss():
 
 
 def test_an_image_is_right_only_if_both_digits_are_found(pairs_run):
-    model = load_model(pairs_run / "checkpoint.pt").model
+    model = load_checkpoint(pairs_run / "checkpoint.pt").model
     config = train_config(*PAIRS)
     test = load_dataset(config.dataset, CPU).test
     score = score_split(model, test, "fp32", most=400)
@@ -110,7 +110,7 @@ def test_an_image_is_right_only_if_both_digits_are_found(pairs_run):
 
 @pytest.mark.parametrize("mask", ["label", "longest"])
 def test_reconstructions_are_compared_class_by_class(pairs_run, mask):
-    model = load_model(pairs_run / "checkpoint.pt").model.eval()
+    model = load_checkpoint(pairs_run / "checkpoint.pt").model.eval()
     test = load_dataset(train_config(*PAIRS).dataset, CPU).test
     score = score_split(model, test, "fp32", mask, most=50)
     batch = test.batch(torch.arange(50))
@@ -131,7 +131,7 @@ def test_reconstructions_are_compared_class_by_class(pairs_run, mask):
 def test_an_ensemble_averages_the_lengths(pairs_run, tmp_path, capsys):
     other = tmp_path / "seed1"
     train(train_config(*PAIRS, "seed=1"), other)
-    models = [load_model(f / "checkpoint.pt").model for f in (pairs_run, other)]
+    models = [load_checkpoint(f / "checkpoint.pt").model for f in (pairs_run, other)]
     test = load_dataset(train_config(*PAIRS).dataset, CPU).test
     score = score_split(models, test, "fp32", most=100)
     images = test.batch(torch.arange(100)).images_BCHW
@@ -200,7 +200,7 @@ def watch_reconstructions(monkeypatch):
 
 def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
     """Where label and prediction share a class it is drawn in the same place."""
-    model = load_model(pairs_run / "checkpoint.pt").model
+    model = load_checkpoint(pairs_run / "checkpoint.pt").model
     test = load_dataset(train_config(*PAIRS).dataset, CPU).test
     score = score_split(model, test, "fp32", most=300)
     asked = watch_reconstructions(monkeypatch)
@@ -217,7 +217,7 @@ def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
 
 
 def test_a_digit_that_is_not_there_is_neither_label_nor_prediction(pairs_run, monkeypatch):
-    model = load_model(pairs_run / "checkpoint.pt").model
+    model = load_checkpoint(pairs_run / "checkpoint.pt").model
     test = load_dataset(train_config(*PAIRS).dataset, CPU).test
     score = score_split(model, test, "fp32", most=16)
     asked = watch_reconstructions(monkeypatch)
@@ -399,7 +399,7 @@ def test_a_run_stops_at_the_first_evaluation_that_reaches_its_target(tmp_path, m
     assert "test accuracy 99.00 % reached after 6 steps" in lines
     expected = "stopped after 6 steps (0.02 epochs), which reached 99 % on the test images"
     assert lines[-2] == expected
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
 
 
 def test_a_target_that_is_not_reached_is_said(tmp_path, monkeypatch):
@@ -482,7 +482,7 @@ def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run,
     folder = tmp_path / "seed0"
     shutil.copytree(tiny_run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
     later = ["trained_by", "digits", "source", "test", "flip", "brightness", "contrast"]
     for values in (config, checkpoint["config"]):
         for key in [*later, "standardise"]:
@@ -490,7 +490,7 @@ def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run,
         del values["stop"], values["model"]["padding"], values["record"]["evaluate_images"]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     torch.save(checkpoint, folder / "checkpoint.pt")
-    assert load_model(folder / "checkpoint.pt").config.dataset.digits == 1
+    assert load_checkpoint(folder / "checkpoint.pt").config.dataset.digits == 1
     train(train_config(*TINY, "name=run"), folder)
     assert "is finished already" in capsys.readouterr().out
     train(train_config(*TINY, "name=run", "dataset.trained_by=capsnet-mine"), folder)

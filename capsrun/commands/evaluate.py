@@ -17,7 +17,7 @@ from capsrun.runs.checkpoint import (
     Trained,
     check_dataset,
     find_checkpoint,
-    load_model,
+    load_checkpoint,
     output_folder,
 )
 from capsrun.runs.progress import bar
@@ -88,7 +88,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
 
 def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
     """The models of some checkpoints. Raises UserError for what they cannot do (together)."""
-    ensemble = [load_model(path) for path in paths]
+    ensemble = [load_checkpoint(path) for path in paths]
     first = ensemble[0]
     for member in ensemble:
         check_dataset(config.dataset, member.config, config.split)

@@ -21,7 +21,7 @@ from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import check_dataset, load_model, output_folder
+from capsrun.runs.checkpoint import check_dataset, load_checkpoint, output_folder
 from capsrun.runs.scores import displayed
 from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import resolve_device, to_device
@@ -53,7 +53,7 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     """
     values = sweep_values(config.perturb)
     device = resolve_device(config.device)
-    trained = load_model(checkpoint)
+    trained = load_checkpoint(checkpoint)
     model = trained.model
     if not isinstance(model, CapsNet):
         raise UserError(

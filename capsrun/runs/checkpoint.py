@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
         torch.save({"format": FORMAT, "config": config, "step": step, **state}, temporary)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
     Raises UserError for a file that is missing, damaged or not a capsrun checkpoint. A file that
@@ -94,12 +94,12 @@ def output_folder(checkpoint: Path, runs_dir: str) -> Path:
     return Path(runs_dir) / checkpoint.stem
 
 
-def load_model(path: Path) -> Trained:
+def load_checkpoint(path: Path) -> Trained:
     """Rebuild the trained model of a checkpoint on the CPU.
 
     Raises UserError when the checkpoint cannot be used.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     try:
         config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
         model = build_model(config.model, config.routing, config.dataset)

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 import capsrun
 from capsrun.config import differing_keys, with_later_settings
 from capsrun.errors import UserError
-from capsrun.runs.checkpoint import FILE_NAME, load_checkpoint, replacing
+from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint, replacing
 
 # Settings that do not change what a run computes: they may differ when it is resumed.
 FREE_KEYS = (
@@ -131,7 +131,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             return None
         try:
-            checkpoint = load_checkpoint(self.checkpoint)
+            checkpoint = read_checkpoint(self.checkpoint)
         except UserError as error:
             raise UserError(f"{error}; delete it to train from the start") from error
         if not {"precision", "metrics_bytes"} <= checkpoint.keys():
