@@ -284,10 +284,25 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    if GlobalHydra.instance().is_initialized():  # a command asks for another one's configuration
-        return hydra.compose(config_name=name, overrides=list(overrides))
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-        return hydra.compose(config_name=name, overrides=list(overrides))
+    # A command asks for another one's configuration, or a program with a Hydra of its own for ours.
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
+            return hydra.compose(config_name=name, overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def compose_checked(name: str, overrides: Sequence[str] = ()) -> Any:
+    """Compose as `compose` does. Raises UserError, one sentence, for a mistake in the overrides."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(describe_hydra_error(error, name, overrides)) from error
 
 
 class Experiments:

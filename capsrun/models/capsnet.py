@@ -51,7 +51,22 @@ class CapsNet(nn.Module):
     """The network of §4, in the authors' variant or the paper's, as `config` and `routing` say.
 
     Takes square images of `image_px` pixels with `channels` channels and tells `classes` classes
-    apart. Raises ValueError when the image is too small for the two convolutions.
+    apart. A call takes images (B, C, H, W) with pixels in [0, 1] and, for reconstructions, the
+    labels (B, T) whose capsules are to be drawn; see `forward` and `CapsNetOutput`.
+    config, routing: of `capsrun.training_config(…)`; every value and its source in the paper is in
+    `configs/model/capsnet.yaml`. Weights are drawn from torch's global generator.
+    Raises ValueError when the image is too small for the two convolutions.
+
+    >>> import capsrun, torch
+    >>> config = capsrun.training_config()
+    >>> model = capsrun.CapsNet(config.model, config.routing, image_px=28)
+    >>> sum(weights.numel() for weights in model.parameters())
+    8215728
+    >>> output = model(torch.rand(2, 1, 28, 28), labels_BT=torch.tensor([[3], [5]]))
+    >>> output.lengths_BJ.shape, output.capsules_BJD.shape
+    (torch.Size([2, 10]), torch.Size([2, 10, 16]))
+    >>> output.reconstructions_BTCHW.shape
+    torch.Size([2, 1, 1, 28, 28])
     """
 
     fast = False
@@ -206,8 +221,9 @@ class CapsNet(nn.Module):
 
     def _route_plainly(self, poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
         """Votes and routing as the functions of `routing.py`."""
-        on_cpu = poses_BIK.device.type == "cpu"
-        pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if on_cpu else [poses_BIK]
+        # An exported program is for batches of any size, so it cannot count on a number of pieces.
+        in_pieces = poses_BIK.device.type == "cpu" and not torch.compiler.is_exporting()
+        pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if in_pieces else [poses_BIK]
         capsules: list[Tensor] = []
         histories: list[list[RoutingIteration]] = []
         for piece_BIK in pieces:

@@ -27,6 +27,13 @@ def squash(poses: Tensor) -> Tensor:
 
     Paper: Eq. 1 divides 0 by 0 at s = 0. Written as s · ‖s‖/(1+‖s‖²) it is 0 there, and so is its
     gradient (the true limit), with no epsilon that would change the values elsewhere.
+
+    >>> import capsrun, torch
+    >>> v = capsrun.squash(torch.tensor([3.0, 4.0]))  # ‖s‖ = 5, so ‖v‖ = 25/26
+    >>> v * 26
+    tensor([15., 20.])
+    >>> capsrun.squash(torch.zeros(2))
+    tensor([0., 0.])
     """
     norm = torch.linalg.vector_norm(poses, dim=-1, keepdim=True)
     return poses * (norm / (1 + norm.square()))
@@ -36,6 +43,12 @@ def capsule_votes(inputs_BIK: Tensor, weights_IKJD: Tensor) -> Tensor:
     """Predict each output capsule from each input capsule: û_j|i = W_ij u_i (Eq. 2).
 
     Takes the input capsules u (B, I, K) and the weights W (I, K, J, D); returns votes (B, I, J, D).
+
+    >>> import capsrun, torch
+    >>> u = torch.tensor([[[1.0, 2.0]]])  # one image, one input capsule of dimension 2
+    >>> W = torch.tensor([[[[1.0, 0.0]], [[0.0, 10.0]]]])  # one output capsule of dimension 2
+    >>> capsrun.capsule_votes(u, W)
+    tensor([[[[ 1., 20.]]]])
     """
     outputs, dimensions = weights_IKJD.shape[2:]
     votes_IBN = torch.bmm(inputs_BIK.transpose(0, 1), weights_IKJD.flatten(2))
@@ -50,6 +63,13 @@ def coupling_coefficients(logits_BIJ: Tensor, leaky: bool = False) -> Tensor:
 
     Takes and returns (B, I, J). With `leaky`, a zero logit joins the softmax as a "none of these"
     output and is then dropped, so that the shares of an input capsule add up to less than 1.
+
+    >>> import capsrun, torch
+    >>> logits = torch.zeros(1, 1, 4)  # one image, one input and four output capsules
+    >>> capsrun.coupling_coefficients(logits)
+    tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    >>> capsrun.coupling_coefficients(logits, leaky=True)
+    tensor([[[0.2000, 0.2000, 0.2000, 0.2000]]])
     """
     if not leaky:
         return logits_BIJ.softmax(dim=2)
@@ -76,6 +96,23 @@ def route(
     history: a list to which each iteration appends what it computed, without gradients; it changes
     no result.
     Raises ValueError unless iterations ≥ 1.
+
+    Two input capsules that agree about the first output capsule and not about the second. With one
+    iteration s₀ = ½·(3, 4) + ½·(3, 4) has length 5 and s₁ = 0; each further one gives more of both
+    votes to the first:
+
+    >>> import capsrun, torch
+    >>> votes = torch.tensor([[[[3.0, 4.0], [3.0, 4.0]], [[3.0, 4.0], [-3.0, -4.0]]]])
+    >>> v = capsrun.route(votes, bias_JD=None, iterations=1)
+    >>> v * 26  # squashed from length 5 to 25/26
+    tensor([[[15., 20.],
+             [ 0.,  0.]]])
+    >>> history = []
+    >>> v = capsrun.route(votes, bias_JD=None, iterations=3, history=history)
+    >>> [round(float(step.couplings_BIJ[0, 0, 0]), 4) for step in history]
+    [0.5, 0.9919, 0.9999]
+    >>> torch.linalg.vector_norm(v, dim=2)
+    tensor([[0.9901, 0.0000]])
     """
     if iterations < 1:
         raise ValueError(f"routing needs at least 1 iteration, not {iterations}")

@@ -18,13 +18,16 @@ FILE_NAME = "checkpoint.pt"
 
 
 class Trained(NamedTuple):
-    """A model from a checkpoint, on the CPU, and the run that made it."""
+    """A model from a checkpoint, and the run that made it."""
 
     model: Model
     config: TrainConfig
+    """The settings of the run: `config.routing.iterations`, `config.dataset.name`, …."""
     step: int
+    """How many updates the run had made."""
     train_seconds: float
     finished: bool
+    """Whether these were all that the run was to make."""
 
 
 @contextlib.contextmanager
@@ -77,14 +80,18 @@ def find_checkpoint(path: str, train_command: str) -> Path:
 
     train_command: what makes it, for the message of the UserError when there is none.
     """
-    found = Path(path).expanduser()
-    if found.is_dir():
-        found = found / FILE_NAME
+    found = checkpoint_file(path)
     if not found.is_file():
         raise UserError(
             f"there is no checkpoint {found}; make it with `{train_command}`, or say checkpoint=…"
         )
     return found
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant by a file or a run's folder, whether or not it is there."""
+    meant = Path(path).expanduser()
+    return meant / FILE_NAME if meant.is_dir() else meant
 
 
 def output_folder(checkpoint: Path, runs_dir: str) -> Path:
@@ -94,18 +101,30 @@ def output_folder(checkpoint: Path, runs_dir: str) -> Path:
     return Path(runs_dir) / checkpoint.stem
 
 
-def load_checkpoint(path: Path) -> Trained:
-    """Rebuild the trained model of a checkpoint on the CPU.
+def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Trained:
+    """Rebuild the trained model of a checkpoint, ready to be used, with the settings of its run.
 
-    Raises UserError when the checkpoint cannot be used.
+    path: a checkpoint file, or the folder of a run. device: as PyTorch names it.
+    Nothing in the file is run. Raises UserError when the checkpoint cannot be used.
+
+    >>> import capsrun
+    >>> trained = capsrun.load_checkpoint("results/capsnet-mnist.pt")
+    >>> trained.step, trained.config.dataset.name, trained.config.routing.iterations
+    (4688, 'mnist', 3)
+    >>> digits = capsrun.load_dataset("mnist5k")
+    >>> batch = digits.test.batch(digits.test.indices(0, 5))
+    >>> trained.model(batch.images_BCHW).lengths_BJ.argmax(1).equal(batch.labels_BT[:, 0])
+    True
     """
-    checkpoint = read_checkpoint(path)
+    file = checkpoint_file(path)
+    checkpoint = read_checkpoint(file)
     try:
         config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
-        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
-    load_weights(model, checkpoint["model"], path)
+        raise UserError(f"checkpoint {file} cannot be used: {error}") from error
+    load_weights(model, checkpoint["model"], file)
+    model.to(device).eval()
     finished = checkpoint["optimizer"] is None
     return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
 

@@ -33,6 +33,13 @@ def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig
 
     lengths_BJ: ‖v_k‖. present_BJ: T_k, boolean; more than one class may be present. Over classes
     the loss is summed (the text) or averaged (authors' code), times `config.margin_factor`.
+
+    >>> import capsrun, torch
+    >>> config = capsrun.training_config("loss=paper").loss  # m⁺ = 0.9, m⁻ = 0.1, λ = 0.5, summed
+    >>> lengths = torch.tensor([[0.4, 0.0, 0.3]])
+    >>> present = torch.tensor([[True, False, False]])
+    >>> capsrun.margin_loss(lengths, present, config)  # (0.9 − 0.4)² + 0 + 0.5 · (0.3 − 0.1)²
+    tensor(0.2700)
     """
     missed = F.relu(config.margin_present - lengths_BJ).square()
     invented = F.relu(lengths_BJ - config.margin_absent).square()

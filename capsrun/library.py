@@ -1,0 +1,67 @@
+"""For use from Python: the values of `configs/`, and the data sets by name.
+
+The code has no values of its own, so whoever makes a network asks for those that `capsrun train`
+would take, changes what is to be another, and hands them over.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from capsrun import cli
+from capsrun import data as data_sets
+from capsrun.config import DataConfig, DatasetConfig, TrainConfig, from_dict
+from capsrun.errors import UserError
+
+if TYPE_CHECKING:
+    from capsrun.data import Dataset
+
+
+def training_config(*overrides: str) -> TrainConfig:
+    """The settings of `capsrun train` with these overrides: `config.model`, `config.loss`, ….
+
+    Raises UserError for what the command would refuse, too.
+
+    >>> import capsrun
+    >>> config = capsrun.training_config("dataset=mnist5k", "routing.iterations=1")
+    >>> config.routing
+    RoutingConfig(iterations=1, leaky=False, detach=False)
+    >>> config.model.primary_types, config.model.decoder_widths
+    (32, [512, 1024])
+    >>> capsrun.training_config("iterations=1")
+    Traceback (most recent call last):
+        ...
+    capsrun.errors.UserError: there is no setting 'iterations', did you mean ...
+    """
+    return cli.training_config(cli.compose_checked("train", overrides))
+
+
+def load_dataset(
+    dataset: str | DatasetConfig, *overrides: str, device: str | torch.device = "cpu"
+) -> "Dataset":
+    """Find (or download), verify and split a data set, and move it to the device.
+
+    dataset: a name of `configs/dataset/`, with `overrides` such as `"dataset.validation=500"`; or
+    the `dataset` of a configuration. Files are looked for where the commands look: in `data/`, or
+    in the folder that the environment variable CAPSRUN_DATA names.
+
+    The splits `train`, `validation` and `test` give batches by index: images with pixels in [0, 1]
+    and shape (B, C, H, W), and the labels (B, T) of the T digits in each.
+    Raises UserError when there is no such data set, it cannot be had, or is damaged.
+
+    >>> import capsrun
+    >>> digits = capsrun.load_dataset("mnist5k")
+    >>> len(digits.train), len(digits.test)
+    (4000, 1000)
+    >>> batch = digits.test.batch(digits.test.indices(0, 3))
+    >>> batch.images_BCHW.shape
+    torch.Size([3, 1, 28, 28])
+    >>> batch.labels_BT.shape
+    torch.Size([3, 1])
+    """
+    if isinstance(dataset, str):
+        composed = cli.compose_checked("data", [f"dataset={dataset}", *overrides])
+        dataset = from_dict(DataConfig, composed).dataset
+    elif overrides:
+        raise UserError("overrides go with the name of a data set; a configuration has its values")
+    return data_sets.load_dataset(dataset, torch.device(device))
