@@ -81,6 +81,16 @@ def run_perturb(cfg: Any, overrides: list[str]) -> None:
     perturb(config, checkpoint_of(config))
 
 
+def run_export(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import ExportConfig, from_dict
+
+    config = from_dict(ExportConfig, cfg)
+
+    from capsrun.commands.export import export
+
+    export(config, checkpoint_of(config))
+
+
 def run_data(cfg: Any, overrides: list[str]) -> None:
     from capsrun.config import DataConfig, from_dict
 
@@ -142,6 +152,11 @@ COMMANDS = {
         run_perturb,
         "move each dimension of a capsule and draw what comes out",
         "capsrun perturb perturb.digit=5",
+    ),
+    "export": Command(
+        run_export,
+        "write a trained model as ONNX and for torch.export, checked",
+        "capsrun export dataset=mnist",
     ),
     "data": Command(
         run_data,
@@ -438,7 +453,7 @@ def run_name(config: Any, overrides: Iterable[str]) -> str:
 
 
 def checkpoint_of(config: Any) -> Path:
-    """The checkpoint file that eval and perturb are to use; see `find_checkpoint`."""
+    """The checkpoint file that eval, perturb and export are to use; see `find_checkpoint`."""
     from capsrun.runs.checkpoint import find_checkpoint, train_command
 
     train = train_command(config.dataset)

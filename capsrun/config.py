@@ -275,6 +275,19 @@ class PerturbConfig:
 
 
 @dataclass(kw_only=True)
+class ExportConfig:
+    """Everything that `capsrun export` needs; the model comes from the checkpoint."""
+
+    checkpoint: str
+    seed: int = setting(minimum=0, maximum=2**63 - 1)
+    runs_dir: str
+    out_dir: str | None
+    format: str = setting(choices=("onnx", "torch", "all"))
+    dataset: DatasetConfig
+    """Of it only what tells which run's checkpoint is the default."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Everything that `capsrun data` needs."""
 

@@ -59,10 +59,12 @@ class Score:
 
 def predicted_classes(scores_BJ: Tensor, digits: int) -> Tensor:
     """The classes (B, T) with the highest scores, in rising order; of equals the lower one."""
-    if digits == 1:
-        return scores_BJ.argmax(1, keepdim=True)
-    ranked_BJ = scores_BJ.argsort(dim=1, descending=True, stable=True)
-    return ranked_BJ[:, :digits].sort(dim=1).values
+    # Not by a stable sort, which ONNX does not have. Of equals argmax takes the first.
+    found = []
+    for _ in range(digits):
+        found.append(scores_BJ.argmax(1, keepdim=True))
+        scores_BJ = scores_BJ.scatter(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=1).sort(dim=1).values
 
 
 @torch.inference_mode()
