@@ -1,0 +1,236 @@
+"""capsrun export: the files compute what the model does, and others are not kept."""
+
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, train_config
+
+from capsrun import cli
+from capsrun.commands import export as exporting
+from capsrun.commands.export import FORMATS, Exportable, export_program, write_checked
+from capsrun.errors import UserError
+from capsrun.models import build_model
+
+HAS_ONNX = all(importlib.util.find_spec(package) for package in FORMATS["onnx"].packages)
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="no onnx, onnxscript and onnxruntime here")
+
+PACKAGE = str(Path(exporting.__file__).parent.parent).encode()
+
+NARROW = TINY[1:4]
+KINDS = {
+    "capsnet": [*TINY],
+    "leaky": [*TINY, "routing.leaky=true", "model.padding=same", "model.reconstruction=false"],
+    "two-digits": [*NARROW, "dataset=multimnist", "model.digit_bias=false"],
+    "photos": [*NARROW, "dataset=cifar10", "model=capsnet_cifar10", "model.reconstruction=true"],
+    "cnn": ["dataset=mnist5k", "model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[16]"],
+}
+OUTPUTS = {
+    "capsnet": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (1, 1, 28, 28)},
+    "leaky": {"lengths": (10,), "capsules": (10, 16)},
+    "two-digits": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (2, 1, 36, 36)},
+    "photos": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (1, 3, 24, 24)},
+    "cnn": {"probabilities": (10,)},
+}
+
+
+def exportable(kind: str, seed: int = 0) -> Exportable:
+    """A network with weights so large that its outputs differ from image to image."""
+    config = train_config(*KINDS[kind])
+    model = build_model(config.model, config.routing, config.dataset, seed)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights *= 1.5 if kind == "cnn" else 3
+    dataset = config.dataset
+    return Exportable(model.eval(), dataset.digits, dataset.standardise).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """A network of each kind and its program, traced once."""
+    made = {}
+
+    def make(kind: str):
+        if kind not in made:
+            model = exportable(kind)
+            made[kind] = model, export_program(model)
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("format_name", ["torch", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_give_what_the_model_gives_for_batches_of_any_size(
+    exported, kind, format_name, tmp_path
+):
+    model, program = exported(kind)
+    path = tmp_path / FORMATS[format_name].file_name
+    assert write_checked(FORMATS[format_name], program, model, path) < 1e-5
+    assert list(tmp_path.iterdir()) == [path]
+    run = FORMATS[format_name].load(path)
+    for batch in (1, 3, 9, 17):
+        pixels = torch.rand(
+            batch, *model.example(1).shape[1:], generator=torch.Generator().manual_seed(100 + batch)
+        )
+        ours, theirs = model(pixels), run(pixels)
+        shapes = {name: (batch, *shape) for name, shape in OUTPUTS[kind].items()}
+        assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes
+        for name in shapes:
+            torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
+            # Equal outputs of different images would say little.
+            assert batch == 1 or (ours[name][0] - ours[name][1]).abs().max() > 1e-3, name
+
+
+def test_reconstructions_are_of_the_longest_capsules(exported):
+    model, _ = exported("two-digits")
+    outputs = model(model.example(4))
+    longest = outputs["lengths"].topk(2).indices.sort(1).values
+    drawn = model.model.decode_all(outputs["capsules"], longest)
+    assert torch.equal(outputs["reconstructions"], drawn)
+
+
+def test_the_exported_model_standardises_pixels_itself(exported):
+    model, _ = exported("photos")
+    pixels = model.example(3)
+    lengths = model(pixels)["lengths"]
+    torch.testing.assert_close(model(pixels / 2)["lengths"], lengths)
+    assert (model.model(pixels).lengths_BJ - lengths).abs().max() > 1e-3
+
+
+def test_what_computes_something_else_is_not_kept(exported, tmp_path):
+    _, program = exported("capsnet")
+    path = tmp_path / "model"
+    path.write_text("the one before")
+    with pytest.raises(UserError, match="was not kept"):
+        write_checked(FORMATS["torch"], program, exportable("capsnet", seed=1), path)
+    assert path.read_text() == "the one before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_small_difference_and_a_nan_are_found(exported):
+    model, _ = exported("capsnet")
+    pixels = model.example(3)
+
+    def changed(name, change):
+        def run(pixels):
+            outputs = model(pixels)
+            outputs[name] = change(outputs[name])
+            return outputs
+
+        return exporting.largest_difference(model, run, pixels)
+
+    assert changed("lengths", lambda tensor: tensor) == 0
+    assert changed("capsules", lambda tensor: tensor + 1e-3) == pytest.approx(1e-3, rel=1e-3)
+    assert changed("reconstructions", lambda tensor: tensor[:1]) == float("inf")
+    difference = changed("capsules", lambda tensor: tensor * torch.nan)
+    assert not difference <= exporting.MOST_DIFFERENCE
+
+
+@needs_onnx
+def test_weights_that_no_onnx_file_holds_are_refused(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
+    model, program = exported("capsnet")
+    with pytest.raises(UserError, match="format=torch"):
+        write_checked(FORMATS["onnx"], program, model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_before_any_work(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    arguments = ["export", f"checkpoint={tiny_run}", f"out_dir={tmp_path / 'out'}"]
+    for chosen in ([], ["format=onnx"]):
+        assert cli.main([*arguments, *chosen]) == 2
+        message = capsys.readouterr().err
+        assert "onnxscript" in message
+        assert "pip install 'capsrun[export]'" in message
+        assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["format=tensorflow"], "one of: onnx, torch, all"),
+        (["format=torch", "checkpoint=nowhere"], "there is no checkpoint nowhere"),
+        (["format=torch", "dataset=multimnist"], "`capsrun train dataset=multimnist"),
+        (["format=torch", "routing.iterations=1"], "no setting"),
+    ],
+)
+def test_mistakes(in_tmp, capsys, arguments, part):
+    assert cli.main(["export", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert part in message
+    assert message.count("\n") == 1
+    assert not list(in_tmp.iterdir())
+
+
+def in_python(lines: list[str], file_name: str) -> str:
+    """The lines of Python that export prints for a file."""
+    start = lines.index(f"{file_name} in Python:") + 1
+    indented = [line.startswith("    ") for line in lines[start:]] + [False]
+    return "\n".join(line.strip() for line in lines[start : start + indented.index(False)])
+
+
+@needs_onnx
+def test_the_command_leaves_files_and_says_how_to_use_them(tiny_run, tmp_path, capfd):
+    import onnx
+
+    out = tmp_path / "out"
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(["export", f"checkpoint={tiny_run}", f"out_dir={out}"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert logging.root.manager.disable == level
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "model.pt2", "export.json"}
+    for path in out.glob("model.*"):
+        assert PACKAGE not in path.read_bytes()  # files to be shared name no folder of this machine
+
+    told = json.loads((out / "export.json").read_text())
+    assert told["input"]["shape"] == ["batch", 1, 28, 28]
+    assert told["outputs"]["reconstructions"]["shape"] == ["batch", 1, 1, 28, 28]
+    assert told["versions"]["onnx"]
+    for name, file in told["files"].items():
+        assert file["bytes"] == (out / name).stat().st_size
+        assert file["largest_difference"] < 1e-5
+
+    graph = onnx.load(out / "model.onnx").graph
+    assert [tensor.name for tensor in graph.input] == ["pixels"]
+    assert [tensor.name for tensor in graph.output] == list(told["outputs"])
+    for tensor in [*graph.input, *graph.output]:
+        assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+    lines = captured.out.splitlines()
+    pixels = torch.rand(4, 1, 28, 28)
+    by_onnx, by_torch = {"pixels": pixels.numpy()}, {"pixels": pixels}
+    exec(in_python(lines, "model.onnx"), by_onnx)
+    exec(in_python(lines, "model.pt2"), by_torch)
+    for name in ("lengths", "capsules", "reconstructions"):
+        torch.testing.assert_close(
+            torch.from_numpy(by_onnx[name]), by_torch["outputs"][name], rtol=0, atol=1e-5
+        )
+
+
+def test_the_program_works_without_capsrun_from_the_folder_of_the_run(
+    tiny_run, in_tmp, monkeypatch, capsys
+):
+    run = in_tmp / "runs" / "mnist5k-capsnet-quick" / "seed0"
+    run.mkdir(parents=True)
+    shutil.copy(tiny_run / "checkpoint.pt", run)
+    assert cli.main(["export", "dataset=mnist5k", "format=torch"]) == 0
+    code = in_python(capsys.readouterr().out.splitlines(), "model.pt2")
+    assert [path.name for path in (run / "export").glob("model.*")] == ["model.pt2"]
+    for name in [name for name in sys.modules if name.split(".")[0] == "capsrun"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    names = {"pixels": torch.zeros(5, 1, 28, 28)}
+    exec(code, names)
+    assert names["outputs"]["lengths"].shape == (5, 10)
+    assert not names["outputs"]["lengths"].requires_grad
