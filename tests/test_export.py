@@ -17,6 +17,7 @@ from capsrun.commands import export as exporting
 from capsrun.commands.export import FORMATS, Exportable, export_program, write_checked
 from capsrun.errors import UserError
 from capsrun.models import build_model
+from capsrun.training.step import to_device
 
 HAS_ONNX = all(importlib.util.find_spec(package) for package in FORMATS["onnx"].packages)
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="no onnx, onnxscript and onnxruntime here")
@@ -102,6 +103,16 @@ def test_the_exported_model_standardises_pixels_itself(exported):
     lengths = model(pixels)["lengths"]
     torch.testing.assert_close(model(pixels / 2)["lengths"], lengths)
     assert (model.model(pixels).lengths_BJ - lengths).abs().max() > 1e-3
+
+
+def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
+    model = exportable("capsnet")
+    plain = model(model.example(9))
+    to_device(model.model, torch.device("cpu"), fast=True)
+    assert model.model.fast
+    outputs = export_program(model).module()(model.example(9))
+    for name, tensor in plain.items():
+        assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_what_computes_something_else_is_not_kept(exported, tmp_path):

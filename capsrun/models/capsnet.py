@@ -160,7 +160,8 @@ class CapsNet(nn.Module):
             maps = F.pad(self.conv1(F.pad(seen_BCHW, 2 * self._conv1_pads)), 2 * self._primary_pads)
         else:
             maps = self.conv1(seen_BCHW)
-        if self.fast and maps.device.type == "cpu":
+        # What is exported consists of PyTorch's operations only.
+        if self.fast and maps.device.type == "cpu" and not torch.compiler.is_exporting():
             maps = relu_strided_conv2d(maps, self.primarycaps.weight, stride=2)
         else:
             maps = F.conv2d(F.relu(maps), self.primarycaps.weight, stride=2)
@@ -211,6 +212,8 @@ class CapsNet(nn.Module):
         """Votes and routing as one function, where there is one for the device."""
         if self.routing.detach:
             return None  # a gradient that only the plain functions can leave out
+        if torch.compiler.is_exporting():
+            return None
         if self.fast and device.type == "cpu":
             return routing_cpu.route_fused
         if self.fast and self.triton:
