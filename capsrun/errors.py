@@ -1,6 +1,10 @@
 """How mistakes and remarks reach the user."""
 
+import difflib
 import sys
+from collections.abc import Iterable
+
+from capsrun.terminal import YELLOW, styled
 
 
 class UserError(Exception):
@@ -34,4 +38,13 @@ def notice(message: str) -> None:
     """Tell the user something that they need not act upon, once a process."""
     if message not in notices:
         notices.append(message)
-        print(f"note: {message}", file=sys.stderr)
+        print(f"{styled('note:', YELLOW, sys.stderr)} {message}", file=sys.stderr)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint such as `, did you mean 'seed'?`, or nothing when no known word is like this one."""
+    known = list(known)
+    # `iterations` is most likely meant for `routing.iterations`.
+    ending = [name for name in known if name.endswith("." + word)]
+    close = ending or difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

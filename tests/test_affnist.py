@@ -319,7 +319,7 @@ def server(monkeypatch):
 def test_an_interrupted_download_goes_on(folder, digits, server, with_ranges, capsys):
     server.content = zipped(**{"test.mat": mat(struct(*digits))})
     server.break_after, server.with_ranges = len(server.content) // 3, with_ranges
-    with pytest.raises(UserError, match="bytes are kept: the same command goes on"):
+    with pytest.raises(UserError, match="are kept: the same command goes on"):
         load()
     assert (folder / "test.mat.zip.part").stat().st_size == server.break_after
     assert not (folder / "test.mat.zip").exists()

@@ -135,7 +135,7 @@ def test_damaged_compressed_files_are_refused_by_name(small_mnist, damage):
 
 def test_a_decompression_bomb_is_refused(small_mnist, monkeypatch):
     monkeypatch.setattr("capsrun.data.files.MAX_FILE_BYTES", 1000)
-    with pytest.raises(UserError, match="more than 1000 bytes"):
+    with pytest.raises(UserError, match=r"more than 1\.0 kB"):
         load_mnist()
 
 

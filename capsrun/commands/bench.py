@@ -55,7 +55,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     others |= routing_tasks(config, device)
     others["making a batch"] = Task(tasks.batches_alone(config, device))
     everything = steps | others
-    first_seconds = {n: warm_up(t, config.turn_seconds, device) for n, t in everything.items()}
+    first_seconds = {
+        name: warm_up(task, config.turn_seconds, device)
+        for name, task in bar(everything.items(), "task", "building")
+    }
     time_in_turns(everything, config.rounds, device, bar)
     others["testing"] = Task(tasks.testing(config, device, precision))
     warm_up(others["testing"], config.turn_seconds, device)

@@ -16,6 +16,7 @@ from capsrun.data.splits import OfDigits
 from capsrun.runs import figures, record
 from capsrun.runs.progress import bar
 from capsrun.runs.scores import displayed, in_colours
+from capsrun.terminal import duration
 
 AT_ONCE = 2000
 # Test images among which those of each class are looked for.
@@ -86,7 +87,7 @@ def split_statistics(split: Split, most: int) -> dict[str, Any]:
     sums = torch.zeros(3, dtype=torch.float64)
     brightest, frames, boxes = 0.0, [], []
     began = time.perf_counter()
-    for start in bar(range(0, count, AT_ONCE)):
+    for start in bar(range(0, count, AT_ONCE), doing="pixels"):
         indices = split.indices(start, min(start + AT_ONCE, count))
         batch = split.batch(indices)
         pixels = batch.targets_BTCHW.sum(1).clamp(max=1)
@@ -116,8 +117,8 @@ def print_statistics(name: str, found: dict[str, Any]) -> None:
     """Say what `split_statistics` found."""
     first = "the first " if found["images"] < found["of"] else ""
     print(
-        f"{name}: {first}{found['images']:,} images in {found['seconds']:.1f} s; pixels in [0, 1]: "
-        f"mean {found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
+        f"{name}: {first}{found['images']:,} images in {duration(found['seconds'])}; pixels in "
+        f"[0, 1]: mean {found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
         f"{found['ink_percent']:.1f} % not black, brightest {found['brightest']:.3f}"
     )
     if "frame_overlap_percent" in found:
@@ -131,7 +132,10 @@ def print_statistics(name: str, found: dict[str, Any]) -> None:
 def all_transforms(split: TransformedDigits) -> Transforms:
     """How every image of a split is made."""
     starts = range(0, len(split), AT_ONCE)
-    pieces = [split.transforms(split.indices(start, start + AT_ONCE)) for start in starts]
+    pieces = [
+        split.transforms(split.indices(start, start + AT_ONCE))
+        for start in bar(starts, doing="transforms")
+    ]
     return Transforms(*map(torch.cat, zip(*pieces)))
 
 

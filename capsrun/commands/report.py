@@ -10,8 +10,9 @@ from capsrun.data import sizes
 from capsrun.errors import UserError
 from capsrun.runs import plots, record
 from capsrun.runs.gallery import Pictures, curves, paper_figures
-from capsrun.runs.jobs import Experiments, duration
+from capsrun.runs.jobs import Experiments
 from capsrun.runs.page import to_html
+from capsrun.runs.progress import bar
 from capsrun.runs.results import (
     Group,
     Result,
@@ -35,6 +36,7 @@ from capsrun.runs.tables import (
     summary_lines,
     table,
 )
+from capsrun.terminal import duration
 
 GROUP_TITLES = {
     "table1": "Table 1: MNIST",
@@ -63,7 +65,8 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     record.make_folder(out_dir)
     shutil.rmtree(out_dir / "pictures", ignore_errors=True)
     record.make_folder(out_dir / "pictures")
-    rows = [make_row(name, experiments, results) for name in experiments.names()]
+    names = bar(experiments.names(), "experiment", "results")
+    rows = [make_row(name, experiments, results) for name in names]
     text = "\n\n".join(page(rows, results, experiments, Pictures(out_dir))) + "\n"
     (out_dir / "report.md").write_text(text)
     (out_dir / "report.html").write_text(to_html(text, out_dir))
@@ -108,7 +111,7 @@ def page(
         table(SUMMARY, summary_lines(rows)),
     ]
     others = other_runs(rows, results)
-    for group, title in GROUP_TITLES.items():
+    for group, title in bar(GROUP_TITLES.items(), "section", "tables and curves"):
         own = of_group(group, rows)
         parts += [f"## {title}", *tables(group, rows), *others_table(own, others)]
         parts += curves(group, title, own, pictures)

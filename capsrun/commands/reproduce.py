@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from capsrun.config import ReproduceConfig
 from capsrun.errors import Stopped, Unfinished
-from capsrun.runs.jobs import Experiments, Job, JobMaker, duration
+from capsrun.runs.jobs import Experiments, Job, JobMaker
 from capsrun.runs.progress import StopRequest, stop_requests
+from capsrun.terminal import duration
 
 POLL_SECONDS = 0.2
 # How long a job may take to save when the time is over: one that tests its model does not look up.

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from capsrun.config import DatasetConfig
 from capsrun.data.download import file_md5, obtain
@@ -49,7 +50,7 @@ def load(config: DatasetConfig) -> RawData:
     if not files:
         files = [obtain(URL, folder / "test.mat.zip", None, "affNIST", INSTEAD)]
     pieces = []
-    for path in files:
+    for path in tqdm(files, "reading affNIST", unit=" file", leave=False, disable=None):
         for name, content in mat_files(path):
             pieces.append(read_mat(content, name))
             if len(pieces[-1][1]) not in (sum(CLASS_COUNTS), sum(CLASS_COUNTS) // BATCHES):

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from capsrun.errors import UserError
+from capsrun.terminal import size
 
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 20
@@ -37,7 +38,7 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
             with contextlib.suppress(OSError):
                 for folder in new_folders:
                     folder.rmdir()
-        resume = f" ({kept:,} bytes are kept: the same command goes on)" if kept else ""
+        resume = f" ({size(kept)} of it are kept: the same command goes on)" if kept else ""
         raise UserError(
             f"{title} is not in {path.parent} and could not be downloaded: {reason}{resume}; "
             f"{otherwise}"
@@ -50,6 +51,7 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
             f"{otherwise}"
         )
     part.replace(path)
+    print(f"downloaded: {path} ({size(path.stat().st_size)})")
     _version_file(part).unlink(missing_ok=True)
     return path
 
@@ -93,12 +95,21 @@ def _download(url: str, part: Path) -> None:
         start = have if goes_on else 0
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, leave=False, disable=None)
+        bar = tqdm(
+            total=total,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            desc=part.name.removesuffix(".part"),
+            leave=False,
+            disable=None,
+            dynamic_ncols=True,
+        )
         with open(part, "ab" if goes_on else "wb") as stream, bar:
             while chunk := answer.read(CHUNK_BYTES):
                 stream.write(chunk)
                 bar.update(len(chunk))
-            size = stream.tell()
-    if total is not None and size != total:
-        raise OSError(f"the connection broke after {size:,} of {total:,} bytes")
+            have = stream.tell()
+    if total is not None and have != total:
+        raise OSError(f"the connection broke after {size(have)} of {size(total)}")
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from capsrun.errors import UserError
+from capsrun.terminal import size
 
 # The largest of the files is 47 MB; more than this is no MNIST file, whatever its header says.
 MAX_FILE_BYTES = 200_000_000
@@ -109,7 +110,7 @@ def _decompress(path: Path, stored: bytes) -> bytes:
             "download it"
         ) from error
     if len(content) > MAX_FILE_BYTES:
-        raise UserError(f"{path} holds more than {MAX_FILE_BYTES} bytes: it is not an MNIST file")
+        raise UserError(f"{path} holds more than {size(MAX_FILE_BYTES)}: it is not an MNIST file")
     return content
 
 

@@ -1,5 +1,6 @@
 """MNIST and the two data sets that share its format, downloaded through torchvision."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,15 @@ def _files(dataset: IdxDataset) -> list[IdxFile]:
 
 
 def _download(dataset: IdxDataset, folder: Path) -> None:
-    _torchvision_class(dataset)(str(folder), download=True)
+    from torchvision.datasets import utils
+
+    # torchvision's own bar writes into pipes and files too, where nobody watches it.
+    loud = utils.tqdm
+    utils.tqdm = functools.partial(loud, disable=None, leave=False, desc=dataset.title)
+    try:
+        _torchvision_class(dataset)(str(folder), download=True)
+    finally:
+        utils.tqdm = loud
 
 
 def _check_pair(images: Any, labels: Any, dataset: IdxDataset, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from capsrun.config import BudgetConfig, EvalConfig, ExperimentConfig, QueueEntry, TrainConfig
-from capsrun.errors import UserError
+from capsrun.errors import UserError, did_you_mean
 
 GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
 
@@ -112,8 +112,9 @@ class JobMaker:
                 found |= dict.fromkeys(name for group in groups for name in members[group])
             else:
                 raise UserError(
-                    f"there is no experiment {target!r}; there are all, {', '.join(GROUPS)} and "
-                    f"{', '.join(names)}"
+                    f"there is no experiment {target!r}"
+                    f"{did_you_mean(target, ['all', *GROUPS, *names])}; there are all, "
+                    f"{', '.join(GROUPS)} and {', '.join(names)}"
                 )
         return list(found)
 
@@ -176,15 +177,6 @@ def word(key: str, path: str | Path) -> str:
 def quoted(path: str | Path) -> str:
     """A path as a value in an override: in quotes where it needs them."""
     text = str(path)
-    if re.fullmatch(r"[\w./-]+", text):
+    if re.fullmatch(r"[\w./+-]+", text):
         return text
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def duration(seconds: float) -> str:
-    """A length of time in the unit that suits it."""
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            digits = 1 if seconds < 10 * size else 0
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"

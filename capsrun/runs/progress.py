@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from capsrun.terminal import duration
+
 
 class ProgressLine:
     """How far the run is: a tqdm bar on a terminal, a plain line now and then elsewhere."""
@@ -42,7 +44,7 @@ class ProgressLine:
         if self.bar.disable and (last or passed >= self.PLAIN_EVERY_SECONDS):
             rate = (self.step - self.printed_step) / max(passed, 1e-9)
             self.printed_at, self.printed_step = now, self.step
-            left = tqdm.format_interval((self.total - self.step) / max(rate, 1e-9))
+            left = duration((self.total - self.step) / max(rate, 1e-9))
             speed = f"{images_per_second:.0f} images/s"
             print(f"step {self.step:,} of {self.total:,}: {text}, {speed}, {left} left", flush=True)
 
@@ -57,9 +59,12 @@ class ProgressLine:
         self.bar.close()
 
 
-def bar(items: Iterable[Any]) -> Iterable[Any]:
-    """Show a progress bar over batches, on a terminal only; it disappears when they are done."""
-    return tqdm(items, unit="batch", leave=False, disable=None)
+def bar(items: Iterable[Any], unit: str = "batch", doing: str | None = None) -> Iterable[Any]:
+    """Show a progress bar over batches, on a terminal only; it disappears when they are done.
+
+    unit: what one of the items is. doing: what is done with them.
+    """
+    return tqdm(items, unit=f" {unit}", desc=doing, leave=False, disable=None, dynamic_ncols=True)
 
 
 class StopRequest:
