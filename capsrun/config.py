@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from capsrun.errors import UserError
+from capsrun.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
 
@@ -301,6 +301,16 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class ListConfig:
+    """Everything that `capsrun list` needs. Values: `configs/list.yaml`."""
+
+    runs_dir: str
+    name: str | None
+    """Only runs whose folder has this in its name; None: all."""
+    json: bool
+
+
+@dataclass(kw_only=True)
 class BenchConfig:
     """Everything that `capsrun bench` needs. Values: `configs/bench.yaml`."""
 
@@ -524,7 +534,8 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         return
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(limits["choices"])
-        raise UserError(f"{key} is {value!r}; it can be one of: {allowed}")
+        hint = did_you_mean(str(value), limits["choices"])
+        raise UserError(f"{key} is {value!r}{hint}; it can be one of: {allowed}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} is {value}; it must be a finite number")
     if "minimum" in limits and not value >= limits["minimum"]:
@@ -533,6 +544,31 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"{key} is {value}; it must be above {limits['above']}")
     if "maximum" in limits and not value <= limits["maximum"]:
         raise UserError(f"{key} is {value}; it must be at most {limits['maximum']}")
+
+
+def allowed_values(schema: type, key: str) -> list[str]:
+    """What a setting (its name with dots) may be, as it is written; empty where that is endless."""
+    kinds = [schema]
+    *sections, name = key.split(".")
+    for section in sections:
+        nested = [part for kind in kinds for part in _types(kind, section)]
+        parts = [p for p in nested if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        # A model or a loss is of one of several kinds.
+        kinds = [kind for part in parts for kind in (part, *part.__subclasses__())]
+    found: dict[str, None] = {}
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            if field.name == name:
+                is_flag = bool in _types(kind, name)
+                values = ("true", "false") if is_flag else field.metadata.get("choices", ())
+                found |= dict.fromkeys(values)
+    return list(found)
+
+
+def _types(schema: type, name: str) -> tuple[Any, ...]:
+    """The types that a field may have: one, or those of a union; none where there is no field."""
+    types = [field.type for field in dataclasses.fields(schema) if field.name == name]
+    return get_args(types[0]) or tuple(types) if types else ()
 
 
 def _check_training(config: TrainConfig) -> None:

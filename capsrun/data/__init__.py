@@ -19,7 +19,7 @@ from capsrun.data import (
 )
 from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset, Split, stored_dataset
-from capsrun.errors import UserError
+from capsrun.errors import UserError, did_you_mean
 
 __all__ = ["DATASETS", "Dataset", "Split", "is_part_of", "known", "load_dataset", "sizes"]
 
@@ -66,7 +66,8 @@ DATASETS = {
 def known(name: str) -> Entry:
     """The entry of a data set. Raises UserError when there is none of this name."""
     if name not in DATASETS:
-        raise UserError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+        hint = did_you_mean(name, DATASETS)
+        raise UserError(f"there is no data set {name!r}{hint}; there are {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
@@ -109,8 +110,8 @@ def _reader(entry: Entry, config: DatasetConfig) -> Callable[[DatasetConfig], Ra
     read = sources.get(config.source or "")
     if read is None:
         raise UserError(
-            f"dataset.source is {config.source}; {config.name} is made of the images of one of: "
-            f"{', '.join(sources)}"
+            f"dataset.source is {config.source}{did_you_mean(config.source or '', sources)}; "
+            f"{config.name} is made of the images of one of: {', '.join(sources)}"
         )
     return read
 

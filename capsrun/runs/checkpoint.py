@@ -10,7 +10,7 @@ import torch
 
 from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
 from capsrun.data import is_part_of, known
-from capsrun.errors import UserError, notice
+from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import Model, build_model
 
 FORMAT = "capsrun checkpoint 1"
@@ -83,7 +83,8 @@ def find_checkpoint(path: str, train_command: str) -> Path:
     found = checkpoint_file(path)
     if not found.is_file():
         raise UserError(
-            f"there is no checkpoint {found}; make it with `{train_command}`, or say checkpoint=…"
+            f"there is no checkpoint {found}{near_run(Path(path))}; make it with "
+            f"`{train_command}`, or say checkpoint=…"
         )
     return found
 
@@ -92,6 +93,15 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     """The file that is meant by a file or a run's folder, whether or not it is there."""
     meant = Path(path).expanduser()
     return meant / FILE_NAME if meant.is_dir() else meant
+
+
+def near_run(path: Path) -> str:
+    """A hint at the run whose folder is most like a path at which there is none; maybe nothing."""
+    there = next((parent for parent in path.parents if parent.is_dir()), None)
+    if there in (None, Path(), Path("/")):  # who mistyped the first folder: not all is searched
+        there = Path("runs")
+    found = (file for depth in ("*", "*/*", "*/*/*") for file in there.glob(f"{depth}/{FILE_NAME}"))
+    return did_you_mean(str(path), [str(file.parent) for file in found])
 
 
 def output_folder(checkpoint: Path, runs_dir: str) -> Path:
