@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from capsrun.runs.checkpoint import (
     load_checkpoint,
     output_folder,
 )
+from capsrun.runs.next_steps import command, next_line, uses_of_model
 from capsrun.runs.progress import bar
 from capsrun.runs.scores import almost_line, answer, print_table, score_figures, score_summary
+from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.metrics import score_split
 from capsrun.training.step import resolve_device, resolve_precision, to_device
 
 
-def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig, checkpoint: Path, model_words: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Test the model of `checkpoint` on a split of a data set and return what `result.json` holds.
 
     With `config.ensemble` the scores of all models are averaged.
+    model_words: what other commands are told to find this model and these images, for the line that
+    suggests them; None: none is printed.
     Raises UserError when a checkpoint, the data or their combination cannot be used.
     """
     device = resolve_device(config.device)
@@ -48,9 +55,10 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         if not member.finished:
             print(f"this run is not finished: its model after {member.step:,} steps is tested")
     began = time.perf_counter()
+    testing = partial(bar, doing="testing")
     models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
     model = models[0]
-    score = score_split(models, split, precision, config.mask, bar, config.images)
+    score = score_split(models, split, precision, config.mask, testing, config.images)
     seconds = time.perf_counter() - began
     print_table(score, dataset.class_names)
     drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
@@ -79,10 +87,14 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     record.write_json(out_dir / "result.json", result)
     if others:
         print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
+    print(f"tested: {score.count:,} images in {duration(seconds)}")
     print(f"pictures: {out_dir / 'pictures'}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))
-    print(answer(config.split, score.errors, score.count))
+    if model_words is not None:
+        uses = uses_of_model(trained.config.model, model_words)
+        print(next_line([*uses, command("report")]))
+    print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
-from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, stop_requests
+from capsrun.runs.next_steps import command, next_line, uses_of_model
+from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stop_requests
 from capsrun.runs.scores import (
     almost_line,
     answer,
@@ -28,6 +30,7 @@ from capsrun.runs.scores import (
     score_figures,
     score_summary,
 )
+from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.losses import class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import (
@@ -72,9 +75,13 @@ class Run:
     """What the last evaluation found, if the model has not changed since and it was complete."""
 
 
-def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
+def train(
+    config: TrainConfig, out_dir: Path, model_words: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Train as `config` says into `out_dir` and return what `result.json` holds.
 
+    model_words: what the other commands are told to find this model, for the line that suggests
+    them; None: none is printed.
     Goes on after the last checkpoint of an interrupted run, and leaves a finished one alone.
     Raises UserError for what the user can mend, and Stopped, with everything saved, on Ctrl-C.
     """
@@ -98,12 +105,16 @@ def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
         finally:
             run.progress.close()
             run.recorder.close()
+        print(trained_line(result))
         print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
     if "almost_correct" in result:
         print(almost_line(result["almost_correct"], result["count"]))
     if result.get("stopped"):
         print(stopped_line(result["stopped"]))
-    print(answer("test", result["errors"], result["count"]))
+    if model_words is not None:
+        uses = uses_of_model(config.model, model_words)
+        print(next_line([command("eval", *model_words), *uses]))
+    print(styled(answer("test", result["errors"], result["count"]), BOLD))
     return result
 
 
@@ -186,12 +197,15 @@ def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
     print(
         f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}"
     )
+    recorder = record.Recorder(folder.path, step, metrics_bytes)
+    if not step:
+        recorder.begin(steps)
     return Run(
         config,
         folder,
         dataset,
         trainer,
-        record.Recorder(folder.path, step, metrics_bytes),
+        recorder,
         ProgressLine(step, steps, config.recipe.batch_size),
         Stopwatch(seconds),
         record.provenance(device, precision),
@@ -290,7 +304,12 @@ def test_model(run: Run, most: int | None) -> dict[str, Score]:
         if len(split):
             limit = most if name == "test" else None
             scores[name] = score_split(
-                model, split, run.trainer.precision, mask="label", most=limit
+                model,
+                split,
+                run.trainer.precision,
+                mask="label",
+                progress=partial(bar, doing="testing"),
+                most=limit,
             )
             values[f"error_percent/{name}"] = scores[name].error_percent
             if split.digits > 1:
@@ -384,6 +403,14 @@ def how_it_stopped(run: Run) -> dict[str, Any] | None:
         "steps": run.step,
         "epochs": run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images,
     }
+
+
+def trained_line(result: Mapping[str, Any]) -> str:
+    """How long a run took, and how fast it was."""
+    return (
+        f"trained: {result['steps']:,} steps in {duration(result['train_seconds'])} "
+        f"({result['images_per_second']:,.0f} images/s)"
+    )
 
 
 def stopped_line(stopped: Mapping[str, Any]) -> str:

@@ -160,6 +160,11 @@ class Recorder:
         self.flush()
         return self.stream.tell()
 
+    def begin(self, total_steps: int) -> None:
+        """Say how long the run is to be, at once: `capsrun list` shows it while the run goes on."""
+        self.stream.write(json.dumps({"step": 0, "total_steps": total_steps}) + "\n")
+        self.stream.flush()
+
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers by name; `a/b` puts b into TensorBoard's section a."""
         self.stream.write(json.dumps({"step": step, **values}) + "\n")

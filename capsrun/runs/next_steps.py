@@ -1,0 +1,26 @@
+"""What to do next: the commands that are suggested when one has done its work."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+
+from capsrun.config import CapsNetConfig, ModelConfig
+
+
+def command(*words: str) -> str:
+    """A command of capsrun as it is typed into a shell."""
+    return shlex.join(["capsrun", *words])
+
+
+def next_line(commands: Iterable[str]) -> str:
+    """The line that suggests some commands."""
+    return f"next: {', '.join(commands)}"
+
+
+def uses_of_model(model: ModelConfig, words: Sequence[str]) -> list[str]:
+    """The commands that look into a trained model, if it has capsules and a decoder to show them.
+
+    words: what they are told to find its checkpoint and its images.
+    """
+    if not (isinstance(model, CapsNetConfig) and model.reconstruction):
+        return []
+    return [command("perturb", *words), command("explore", *words)]
