@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsrun import __version__
-from capsrun.errors import Noisy, Stopped, Unfinished, UserError
+from capsrun import __version__, completion
+from capsrun.errors import Noisy, Stopped, Unfinished, UserError, did_you_mean
+from capsrun.terminal import BOLD, RED, styled
 
 # These choices make the first part of a run's name …
 FIRST_IN_NAME = ("dataset", "model", "recipe")
@@ -48,7 +49,8 @@ def run_train(cfg: Any, overrides: list[str]) -> None:
 
     from capsrun.commands.train import train
 
-    train(config, Path(config.runs_dir) / config.name / f"seed{config.seed}")
+    out_dir = Path(config.runs_dir) / config.name / f"seed{config.seed}"
+    train(config, out_dir, model_words(config, out_dir))
 
 
 def training_config(cfg: Any) -> Any:
@@ -68,7 +70,8 @@ def run_eval(cfg: Any, overrides: list[str]) -> None:
 
     from capsrun.commands.evaluate import evaluate
 
-    evaluate(config, checkpoint_of(config))
+    checkpoint = checkpoint_of(config)
+    evaluate(config, checkpoint, model_words(config, checkpoint))
 
 
 def run_perturb(cfg: Any, overrides: list[str]) -> None:
@@ -78,7 +81,9 @@ def run_perturb(cfg: Any, overrides: list[str]) -> None:
 
     from capsrun.commands.perturb import perturb
 
-    perturb(config, checkpoint_of(config))
+    checkpoint = checkpoint_of(config)
+    perturb(config, checkpoint)
+    suggest(["explore", *model_words(config, checkpoint)], ["report", *folder_words(config)])
 
 
 def run_export(cfg: Any, overrides: list[str]) -> None:
@@ -99,6 +104,30 @@ def run_data(cfg: Any, overrides: list[str]) -> None:
     from capsrun.commands.data import show_data
 
     show_data(config)
+    suggest(data_use(config.dataset))
+
+
+def run_list(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import ListConfig, TrainConfig, from_dict, with_later_settings
+    from capsrun.runs.inventory import FINISHED, INTERRUPTED, UNFINISHED
+
+    config = from_dict(ListConfig, cfg)
+
+    from capsrun.commands.list import list_runs
+
+    runs = list_runs(config)
+    if config.json:
+        return
+    finished = [run for run in runs if run.status == FINISHED]
+    if not runs:
+        suggest(["train", "dataset=mnist"], ["train", "dataset=mnist5k"])
+    elif finished:  # the latest is the last
+        trained = from_dict(TrainConfig, with_later_settings(finished[-1].config))
+        trained.runs_dir = config.runs_dir  # the folder may have been moved
+        words = model_words(trained, finished[-1].folder)
+        suggest(["eval", *words], ["report", *folder_words(config)])
+    elif any(run.status in (UNFINISHED, INTERRUPTED) for run in runs):
+        print("next: the command that began a run goes on with it where it was interrupted")
 
 
 def run_bench(cfg: Any, overrides: list[str]) -> None:
@@ -111,6 +140,7 @@ def run_bench(cfg: Any, overrides: list[str]) -> None:
     from capsrun.commands.bench import bench
 
     bench(config)
+    suggest(["train", f"dataset={config.dataset.name}"])
 
 
 def run_reproduce(cfg: Any, overrides: list[str]) -> None:
@@ -125,6 +155,11 @@ def run_reproduce(cfg: Any, overrides: list[str]) -> None:
     from capsrun.commands.reproduce import reproduce
 
     reproduce(config, Experiments())
+    if config.only_plan:
+        again = [word for word in overrides if not word.startswith("only_plan=")]
+        suggest(["reproduce", *again])
+    else:
+        suggest(["list", *folder_words(config)], ["report", *folder_words(config)])
 
 
 def run_report(cfg: Any, overrides: list[str]) -> None:
@@ -135,6 +170,7 @@ def run_report(cfg: Any, overrides: list[str]) -> None:
     from capsrun.commands.report import report
 
     report(config, Experiments())
+    suggest(["reproduce", "only_plan=true", *folder_words(config)])
 
 
 COMMANDS = {
@@ -163,22 +199,29 @@ COMMANDS = {
         "fetch, verify and show a data set",
         "capsrun data dataset=mnist",
     ),
-    "bench": Command(
-        run_bench,
-        "time training here, beside a textbook and what the machine can do",
-        "capsrun bench",
-    ),
-    "reproduce": Command(
-        run_reproduce,
-        "run the paper's experiments, as far as they are not finished",
-        "capsrun reproduce budget=smoke targets=[table1]",
+    "list": Command(
+        run_list,
+        "the runs that there are: error, steps, age, state, tests",
+        "capsrun list name=mnist",
     ),
     "report": Command(
         run_report,
         "what was measured, beside what the paper reports",
         "capsrun report",
     ),
+    "reproduce": Command(
+        run_reproduce,
+        "run the paper's experiments, as far as they are not finished",
+        "capsrun reproduce budget=smoke targets=table1",
+    ),
+    "bench": Command(
+        run_bench,
+        "time training here, beside a textbook and what the machine can do",
+        "capsrun bench",
+    ),
 }
+# It completes the others and has no settings of its own.
+COMPLETION = "completion"
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
 
@@ -197,12 +240,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     try:
-        if name not in COMMANDS:
-            raise UserError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}")
-        run_command(name, [FLAGS.get(name, {}).get(word, word) for word in rest])
+        if name == COMPLETION:
+            run_completion(rest)
+        elif name not in COMMANDS:
+            raise UserError(describe_unknown_command(name))
+        else:
+            rest = [FLAGS.get(name, {}).get(word, word) for word in rest]
+            refuse_unknown_flags(name, rest)
+            run_command(name, rest)
     except UserError as error:
-        where = f"capsrun {name}" if name in COMMANDS else "capsrun"
-        print(f"{where}: {error}", file=sys.stderr)
+        fail(f"capsrun {name}" if name in (COMPLETION, *COMMANDS) else "capsrun", error)
         return 2
     except Stopped as stopped:
         again = shlex.join(["capsrun", *arguments])
@@ -215,13 +262,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Noisy, Unfinished) as error:
-        print(f"capsrun {name}: {error}", file=sys.stderr)
+        fail(f"capsrun {name}", error)
         return 1
     except OSError as error:
         # The machine's fault, a full disk say; what is finished or saved is whole.
-        print(f"capsrun {name}: {error}", file=sys.stderr)
+        fail(f"capsrun {name}", error)
         return 1
     return 0
+
+
+def fail(where: str, error: Exception) -> None:
+    """Print why a command ended."""
+    print(f"{styled(f'{where}:', RED, sys.stderr)} {error}", file=sys.stderr)
 
 
 def usage() -> str:
@@ -232,12 +284,19 @@ def usage() -> str:
         "Usage: capsrun COMMAND [key=value …]",
         "",
     ]
-    for name, command in COMMANDS.items():
-        lines += [f"  {name:<9} {command.summary}", f"  {'':<9}   {command.example}"]
+    examples = {name: (command.summary, command.example) for name, command in COMMANDS.items()}
+    examples[COMPLETION] = (
+        "let the Tab key complete all of this in bash, zsh or fish",
+        "capsrun completion install",
+    )
+    for name, (summary, example) in examples.items():
+        lines += [f"  {styled(f'{name:<10}', BOLD)} {summary}", f"  {'':<10}   {example}"]
     lines += [
         "",
         "After the command everything is Hydra: `capsrun train --help` lists the choices and the",
         "settings, `--cfg job` shows them composed, `--multirun seed=0,1,2` runs several.",
+        "",
+        "First steps: `capsrun train dataset=mnist5k` (5,000 digits, no download), `capsrun list`.",
     ]
     return "\n".join(lines)
 
@@ -378,16 +437,15 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
         hint = did_you_mean(choice, error.options)
         return f"there is no {folder}={choice}{hint}; there are: {options}"
     if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read as key=value; quote values with special characters"
-        )
+        return describe_unreadable(str(error.override), command)
     group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
     if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
+        groups = group_choices(command)
         chosen = [
             word
             for word in arguments
-            if re.match(r"(dataset|model|loss|recipe|experiment)=\w+$", word)
+            if word.partition("=")[0] in groups and re.match(r"\w+=\w+$", word)
         ]
         names = setting_names(command, chosen)
         if key in setting_names(command, []):  # but not with what was chosen: a CNN has no routing
@@ -401,6 +459,98 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
     if isinstance(cause, OmegaConfBaseException):
         return describe_config_error(cause)
     return " ".join(str(error).split())
+
+
+def describe_unreadable(word: str, command: str) -> str:
+    """One sentence for a word that is not key=value, maybe because the key was left out."""
+    groups = group_choices(command)
+    told = {choice: f"{group}={choice}" for group in groups for choice in groups[group]}
+    if command == "reproduce":
+        told |= {target: f"targets={target}" for target in reproduce_targets()}
+    # `seed` lacks a value; `dataset` does too, and is no setting but a choice.
+    for key in (*groups, *setting_names(command, [])):
+        told.setdefault(key, f"{key}=…")
+    close = difflib.get_close_matches(word, told, n=1)
+    hint = f"did you mean {told[close[0]]}?" if close else "quote values with special characters"
+    return f"{word!r} cannot be read as key=value; {hint}"
+
+
+def describe_unknown_command(word: str) -> str:
+    """One sentence for what is no command, maybe because the command was left out."""
+    missing = f"there is no command {word!r}"
+    if re.match(r"[\w.]+=", word):
+        return f"{missing}; settings come after a command: capsrun train {word}"
+    for command in ("train", "reproduce"):
+        for group, choices in group_choices(command).items():
+            if word in choices and group != "experiment":
+                return f"{missing}; did you mean `capsrun {command} {group}={word}`?"
+    if word in reproduce_targets():
+        return f"{missing}; did you mean `capsrun reproduce targets={word}`?"
+    hint = did_you_mean(word, (*COMMANDS, COMPLETION))
+    return f"{missing}{hint or '; `capsrun` lists them'}"
+
+
+def refuse_unknown_flags(command: str, arguments: Sequence[str]) -> None:
+    """Raise UserError for an option that Hydra does not have: a setting with dashes, mostly."""
+    for number, word in enumerate(arguments):
+        flag, _, value = word.partition("=")
+        known = flag.startswith(completion.SHORT_OPTIONS) and not flag.startswith("--")
+        if not word.startswith("-") or known:
+            continue
+        if flag != "--" and any(option.startswith(flag) for option in completion.OPTIONS):
+            continue  # Hydra takes shortened ones too
+        key = flag.lstrip("-").replace("-", "_")
+        names = (*group_choices(command), *setting_names(command, []))
+        meant = next((n for n in names if n == key or n.endswith("." + key)), None)
+        if meant is not None:
+            follows = arguments[number + 1 : number + 2]
+            value = value or (follows[0] if follows and "=" not in follows[0] else "…")
+            raise UserError(
+                f"there is no option {flag}; settings are written without dashes: {meant}={value}"
+            )
+        hint = did_you_mean(flag, (*completion.OFFERED, *FLAGS.get(command, ())))
+        raise UserError(
+            f"there is no option {flag}{hint}; `capsrun {command} --help` shows what there is"
+        )
+
+
+def group_choices(command: str) -> dict[str, list[str]]:
+    """The choices of dataset, model, … that a command has."""
+    from omegaconf import DictConfig, OmegaConf
+
+    defaults = OmegaConf.load(configs_dir() / f"{command}.yaml").defaults
+    groups = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
+    return {
+        group: sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
+        for group in groups
+        if not group.startswith("override ")
+    }
+
+
+def reproduce_targets() -> list[str]:
+    """What `capsrun reproduce targets=` takes."""
+    from capsrun.runs.jobs import GROUPS
+
+    return ["all", *GROUPS, *Experiments().names()]
+
+
+def setting_values(command: str, key: str) -> list[str]:
+    """What a setting may be, where that is not endless."""
+    from capsrun import config
+
+    if (command, key) == ("reproduce", "targets"):
+        return reproduce_targets()
+    # A command's settings are of a class that is named after it.
+    schema = getattr(config, f"{command.capitalize()}Config", None)
+    return config.allowed_values(schema, key) if schema else []
+
+
+def run_completion(arguments: Sequence[str]) -> None:
+    """`capsrun completion`, which Hydra has no part in."""
+    vocabulary = completion.Vocabulary(
+        list(COMMANDS), FLAGS, group_choices, setting_names, setting_values
+    )
+    completion.run(arguments, vocabulary)
 
 
 def setting_names(command: str, choices: Sequence[str]) -> list[str]:
@@ -419,15 +569,6 @@ def setting_names(command: str, choices: Sequence[str]) -> list[str]:
     except HydraException:  # a choice that this command does not have
         chosen = compose(command)
     return list(names(OmegaConf.to_container(chosen), ""))  # type: ignore[arg-type]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint such as `, did you mean 'seed'?`, or nothing when no known word is like this one."""
-    known = list(known)
-    # `iterations` is most likely meant for `routing.iterations`.
-    ending = [name for name in known if name.endswith("." + word)]
-    close = ending or difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def run_name(config: Any, overrides: Iterable[str]) -> str:
@@ -460,3 +601,57 @@ def checkpoint_of(config: Any) -> Path:
     if config.seed:
         train += f" seed={config.seed}"
     return find_checkpoint(config.checkpoint, train)
+
+
+def model_words(config: Any, checkpoint: Path) -> list[str]:
+    """What eval, perturb and explore are to be told to use a model; no more than they need.
+
+    config: of a training run, or of a command that uses its model. checkpoint: a run's folder, or a
+    file.
+    """
+    from capsrun.runs.jobs import word
+
+    words, usual = dataset_words(config.dataset)
+    folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint
+    found_at = f"{usual.trained_on}-{usual.trained_by}/seed{config.seed}"
+    if folder == Path(config.runs_dir) / found_at:  # where it is looked for if nothing is said
+        return [*words, *([f"seed={config.seed}"] if config.seed else []), *folder_words(config)]
+    return [*words, word("checkpoint", folder)]
+
+
+def dataset_words(dataset: Any) -> tuple[list[str], Any]:
+    """What makes the settings of a data set on the command line; also how they are without that."""
+    from capsrun.config import DatasetConfig, differing_keys, from_dict
+    from capsrun.runs.jobs import quoted
+
+    words = [] if dataset.name == "mnist" else [f"dataset={dataset.name}"]
+    if dataset.name not in group_choices("eval")["dataset"]:  # which will be said elsewhere
+        return words, dataset
+    usual = from_dict(DatasetConfig, compose("eval", words).dataset)
+    for key, ours, _ in differing_keys(vars(dataset), vars(usual)):
+        if key not in ("trained_on", "trained_by"):
+            plain = {None: "null", True: "true", False: "false"}
+            value = plain[ours] if ours is None or isinstance(ours, bool) else quoted(ours)
+            words.append(f"dataset.{key}={value}")
+    return words, usual
+
+
+def folder_words(config: Any) -> list[str]:
+    """What tells another command where the runs are, if it does not know."""
+    from capsrun.runs.jobs import word
+
+    return [] if config.runs_dir == "runs" else [word("runs_dir", config.runs_dir)]
+
+
+def data_use(dataset: Any) -> list[str]:
+    """The command that a data set is for."""
+    from capsrun.data import known
+
+    return ["eval" if known(dataset.name).for_testing else "train", *dataset_words(dataset)[0]]
+
+
+def suggest(*commands: Sequence[str]) -> None:
+    """Print the line that says what to do next."""
+    from capsrun.runs.next_steps import command, next_line
+
+    print(next_line(command(*words) for words in commands))

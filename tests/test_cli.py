@@ -1,19 +1,28 @@
 """The command line: speed, help, composition, and one clear sentence for every mistake."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import shlex
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TINY, run_capsrun, train_config, without_root
 
-from capsrun import cli
+from capsrun import cli, completion, terminal
 from capsrun.config import (
     BenchConfig,
     DataConfig,
     EvalConfig,
     ExportConfig,
+    ListConfig,
     PerturbConfig,
     ReportConfig,
     ReproduceConfig,
@@ -29,6 +38,7 @@ SCHEMAS = {
     "perturb": PerturbConfig,
     "export": ExportConfig,
     "data": DataConfig,
+    "list": ListConfig,
     "bench": BenchConfig,
     "reproduce": ReproduceConfig,
     "report": ReportConfig,
@@ -85,7 +95,7 @@ def test_help_imports_no_torch(arguments):
 def test_help_names_every_command_with_an_example(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in SCHEMAS:
+    for name in (*SCHEMAS, "completion"):
         assert f"capsrun {name}" in text
     assert cli.main([]) == 0
     assert capsys.readouterr().out == text
@@ -163,7 +173,35 @@ def test_every_yaml_is_found():
         (["train", "name=.."], ["name"]),
         (["train", "name=../elsewhere"], ["name"]),
         (["train", "seed=[1"], ["'seed=[1' cannot be read"]),
-        (["train", "seed"], ["'seed' cannot be read"]),
+        (["train", "seed"], ["'seed' cannot be read", "did you mean seed=…"]),
+        (["train", "mnist"], ["'mnist' cannot be read", "did you mean dataset=mnist"]),
+        (["train", "mnits"], ["did you mean dataset=mnist"]),
+        (["train", "dataset", "mnist"], ["did you mean dataset=…"]),
+        (["train", "x y"], ["quote values with special characters"]),
+        (["train", "--dataset", "mnist"], ["no option --dataset", "dataset=mnist"]),
+        (["train", "--dataset=mnist"], ["no option --dataset", ": dataset=mnist"]),
+        (["train", "--learning-rate", "0.1"], [": recipe.learning_rate=0.1"]),
+        (["train", "--hlep"], ["no option --hlep", "did you mean '--help'"]),
+        (["train", "--fast"], ["no option --fast", "capsrun train --help"]),
+        (["train", "-x"], ["no option -x"]),
+        (["bench", "--profil"], ["did you mean '--profile'"]),
+        (["mnist"], ["no command 'mnist'", "`capsrun train dataset=mnist`"]),
+        (["cnn_baseline"], ["`capsrun train model=cnn_baseline`"]),
+        (["smoke"], ["`capsrun reproduce budget=smoke`"]),
+        (["table1"], ["`capsrun reproduce targets=table1`"]),
+        (["figure_4"], ["`capsrun reproduce targets=figure_4`"]),
+        (["dataset=mnist"], ["capsrun train dataset=mnist"]),
+        (["completon"], ["did you mean 'completion'"]),
+        (["xyzzy"], ["`capsrun` lists them"]),
+        (["completion", "instal"], ["did you mean 'install'"]),
+        (["completion", "install", "fsh"], ["'fsh', did you mean 'fish'"]),
+        (["reproduce", "targets=tabel1"], ["did you mean 'table1'"]),
+        (["reproduce", "table1"], ["did you mean targets=table1"]),
+        (["reproduce", "budget=smok"], ["did you mean 'smoke'"]),
+        (["perturb", "perturb.invert=yse"], ["did you mean 'yes'"]),
+        (["train", "device=cdua"], ["did you mean 'cuda'"]),
+        (["train", "dataset=multimnist", "dataset.source=kmnits"], ["did you mean 'kmnist'"]),
+        (["train", "dataset.name=mnits"], ["no data set 'mnits', did you mean 'mnist'"]),
         (["eval", "split=exam"], ["split is 'exam'", "test, validation, train"]),
         (["eval", "mask=none"], ["mask is 'none'"]),
         (["eval", "checkpoint=nowhere"], ["nowhere", "capsrun train dataset=mnist"]),
@@ -180,11 +218,16 @@ def test_mistakes_are_one_clear_sentence(in_tmp, capsys, arguments, parts):
     assert list(in_tmp.iterdir()) == []
 
 
-def test_an_unknown_option_is_refused(in_tmp, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "--fast"])
-    assert caught.value.code == 2
-    assert "--fast" in capsys.readouterr().err
+def test_the_options_are_those_of_hydra():
+    from hydra._internal.utils import get_args_parser
+
+    found = [option for action in get_args_parser()._actions for option in action.option_strings]
+    assert {*completion.OPTIONS, *completion.SHORT_OPTIONS} == set(found)
+
+
+@pytest.mark.parametrize("option", ["--cfg=job", "-c", "--conf", "-cjob", "--mul", "--info"])
+def test_options_of_hydra_are_let_through(option):
+    cli.refuse_unknown_flags("train", [option, "job", "seed=-1"])
 
 
 def test_cuda_without_a_gpu(in_tmp, capsys, monkeypatch):
@@ -317,3 +360,170 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     )
     assert done.stdout == "capsrun train [key=value …]\n"
     assert done.stderr == ""
+
+
+def test_times_and_sizes_are_in_the_units_that_suit_them():
+    times = {
+        0: "0 s",
+        0.02: "0.02 s",
+        0.34: "0.3 s",
+        3: "3 s",
+        9.97: "10 s",
+        59.7: "1 min",
+        100: "1 min 40 s",
+        3_000: "50 min",
+        4_800: "1 h 20 min",
+        7_199: "2 h",
+        40_000: "11 h",
+        90_000: "1 day 1 h",
+        2_000_000: "23 days",
+    }
+    assert {seconds: terminal.duration(seconds) for seconds in times} == times
+    assert [terminal.ago(s) for s in (-1, 20, 60, 3 * 3600 + 100, 86_400)] == [
+        "0 s ago",
+        "20 s ago",
+        "1 min ago",
+        "3 h ago",
+        "1 day ago",
+    ]
+    assert [terminal.size(n) for n in (0, 999, 11_594_722, 150e6, 999.9e6, 5e12)] == [
+        "0 bytes",
+        "999 bytes",
+        "11.6 MB",
+        "150 MB",
+        "1.0 GB",
+        "5000 GB",
+    ]
+
+
+def on_a_terminal(*arguments, cwd, **environment) -> str:
+    """What a command shows in a terminal of 100 columns, with its control sequences."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "capsrun", *arguments],
+        cwd=cwd,
+        env={**inherited, "TERM": "xterm", **environment},
+        stdin=side,
+        stdout=side,
+        stderr=side,
+    )
+    os.close(side)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
+        while piece := os.read(main, 4096):
+            shown += piece
+    os.close(main)
+    assert process.wait() in (0, 2)
+    return shown.decode()
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_colours_are_for_terminals_that_want_them(tmp_path, environment):
+    assert "\x1b[31mcapsrun:\x1b[0m there is no command" in on_a_terminal("trian", cwd=tmp_path)
+    assert "\x1b" not in on_a_terminal("trian", cwd=tmp_path, **environment)
+    assert "\x1b" not in run_capsrun("trian", cwd=tmp_path, TERM="xterm").stderr
+
+
+def test_training_on_a_terminal_ends_with_the_answer_in_bold(in_tmp, capsys):
+    shown = on_a_terminal("train", *TINY, "name=t", cwd=in_tmp)
+    *_, suggested, answered = shown.split("\r\n")[:-1]
+    assert re.search(r"^next: capsrun eval dataset=mnist5k checkpoint=runs/t/seed0, ", suggested)
+    assert re.fullmatch(r"\x1b\[1mtest error .* % \(.* of 1,000\)\x1b\[0m", answered)
+    assert "testing:   0%" in shown, "the tests in between have a bar of their own"
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.startswith("after ")]
+    assert len(lines) == 2, "which does not break the other lines"
+    assert cli.main(suggested.split(", ")[0].split()[2:]) == 0
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain
+    assert plain.splitlines()[-1] == answered[4:-4]
+
+
+def suggested_words(lines):
+    """The words of each command on the line that says what is next."""
+    (line,) = [line for line in lines if line.startswith("next: ")]
+    commands = [shlex.split(command) for command in line.removeprefix("next: ").split(", ")]
+    assert all(words[0] == "capsrun" for words in commands), line
+    return [words[1:] for words in commands]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("mnist5k-capsnet-quick", [], []),
+        ("mnist5k-capsnet-quick", ["seed=3"], ["seed=3"]),
+        ("mnist5k-capsnet-quick", ["runs_dir=a+b"], ["runs_dir=a+b"]),
+        ("mine", ["seed=3"], ["checkpoint=runs/mine/seed3"]),
+        ("mine", ["runs_dir='it is'"], ["checkpoint='it is/mine/seed0'"]),
+        (
+            "mine",
+            ["dataset.validation=10", "dataset.standardise=true"],
+            [
+                "dataset.standardise=true",
+                "dataset.validation=10",
+                "checkpoint=runs/mine/seed0",
+            ],
+        ),
+    ],
+)
+def test_what_is_suggested_after_training_finds_the_model(name, overrides, words):
+    config = train_config("dataset=mnist5k", f"name={name}", *overrides)
+    folder = Path(config.runs_dir) / name / f"seed{config.seed}"
+    assert cli.model_words(config, folder) == ["dataset=mnist5k", *words]
+    assert cli.model_words(config, folder / "checkpoint.pt") == ["dataset=mnist5k", *words]
+    tested = from_dict(EvalConfig, cli.compose("eval", ["dataset=mnist5k", *words]))
+    assert Path(tested.checkpoint) == folder
+    own = vars(config.dataset)
+    assert differing_keys(vars(tested.dataset), own) == []
+
+
+def test_mnist_need_not_be_said():
+    config = train_config()
+    assert cli.model_words(config, Path("runs/mnist-capsnet-quick/seed0")) == []
+
+
+def test_each_command_says_what_is_next(in_tmp, capsys):
+    def run(*arguments):
+        assert cli.main(list(arguments)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found = suggested_words(lines)
+        for command, *words in found:
+            if command in cli.COMMANDS:
+                from_dict(SCHEMAS[command], cli.compose(command, words))
+            else:
+                assert command in ("explore", "export")
+        return [command for command, *_ in found], lines
+
+    default = "name=mnist5k-capsnet-quick"
+    assert run("list")[0] == ["train", "train"]
+    commands, lines = run("train", *TINY, default)
+    assert commands == ["eval", "perturb", "explore"]
+    assert lines[-2].startswith("next: ")
+    assert run("train", *TINY, default)[0] == commands, "a finished run says so too"
+    commands, lines = run("eval", "dataset=mnist5k")
+    assert commands == ["perturb", "explore", "report"]
+    assert lines[-2].startswith("next: ")
+    assert run("perturb", "dataset=mnist5k", "perturb.digit=5")[0] == ["explore", "report"]
+    assert run("list")[0] == ["eval", "report"]
+    assert run("data", "dataset=mnist5k")[0] == ["train"]
+    assert run("reproduce", "targets=[table1]", "timing=false", "only_plan=true")[0] == [
+        "reproduce"
+    ]
+    cnn = ["dataset=mnist5k", "model=cnn_baseline", "recipe.epochs=null", "recipe.steps=1"]
+    small = ["model.channels=[2]", "model.kernels_px=[5]", "model.pools_px=[4]", "model.hidden=[8]"]
+    assert run("train", *cnn, *small, "name=cnn")[0] == ["eval"], "it has no capsules"
+
+
+def test_a_checkpoint_of_a_like_name_is_hinted_at(in_tmp, capsys, tiny_run):
+    folder = in_tmp / "runs" / "mnist-capsnet-quick" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    hint = "did you mean 'runs/mnist-capsnet-quick/seed0'?"
+    for wrong in (
+        "runs/mnist-capsnet-quik/seed0",
+        "run/mnist-capsnet-quick/seed0",
+        "runs/mnist-capsnet-quick",
+    ):
+        assert hint in mistake(capsys, "eval", f"checkpoint={wrong}")
+    assert "did you mean" not in mistake(capsys, "eval", "checkpoint=elsewhere")

@@ -79,10 +79,10 @@ def test_eval_writes_beside_the_checkpoint_by_default(in_tmp, capsys):
     lines = capsrun(capsys, "eval", "dataset=mnist5k")
     folder = in_tmp / "runs" / "mnist5k-capsnet-quick" / "seed0" / "eval-mnist5k-test"
     assert (folder / "result.json").exists()
-    assert lines[-2] == f"pictures: {folder.relative_to(in_tmp) / 'pictures'}"
+    assert lines[-3] == f"pictures: {folder.relative_to(in_tmp) / 'pictures'}"
     assert lines[-1].startswith("test error ")
     lines = capsrun(capsys, "perturb", "dataset=mnist5k", "perturb.digit=5")
-    assert (in_tmp / lines[-1]).exists()
+    assert (in_tmp / lines[-2]).exists()
 
 
 def test_splits(tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_data_prints_counts_and_checksums_and_draws_a_sheet(in_tmp, capsys):
     assert any(line.split() == ["images", "4,000", "1,000"] for line in lines)
     assert "MD5 d333f117366df9ee9442b60573c29a69 (verified)" in lines[0]
     sheet = in_tmp / "runs" / "data-mnist5k" / "contact_sheet.png"
-    assert lines[-1] == f"contact sheet: {sheet.relative_to(in_tmp)}"
+    assert lines[-2] == f"contact sheet: {sheet.relative_to(in_tmp)}"
     assert Image.open(sheet).width > 20 * 56
 
 

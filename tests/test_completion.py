@@ -1,0 +1,378 @@
+"""Tab completion: what is offered, in real shells, how fast, and installing it."""
+
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from capsrun import cli, completion, config
+
+# A program of the name that the shells look for.
+PROGRAM = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m capsrun "$@"\n'
+
+
+def needs(shell):
+    return pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty home folder, to work in, with capsrun on the PATH."""
+    for variable in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR", "CAPSRUN_DATA"):
+        monkeypatch.delenv(variable, raising=False)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "capsrun").write_text(PROGRAM)
+    (programs / "capsrun").chmod(0o755)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.chdir(home)
+    return home
+
+
+def offered(capsys, line, shell="fish", word_breaks=""):
+    """What a shell is told when Tab is pressed at the end of this line."""
+    assert cli.main(["completion", "words", shell, line, word_breaks]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out.splitlines()
+
+
+# What is typed, and what is offered.
+OFFERED = {
+    "tr": "train",
+    "re": "report reproduce",
+    "--v": "--version",
+    "comp": "completion",
+    "completion un": "uninstall",
+    "completion install ": "bash zsh fish",
+    "completion install zsh ": "",
+    "train dataset=mnist": "dataset=mnist dataset=mnist5k dataset=mnist_padded",
+    "train dataset.s": "dataset.source= dataset.shift_px= dataset.standardise= dataset.split_seed=",
+    "train routing.i": "routing.iterations=",
+    "train model=cnn_baseline routing.": "",
+    "train model=cnn_baseline model.ch": "model.channels=",
+    "train model.ch": "",
+    "train seed=3 see": "",
+    "train compile=": "compile=true compile=false",
+    "train model.padding=s": "model.padding=same",
+    "train model=cnn_authors loss.activation=so": "loss.activation=softmax",
+    "train experiment=ablation_d": "experiment=ablation_detach",
+    "train --multirun loss=authors,pap": "loss=authors,paper",
+    "train --m": "--multirun",
+    "train --cfg ": "job hydra all",
+    "bench --pr": "--profile",
+    "eval split=te": "split=test",
+    "eval recipe": "",
+    "perturb perturb.invert=a": "perturb.invert=auto",
+    "reproduce targets=[table1,figure_": (
+        "targets=[table1,figure_3 targets=[table1,figure_4 targets=[table1,figure_5 "
+        "targets=[table1,figure_a1 targets=[table1,figure_b1"
+    ),
+    "reproduce budget=s": "budget=short budget=smoke",
+    "train 'dataset=kmn": "dataset=kmnist",
+    "nonsense ": "",
+    "train nonsense=": "",
+    "eval checkpoint=/no/such/folder/": "",
+    "train dataset=nonsense loss=p": "loss=paper",
+}
+
+
+@pytest.mark.parametrize("typed", OFFERED)
+def test_what_is_offered(capsys, typed):
+    found = offered(capsys, f"capsrun {typed}")
+    assert sorted(found) == sorted(OFFERED[typed].split())
+
+
+def test_the_program_may_have_a_path_and_variables_before_it(capsys):
+    assert offered(capsys, "A=1 B=2 /some/where/capsrun tr") == ["train"]
+
+
+def test_every_group_and_setting_is_offered_and_nothing_else(capsys):
+    """What is offered with a value that it has can be composed."""
+    for command in cli.COMMANDS:
+        keys = [key.removesuffix("=") for key in offered(capsys, f"capsrun {command} ")]
+        settings = set(cli.setting_names(command, []))
+        assert set(cli.group_choices(command)) <= set(keys)
+        assert set(keys) <= settings | set(cli.group_choices(command))
+        for key in ("runs_dir", "seed", "dataset.data_dir", "record.log_every_steps"):
+            assert (key in keys) == (key in settings)
+
+
+def test_every_command_has_a_class_of_settings_of_its_name():
+    for command in cli.COMMANDS:
+        assert hasattr(config, f"{command.capitalize()}Config"), "for the values of its settings"
+
+
+def test_paths_are_offered_where_a_setting_is_one(capsys, home):
+    for name in ("runs/a b/seed0", "runs/.hidden", "runs/c=d", "data"):
+        (home / name).mkdir(parents=True)
+    for name in ("five.png", "model.pt", "notes.txt"):
+        (home / name).touch()
+    assert [w.partition("=")[2] for w in offered(capsys, "capsrun eval checkpoint=")] == [
+        "data/",
+        "model.pt",
+        "runs/",
+    ]
+    assert offered(capsys, "capsrun eval checkpoint=r") == ["checkpoint=runs/"]
+    assert offered(capsys, "capsrun eval checkpoint=runs/") == ["checkpoint=runs/a b/"]
+    assert offered(capsys, "capsrun eval ensemble=[model.pt,mo") == ["ensemble=[model.pt,model.pt"]
+    assert offered(capsys, "capsrun eval checkpoint=~/mo") == ["checkpoint=~/model.pt"]
+    assert offered(capsys, "capsrun perturb perturb.image=") == [
+        "perturb.image=data/",
+        "perturb.image=five.png",
+        "perturb.image=runs/",
+    ]
+    assert offered(capsys, "capsrun train runs_dir=") == ["runs_dir=data/", "runs_dir=runs/"]
+    assert offered(capsys, f"capsrun train runs_dir={home}/da") == [f"runs_dir={home}/data/"]
+
+
+@pytest.mark.parametrize(
+    ("line", "word_breaks", "expected"),
+    [
+        ("capsrun tr", "=:", ["train "]),
+        ("capsrun train dataset=km", " =:", ["kmnist "]),
+        ("capsrun train dataset=km", " ", ["dataset=kmnist "]),
+        ("capsrun train 'dataset=km", " =:", ["dataset=kmnist "]),
+        ("capsrun train see", " =:", ["seed="]),
+        ("capsrun reproduce targets=[all,table1_mnist_b", "=:", ["[all,table1_mnist_baseline"]),
+    ],
+)
+def test_bash_is_told_what_it_replaces(capsys, line, word_breaks, expected):
+    assert offered(capsys, line, "bash", word_breaks) == expected
+
+
+def test_a_failure_prints_nothing(capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(cli, "group_choices", fail)
+    assert offered(capsys, "capsrun train dataset=") == []
+    assert offered(capsys, "") != ["Traceback"]
+    assert cli.main(["completion", "words"]) == 0
+    assert "Traceback" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["capsrun ", "capsrun train rec", "capsrun train dataset="])
+def test_it_answers_at_once_and_imports_no_torch(line):
+    script = (
+        "import sys\n"
+        "from capsrun.cli import main\n"
+        f"main(['completion', 'words', 'fish', {line!r}])\n"
+        "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 1.0  # 0.4 where nothing else runs
+
+
+def in_bash(script: Path, *lines: str) -> list[list[str]]:
+    """What bash inserts or lists when Tab is pressed at the end of each line."""
+    asks = "".join(
+        f"COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}\n"
+        "COMPREPLY=(); _capsrun capsrun '' ''\n"
+        'printf "<%s>" "${COMPREPLY[@]}"; echo\n'
+        for line in lines
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", f". {shlex.quote(str(script))}; complete -p capsrun\n{asks}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    registered, *answers = done.stdout.splitlines()
+    assert registered == "complete -o nospace -F _capsrun capsrun"
+    return [re.findall("<(.*?)>", answer) for answer in answers]
+
+
+@needs("bash")
+def test_bash(home):
+    (home / "my runs").mkdir()
+    script = home / "capsrun.bash"
+    script.write_text(completion.BASH)
+    assert in_bash(
+        script,
+        "capsrun tr",
+        "capsrun train dataset=km",
+        "capsrun train model=cnn_baseline model.chan",
+        "capsrun eval checkpoint=my",
+        "capsrun nonsense ",
+    ) == [["train "], ["kmnist "], ["model.channels="], ["my\\ runs/"], [""]]
+
+
+def typed(shell: list[str], setup: str, lines: list[str]) -> list[str]:
+    """What becomes of lines in a shell on a terminal when Tab is pressed at the end of each.
+
+    setup: makes Ctrl-T print the line that is typed as `<line>`, and empty it.
+    """
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        shell,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        env={**os.environ, "TERM": "xterm", "PS1": "$ "},
+        start_new_session=True,
+    )
+    os.close(side)
+
+    def until(pattern: str) -> str:
+        shown, ends = "", time.monotonic() + 30
+        while not (found := re.search(pattern, shown)):
+            assert time.monotonic() < ends, shown
+            if select.select([main], [], [], 1)[0]:
+                shown += os.read(main, 4096).decode()
+        return found[1]
+
+    try:
+        os.write(main, f"{setup}; echo rea''dy\n".encode())
+        until("(ready)")
+        became = []
+        for line in lines:
+            os.write(main, line.encode() + b"\t")
+            time.sleep(0.2)  # a shell may take keys that wait for another paste
+            os.write(main, b"\x14")
+            became.append(until("<(.*)>\r\n"))
+        return became
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+TYPED = {
+    "capsrun tr": "capsrun train ",
+    "capsrun train dataset=km": "capsrun train dataset=kmnist ",
+    "capsrun train model=cnn_baseline model.chan": (
+        "capsrun train model=cnn_baseline model.channels="
+    ),
+    "capsrun eval checkpoint=my": "capsrun eval checkpoint=my\\ runs/",
+    "capsrun train dataset=mnist_": "capsrun train dataset=mnist_padded ",
+    "capsrun train device=c": "capsrun train device=c",
+}
+
+
+@needs("bash")
+def test_bash_as_it_is_typed(home):
+    (home / "my runs").mkdir()
+    completion.install("bash")
+    setup = (
+        "show() { printf '\\n<%s>\\n' \"$READLINE_LINE\"; READLINE_LINE=; }; "
+        "bind 'set bell-style none'; bind -x '\"\\C-t\": show'"
+    )
+    assert typed(["bash", "-i"], setup, list(TYPED)) == list(TYPED.values())
+
+
+@needs("zsh")
+def test_zsh_as_it_is_typed(home):
+    (home / "my runs").mkdir()
+    completion.install("zsh")
+    setup = (
+        "unsetopt beep; show() { print -r -- $'\\n'\"<$BUFFER>\"; BUFFER= }; "
+        "zle -N show; bindkey '^T' show"
+    )
+    assert typed(["zsh", "-i"], setup, list(TYPED)) == list(TYPED.values())
+
+
+@needs("fish")
+def test_fish(home):
+    completion.install("fish")
+
+    def complete(line):
+        done = subprocess.run(
+            ["fish", "-c", f"complete -C {shlex.quote(line)}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        return [candidate.split("\t")[0] for candidate in done.stdout.splitlines()]
+
+    assert complete("capsrun tr") == ["train"]
+    assert complete("capsrun train dataset=km") == ["dataset=kmnist"]
+    assert complete("capsrun train model=cnn_baseline model.chan") == ["model.channels="]
+    assert complete("capsrun nonsense ") == []
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_the_scripts_are_printed_and_are_correct(shell, capsys, tmp_path):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert script == completion.SCRIPTS[shell]
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(script)
+    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+@pytest.mark.parametrize(("shell", "startup"), [("bash", ".bashrc"), ("zsh", ".zshrc")])
+def test_installing_adds_one_line_once_and_uninstalling_takes_it_out(home, capsys, shell, startup):
+    before = "alias ll='ls -l'\n# the end, without a newline"
+    (home / startup).write_text(before)
+    assert cli.main(["completion", "install", shell]) == 0
+    said = capsys.readouterr().out
+    script = completion.place_of(shell).script
+    for part in (f"written: {script}", f"added to {home / startup}: ", "uninstall", "next: "):
+        assert part in said
+    added = (home / startup).read_text()
+    assert added.startswith(before + "\n")
+    assert added.count("\n") == 3
+    assert script.read_text() == completion.SCRIPTS[shell]
+    assert cli.main(["completion", "install", shell]) == 0
+    assert "loads it already" in capsys.readouterr().out
+    assert (home / startup).read_text() == added
+    assert cli.main(["completion", "uninstall"]) == 0
+    assert f"deleted: {script}" in capsys.readouterr().out
+    assert (home / startup).read_text() == before + "\n"
+    assert not script.exists()
+    assert cli.main(["completion", "uninstall"]) == 0
+    assert capsys.readouterr().out == "no completion is installed\n"
+
+
+def test_the_line_does_no_harm_where_the_script_is_gone(home):
+    completion.install("bash")
+    completion.place_of("bash").script.unlink()
+    command = f". {home}/.bashrc; echo fine"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+def test_fish_needs_no_line(home, capsys):
+    assert cli.main(["completion", "install", "fish"]) == 0
+    assert [path.name for path in home.rglob("*") if path.is_file()] == ["capsrun.fish"]
+    assert cli.main(["completion", "uninstall", "fish"]) == 0
+    assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_the_shell_is_that_of_the_user(home, monkeypatch, capsys):
+    monkeypatch.setenv("SHELL", "/usr/bin/zsh")
+    assert cli.main(["completion", "install"]) == 0
+    assert (home / ".zshrc").exists()
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert cli.main(["completion", "install"]) == 2
+    assert "capsrun completion install bash|zsh|fish" in capsys.readouterr().err
+
+
+def test_a_home_that_cannot_be_written(home, monkeypatch, capsys):
+    (home / ".local").write_text("a file")
+    assert cli.main(["completion", "install", "bash"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "`capsrun completion bash` prints it" in message
+    assert not (home / ".bashrc").exists()
