@@ -247,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             rest = [FLAGS.get(name, {}).get(word, word) for word in rest]
             refuse_unknown_flags(name, rest)
+            # Hydra wants the settings side by side: an option between them ends them.
+            rest.sort(key=lambda word: "=" in word and not word.startswith("-"))
             run_command(name, rest)
     except UserError as error:
         fail(f"capsrun {name}" if name in (COMPLETION, *COMMANDS) else "capsrun", error)

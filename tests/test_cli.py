@@ -296,6 +296,13 @@ def test_multirun_makes_a_run_for_each_combination(in_tmp):
     assert done.stdout.count("test error") >= 4
 
 
+def test_an_option_may_stand_between_settings(capsys):
+    assert cli.main(["train", "seed=3", "--cfg", "job", "dataset=kmnist"]) == 0
+    shown = capsys.readouterr().out
+    assert "seed: 3" in shown
+    assert "name: kmnist" in shown
+
+
 def test_different_settings_under_one_name_are_refused(in_tmp, capsys):
     assert cli.main(["train", *TINY, "recipe.steps=1", "name=same"]) == 0
     capsys.readouterr()
