@@ -12,7 +12,7 @@ GROUPS := table1 multimnist affnist section7 figures ablations
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce $(GROUPS) .run report test test-all lint format clean
+.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all lint format clean
 
 help: ## list the targets
 	@echo "Targets (make TARGET, PYTHON=python3.12 for another Python):"
@@ -71,6 +71,11 @@ runs/$(BUDGET)/%/result.json: | $(INSTALLED)
 
 report: $(INSTALLED) ## build the report of the committed results again: results/report/
 	$(CAPSRUN) report sources=[results] out_dir=results/report
+
+explorers: $(INSTALLED) ## make the pages in docs/ of the committed checkpoints again
+	$(CAPSRUN) explore checkpoint=results/capsnet-mnist.pt out=docs/explorer.html explore.search=10000 explore.mistakes=44
+	$(CAPSRUN) explore checkpoint=results/capsnet-mnist-small.pt out=docs/explorer-draw.html explore.search=10000 explore.mistakes=49
+	$(CAPSRUN) explore dataset=multimnist checkpoint=results/capsnet-multimnist-small.pt out=docs/explorer-multimnist.html
 
 test: $(INSTALLED) ## run the tests that need minutes and no GPU
 	$(BIN)/python -m pytest
