@@ -21,7 +21,9 @@ from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import check_dataset, load_checkpoint, output_folder
+from capsrun.runs.checkpoint import check_dataset, load_drawing_model, output_folder
+from capsrun.runs.progress import bar
+from capsrun.runs.run_page import write_run_page
 from capsrun.runs.scores import displayed
 from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import resolve_device, to_device
@@ -47,24 +49,13 @@ class Subject:
 
 
 def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
-    """Draw one PNG for each subject, a row a dimension and a column a value; returns their paths.
+    """Draw a picture of each subject, and one of all where they are several; returns their paths.
 
     Raises UserError when checkpoint, data, image or settings cannot be used.
     """
     values = sweep_values(config.perturb)
     device = resolve_device(config.device)
-    trained = load_checkpoint(checkpoint)
-    model = trained.model
-    if not isinstance(model, CapsNet):
-        raise UserError(
-            f"checkpoint {checkpoint} is of model={trained.config.model.name}, which has no "
-            "capsules to perturb; train with model=capsnet"
-        )
-    if model.decoder is None:
-        raise UserError(
-            f"checkpoint {checkpoint} has no decoder, and without one there is nothing to draw; "
-            "train with model.reconstruction=true"
-        )
+    trained, model = load_drawing_model(checkpoint)
     to_device(model, device, fast=False).eval()
     if config.perturb.image is not None:
         place = "own-image"
@@ -79,15 +70,10 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     folder = output_folder(checkpoint, config.runs_dir)
     out_dir = Path(config.out_dir or folder / f"perturb-{place}")
     record.make_output(out_dir)
-    paths = []
-    for subject in subjects:
-        figure = draw(model, subject, values)
-        paths.append(out_dir / "pictures" / f"{subject.file_name}.png")
-        figures.save(figure, paths[-1])
-        record.show_in_tensorboard(
-            out_dir, subject.file_name, {f"perturb/{subject.file_name}": figure}
-        )
-        print(paths[-1])
+    swept = [perturbed(model, subject.image_CHW, subject.label, values) for subject in subjects]
+    paths = write_pictures(out_dir, config.perturb.format, model, subjects, swept, values)
+    for path in paths:
+        print(path)
     result = {
         "command": "perturb",
         "name": trained.config.name,
@@ -102,6 +88,7 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
         "trained": dataclasses.asdict(trained.config),
     }
     record.write_json(out_dir / "result.json", result)
+    print(f"page: {write_run_page(out_dir)}")
     return paths
 
 
@@ -138,15 +125,97 @@ def perturbed(model: CapsNet, image_CHW: Tensor, label: int, values: list[float]
     return model.decode(moved, labels).unflatten(0, (dimensions, len(values)))
 
 
+def write_pictures(
+    out_dir: Path,
+    file_format: str,
+    model: CapsNet,
+    subjects: list[Subject],
+    swept: list[Tensor],
+    values: list[float],
+) -> list[Path]:
+    """Write a picture of each subject, and one of all where they are several; returns the paths.
+
+    swept: for each subject what `perturbed` returned.
+    """
+    paths = []
+    for subject, images_DVCHW in bar(list(zip(subjects, swept)), "picture", "drawing"):
+        still = draw(model, subject, images_DVCHW, values)
+        path = out_dir / "pictures" / f"{subject.file_name}.{file_format}"
+        if file_format == "png":
+            figures.save(still, path)
+        else:
+            figures.save_animation(frames_of_one(subject, images_DVCHW, values), path)
+        name = subject.file_name
+        record.show_in_tensorboard(out_dir, name, {f"perturb/{name}": still})
+        paths.append(path)
+    if len(subjects) > 1:
+        paths.append(out_dir / "pictures" / f"all_classes.{file_format}")
+        if file_format == "png":
+            figures.save(sheet_of_all(subjects, swept, values), paths[-1])
+        else:
+            figures.save_animation(frames_of_all(subjects, swept, values), paths[-1])
+    return paths
+
+
 @torch.inference_mode()
-def draw(model: CapsNet, subject: Subject, values: list[float]) -> Figure:
+def draw(model: CapsNet, subject: Subject, images_DVCHW: Tensor, values: list[float]) -> Figure:
     """A row for each dimension, and at the bottom the input and its plain reconstruction."""
-    images_DVCHW = perturbed(model, subject.image_CHW, subject.label, values)
     plain_CHW = perturbed(model, subject.image_CHW, subject.label, [0.0])[0, 0]
     rows = [(f"dimension {d}", list(displayed(row))) for d, row in enumerate(images_DVCHW)]
     rows.append(("input, output", list(displayed(torch.stack([subject.pixels_CHW, plain_CHW])))))
     titles = [f"{value:+.2f}" for value in values]
     return figures.image_grid(rows, titles, subject.title)
+
+
+def sheet_of_all(subjects: list[Subject], swept: list[Tensor], values: list[float]) -> Figure:
+    """What `draw` shows of each subject, beside and below each other."""
+    blocks = [
+        (subject.title, [list(displayed(row)) for row in images_DVCHW])
+        for subject, images_DVCHW in zip(subjects, swept)
+    ]
+    dimensions = [f"dimension {d}" for d in range(len(swept[0]))]
+    # More than these would not be read: every other value, or only the ends.
+    shown = [
+        f"{value:+.2f}" if number % max(1, (len(values) - 1) // 5) == 0 else ""
+        for number, value in enumerate(values)
+    ]
+    return figures.sheet(blocks, dimensions, shown, "Each dimension of each class capsule, moved")
+
+
+def there_and_back(values: list[float]) -> list[int]:
+    """In which order an animation shows the values: up, and down again."""
+    return [*range(len(values)), *range(len(values) - 2, 0, -1)]
+
+
+def frames_of_one(subject: Subject, images_DVCHW: Tensor, values: list[float]) -> list[Figure]:
+    """An animation of one subject: all dimensions at once, each in a picture of its own."""
+    dimensions = len(images_DVCHW)
+    frames = []
+    for number in there_and_back(values):
+        images = list(displayed(images_DVCHW[:, number]))
+        rows = [
+            (f"dimensions {d} to {min(d + 8, dimensions) - 1}", images[d : d + 8])
+            for d in range(0, dimensions, 8)
+        ]
+        title = f"{subject.title}: {values[number]:+.2f}"
+        frames.append(figures.image_grid(rows, title=title, scale=4))
+    return frames
+
+
+def frames_of_all(
+    subjects: list[Subject], swept: list[Tensor], values: list[float]
+) -> list[Figure]:
+    """An animation of all subjects, a row for each and a column for each dimension."""
+    columns = [f"{d}" for d in range(len(swept[0]))]
+    frames = []
+    for number in there_and_back(values):
+        rows = [
+            (f"class {subject.label}", list(displayed(images_DVCHW[:, number])))
+            for subject, images_DVCHW in zip(subjects, swept)
+        ]
+        title = f"Each dimension of each class capsule, moved by {values[number]:+.2f}"
+        frames.append(figures.image_grid(rows, columns, title))
+    return frames
 
 
 def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[Subject]:

@@ -1,6 +1,6 @@
 """The pictures: grids of images with labels, the confusion matrix.
 
-Every function returns a matplotlib figure and knows neither files nor models.
+They are matplotlib figures that know no model; `save` and `save_animation` write them.
 Shapes: C channels, H and W pixels, J classes.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 DPI = 100
@@ -60,18 +61,75 @@ def image_grid(
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    _, cell_height, cell_width = rows[0][1][0].shape
-    row_centres = [number * (cell_height + GAP_PX) + cell_height / 2 for number in range(len(rows))]
+    cell_height, cell_width = (side + GAP_PX for side in rows[0][1][0].shape[1:])
+    row_centres = [_centre(number, cell_height) for number in range(len(rows))]
     axes.set_yticks(row_centres, [label for label, _ in rows], fontsize=FONT_SIZE)
-    column_centres = [
-        number * (cell_width + GAP_PX) + cell_width / 2 for number in range(len(column_titles))
-    ]
+    column_centres = [_centre(number, cell_width) for number in range(len(column_titles))]
     axes.set_xticks(column_centres, column_titles, fontsize=FONT_SIZE)
     axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
     if title:
         top = 1 - 1.3 * LINE_INCHES / total_height
         figure.text(0.1 / total_width, top, title, fontsize=FONT_SIZE + 1)
     return figure
+
+
+def sheet(
+    blocks: Sequence[tuple[str, Sequence[Sequence[Tensor]]]],
+    row_labels: Sequence[str],
+    column_titles: Sequence[str],
+    title: str,
+    columns: int = 5,
+    scale: int = 2,
+) -> Figure:
+    """Grids of images of one size beside and below each other, each with a title of its own.
+
+    blocks: (title, rows of images of shape (C, H, W)). columns: how many blocks are in a row.
+    """
+    canvases = [(name, _assemble(rows)) for name, rows in blocks]
+    height, width = (side * scale / DPI for side in canvases[0][1].shape[:2])
+    cell_height, cell_width = (side + GAP_PX for side in blocks[0][1][0][0].shape[1:])
+    lines = -(-len(blocks) // columns)
+    left, above = 0.1 + LETTER_INCHES * max(map(len, row_labels)), 5 * LINE_INCHES
+    total_width = left + columns * (width + 0.2)
+    total_height = 2 * LINE_INCHES + lines * (height + above)
+    figure = new_figure(total_width, total_height)
+    figure.text(0.1 / total_width, 1 - 1.5 * LINE_INCHES / total_height, title, fontsize=12)
+    for number, (name, canvas) in enumerate(canvases):
+        line, column = divmod(number, columns)
+        bottom = total_height - 2 * LINE_INCHES - (line + 1) * (height + above) + 0.1
+        axes = figure.add_axes(
+            (
+                (left + column * (width + 0.2)) / total_width,
+                bottom / total_height,
+                width / total_width,
+                height / total_height,
+            )
+        )
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        axes.set_title(name, fontsize=10, pad=3)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        labels = row_labels if column == 0 else [""] * len(row_labels)
+        axes.set_yticks([_centre(row, cell_height) for row in range(len(labels))], labels)
+        centres = [_centre(place, cell_width) for place in range(len(column_titles))]
+        axes.set_xticks(centres, column_titles)
+        axes.tick_params(length=0, pad=2, labelsize=FONT_SIZE, labeltop=True, labelbottom=False)
+    return figure
+
+
+def _centre(number: int, cell_px: int) -> float:
+    """Where the middle of an image of a grid is, along one axis."""
+    return number * cell_px + (cell_px - GAP_PX) / 2
+
+
+def save_animation(frames: Sequence[Figure], path: Path, frame_ms: int = 120) -> None:
+    """Write figures of one size as an endless animation, GIF or PNG as the name of `path` says."""
+    images = []
+    for figure in frames:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
 
 
 def _assemble(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:

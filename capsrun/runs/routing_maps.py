@@ -1,0 +1,283 @@
+"""Routing made visible: which places of an image vote for which class, iteration by iteration.
+
+Shapes: R routing iterations, I input capsules, J classes, G rows and columns of the PrimaryCaps
+grid, H and W pixels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from capsrun.data import Split
+from capsrun.data.batches import in_class_order
+from capsrun.models.capsnet import CapsNet
+from capsrun.models.routing import RoutingIteration
+from capsrun.runs.figures import FONT_SIZE, TWO_COLOURS, new_figure
+from capsrun.training.metrics import predicted_classes
+
+CELL_INCHES = 1.1
+TINY = 1e-12
+LABEL_INCHES = 1.35
+BAR_INCHES = 0.85
+# A coupling that differs by less from its equal share is drawn as if it were equal.
+LEAST_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What routing did with one image. A map has a value for each place of the PrimaryCaps grid."""
+
+    ink_HW: Tensor
+    labels: list[int]
+    predicted: list[int]
+    lengths_J: Tensor
+    couplings_RJGG: Tensor
+    """c_ij, mean over the capsules of a place, each weighted with its length ‖u_i‖."""
+    entropy_RGG: Tensor
+    """Of the couplings of an input capsule, in bits; mean as above."""
+    entropy_R: Tensor
+    """The same over all input capsules."""
+    added_JGG: Tensor
+    """What the votes of a place add to the length of s_j in the last iteration."""
+    equal_share: float
+    """The couplings before any agreement is known: 1/J, or 1/(J + 1) with leaky routing."""
+    extent_px: tuple[float, float]
+    """Where the grid begins and ends in the image, along both axes."""
+
+    def entropy_text(self) -> str:
+        """The entropy after each iteration, in words."""
+        bits = " ".join(f"{value:.3f}" for value in self.entropy_R.tolist())
+        return f"entropy of the couplings {bits} of at most {-math.log2(self.equal_share):.3f} bits"
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """The numbers, for `result.json`."""
+        return {
+            "image": index,
+            "labels": self.labels,
+            "predicted": self.predicted,
+            "entropy_bits": [round(value, 4) for value in self.entropy_R.tolist()],
+            "most_bits": round(-math.log2(self.equal_share), 4),
+        }
+
+
+@torch.inference_mode()
+def routed(model: CapsNet, split: Split, index: int) -> Routed:
+    """Route one image of a split and keep what happened."""
+    batch = in_class_order(split.batch(torch.tensor([index], device=split.device)))
+    history: list[RoutingIteration] = []
+    poses_BIK = model.primary_poses(batch.images_BCHW)
+    capsules_BJD = model.route_poses(poses_BIK, history)
+    lengths_BJ = capsules_BJD.norm(dim=2)
+    # Where no capsule says anything all count the same, and nothing is divided by 0.
+    weights_I = poses_BIK[0].norm(dim=1) + TINY
+    couplings_RIJ = torch.stack([iteration.couplings_BIJ[0] for iteration in history])
+    entropy_RI = entropy_bits(couplings_RIJ)
+    # û_j|i · v_j is what the logits change by; along v_j the votes add to the length of s_j.
+    added_IJ = couplings_RIJ[-1] * history[-1].logit_changes_BIJ[0] / (lengths_BJ[0] + TINY)
+    types = model.config.primary_types
+    return Routed(
+        batch.targets_BTCHW[0].sum(0).clamp(max=1).mean(0).cpu(),
+        batch.labels_BT[0].tolist(),
+        predicted_classes(lengths_BJ, split.digits)[0].tolist(),
+        lengths_BJ[0].cpu(),
+        place_means(couplings_RIJ.transpose(1, 2), weights_I, types).cpu(),
+        place_means(entropy_RI, weights_I, types).cpu(),
+        ((entropy_RI * weights_I).sum(1) / weights_I.sum()).cpu(),
+        on_grid(added_IJ.T, types).sum(1).cpu(),
+        1 / (model.classes + model.routing.leaky),
+        grid_extent(model),
+    )
+
+
+def entropy_bits(couplings_IJ: Tensor) -> Tensor:
+    """H_i = −Σ_j c_ij log₂ c_ij of shape (…, I); what is missing to 1 (leaky) counts as a share."""
+    missing_I1 = (1 - couplings_IJ.sum(-1, keepdim=True)).clamp(min=0)
+    shares = torch.cat([couplings_IJ, missing_I1], dim=-1).double()
+    return -torch.special.xlogy(shares, shares).sum(-1).div(math.log(2)).float()
+
+
+def on_grid(values_I: Tensor, types: int) -> Tensor:
+    """Values of input capsules (…, I) by type and place: (…, types, G, G)."""
+    side = math.isqrt(values_I.shape[-1] // types)
+    return values_I.unflatten(-1, (types, side, side))
+
+
+def place_means(values_I: Tensor, weights_I: Tensor, types: int) -> Tensor:
+    """The mean over the capsules of each place, weighted: (…, I) to (…, G, G)."""
+    weights = on_grid(weights_I, types)
+    return (on_grid(values_I, types) * weights).sum(-3) / weights.sum(0)
+
+
+def grid_extent(model: CapsNet) -> tuple[float, float]:
+    """Where the cells of the grid lie in the image, in pixels from its edge.
+
+    Each capsule sees 2 · kernel − 1 pixels along each axis; its cell, two pixels wide as the stride
+    is, lies around their middle.
+    """
+    side = math.isqrt(model.primary_capsules // model.config.primary_types)
+    first = model.config.kernel_px - 0.5 - model.conv1_pads[0] - model.primary_pads[0]
+    return first - 1, first - 1 + 2 * side
+
+
+def routing_figure(routing: Routed, class_names: tuple[str, ...], title: str) -> Figure:
+    """Heat maps over the image: a row for each iteration, a column for each class, the entropy.
+
+    The last row is what each place adds to the length of each class capsule's s_j. With two digits
+    it begins with the image, its ink in the colour of the digit that claims it.
+    """
+    rounds, classes = routing.couplings_RJGG.shape[:2]
+    columns, rows = classes + 2, rounds + 1
+    width = LABEL_INCHES + columns * CELL_INCHES + BAR_INCHES
+    height = 1.2 + rows * CELL_INCHES
+    figure = new_figure(width, height)
+    figure.text(0.1 / width, 1 - 0.25 / height, title, fontsize=FONT_SIZE + 1)
+    note = (
+        "A cell is the middle of what its input capsules see (grey: none is centred there), the "
+        "line the edge of the ink. Mind the scales. To ‖s‖ the bias adds its share too."
+    )
+    figure.text(0.1 / width, 0.08 / height, note, fontsize=FONT_SIZE)
+
+    def cell(row: int, column: float, share: float = 1.0) -> Axes:
+        left = LABEL_INCHES + column * CELL_INCHES
+        bottom = height - 0.8 - (row + 1) * CELL_INCHES
+        size = CELL_INCHES - 0.06
+        return figure.add_axes((left / width, bottom / height, share * size / width, size / height))
+
+    difference = (routing.couplings_RJGG - routing.equal_share).abs().max().item()
+    difference = max(difference, LEAST_DIFFERENCE)
+    share = routing.equal_share
+    couplings = TwoSlopeNorm(share, max(share - difference, 0), share + difference)
+    most_bits = -math.log2(routing.equal_share)
+    entropies = Normalize(min(routing.entropy_RGG.min().item(), most_bits - 1e-3), most_bits)
+    added = CenteredNorm(0, max(routing.added_JGG.abs().max().item(), 1e-9))
+
+    for number in range(rounds):
+        show_image(cell(number, 0), routing, row_text(number, routing))
+        for label in range(classes):
+            axes = cell(number, label + 1)
+            shown = show_map(axes, routing, routing.couplings_RJGG[number, label], couplings)
+            if number == 0:
+                axes.set_title(column_text(label, routing, class_names), fontsize=FONT_SIZE)
+        axes = cell(number, classes + 1)
+        bits = show_map(axes, routing, routing.entropy_RGG[number], entropies, "viridis")
+        if number == 0:
+            axes.set_title("entropy\n(bits)", fontsize=FONT_SIZE)
+    text = "adds to ‖s‖ in\nthe last iteration"
+    if len(routing.labels) == 2:
+        show_claims(cell(rounds, 0), routing, class_names, text)
+    else:
+        show_image(cell(rounds, 0), routing, text)
+    for label in range(classes):
+        axes = cell(rounds, label + 1)
+        adds = show_map(axes, routing, routing.added_JGG[label], added, "RdBu_r")
+    for row, drawn, name in ((0, shown, "coupling"), (rounds, adds, "added")):
+        colour_bar(figure, drawn, cell(row, columns + 0.1, 0.1), name)
+    colour_bar(figure, bits, cell(rounds, classes + 1, 0.1), "bits")
+    return figure
+
+
+def colour_bar(figure: Figure, drawn: Any, axes: Axes, name: str) -> None:
+    """What the colours of some maps mean."""
+    bar = figure.colorbar(drawn, cax=axes)
+    bar.ax.tick_params(labelsize=FONT_SIZE - 2)
+    bar.ax.set_ylabel(name, fontsize=FONT_SIZE - 1)
+
+
+def row_text(number: int, routing: Routed) -> str:
+    """What stands at the left of an iteration."""
+    bits = routing.entropy_R[number].item()
+    return (
+        f"iteration {number + 1}\nentropy {bits:.3f} of\n{-math.log2(routing.equal_share):.3f} bits"
+    )
+
+
+def column_text(label: int, routing: Routed, class_names: tuple[str, ...]) -> str:
+    """What stands above a class: its name, marked where it is in the image, and its length."""
+    marks = [word for word, own in named_sets(routing) if label in own]
+    length = f"‖v‖ {routing.lengths_J[label].item():.2f}"
+    return f"{class_names[label]}\n{', '.join(marks)}\n{length}"
+
+
+def named_sets(routing: Routed) -> tuple[tuple[str, list[int]], ...]:
+    """The classes of the image, and those that the model sees."""
+    return ("label", routing.labels), ("predicted", routing.predicted)
+
+
+def show_image(axes: Axes, routing: Routed, text: str) -> None:
+    side = len(routing.ink_HW)
+    axes.imshow(routing.ink_HW.numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
+    tidy(axes, routing)
+    axes.set_ylabel(text, fontsize=FONT_SIZE, rotation=0, ha="right", va="center")
+
+
+def show_map(
+    axes: Axes, routing: Routed, values_GG: Tensor, norm: Normalize, colours: str = "PuOr_r"
+) -> Any:
+    """A map in its place, under the outline of the image's ink."""
+    low, high = routing.extent_px
+    shown = axes.imshow(values_GG.numpy(), cmap=colours, norm=norm, extent=(low, high, high, low))
+    side = len(routing.ink_HW)
+    middles = np.arange(side) + 0.5
+    if (routing.ink_HW > 0.5).any():
+        axes.contour(
+            middles, middles, routing.ink_HW.numpy(), levels=[0.5], colors="black", linewidths=0.7
+        )
+    axes.set_facecolor("#e8e8e8")  # where no capsule is centred
+    tidy(axes, routing)
+    return shown
+
+
+def tidy(axes: Axes, routing: Routed) -> None:
+    """Show the whole image, without ticks."""
+    side = len(routing.ink_HW)
+    axes.set_xlim(0, side)
+    axes.set_ylim(side, 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def show_claims(axes: Axes, routing: Routed, class_names: tuple[str, ...], text: str) -> None:
+    """The image, its ink in the colours of the digits that claim it."""
+    side = len(routing.ink_HW)
+    axes.imshow(claims_in_colour(routing), extent=(0, side, side, 0))
+    tidy(axes, routing)
+    axes.set_ylabel(text, fontsize=FONT_SIZE, rotation=0, ha="right", va="center")
+    names = " ".join(
+        f"{class_names[label]} {colour}"
+        for label, colour in zip(routing.predicted, ("orange", "blue"))
+    )
+    axes.set_xlabel(f"predicted: {names}", fontsize=FONT_SIZE - 2, labelpad=1)
+
+
+def claims(routing: Routed) -> Tensor:
+    """How far each of the two predicted digits claims each pixel: (2, H, W), together 1.
+
+    A digit claims a place as far as the votes of that place add to the length of its s_j; between
+    the places it is interpolated.
+    """
+    maps_2GG = routing.added_JGG[routing.predicted].clamp(min=0)
+    low, high = routing.extent_px
+    side = len(routing.ink_HW)
+    # The middle of each pixel, from −1 at the beginning of the grid to 1 at its end.
+    middles = ((torch.arange(side) + 0.5 - low) / (high - low)) * 2 - 1
+    grid_1HW2 = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), dim=-1)[None]
+    spread_2HW = F.grid_sample(
+        maps_2GG[None], grid_1HW2.float(), padding_mode="border", align_corners=False
+    )[0]
+    # Where neither does, both do equally.
+    return (spread_2HW + 1e-9) / (spread_2HW + 1e-9).sum(0)
+
+
+def claims_in_colour(routing: Routed) -> np.ndarray:
+    """The ink (H, W, 3) in the colours of the digits that claim it."""
+    colours = torch.tensor(TWO_COLOURS)
+    mixed_HW3 = torch.einsum("thw,tc->hwc", claims(routing), colours)
+    return (routing.ink_HW[..., None] * mixed_HW3).clamp(0, 1).numpy()
