@@ -133,7 +133,13 @@ def test_forward_and_gradients(name, dtype, fast):
     )
     assert_close(losses.total, golden["loss_total"], 2e-5, "total loss")
     predicted = predicted_classes(output.lengths_BJ, case.targets)
-    score = Score(batch.labels_BT.sort(1).values, predicted, torch.zeros(10, 10), None)
+    score = Score(
+        batch.labels_BT.sort(1).values,
+        predicted,
+        torch.zeros(10, 10),
+        None,
+        torch.zeros(len(predicted)),
+    )
     correct = score.count - score.errors
     assert (correct, score.almost_correct) == (golden["correct"], golden["almost_correct"])
 

@@ -13,7 +13,13 @@ from capsrun.training.losses import (
     margin_loss,
     reconstruction_loss,
 )
-from capsrun.training.metrics import Score, confusion_matrix, predicted_classes, score_split
+from capsrun.training.metrics import (
+    Score,
+    confusion_matrix,
+    predicted_classes,
+    score_split,
+    surplus,
+)
 
 PAPER = train_config("loss=paper").loss
 AUTHORS = train_config().loss
@@ -66,8 +72,25 @@ def test_no_half_credit_for_one_of_two_digits():
     labels = torch.tensor([[1, 0], [0, 1], [3, 1]])
     predicted = predicted_classes(lengths, 2)
     assert predicted.tolist() == [[0, 1], [0, 2], [0, 2]]
-    score = Score(labels.sort(1).values, predicted, torch.zeros(4, 4), None)
+    score = Score(
+        labels.sort(1).values, predicted, torch.zeros(4, 4), None, torch.zeros(len(labels))
+    )
     assert (score.errors, score.almost_correct, score.count) == (2, 2, 3)
+
+
+def test_the_worst_mistakes_are_those_that_the_model_was_surest_of():
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.6, 0.1], [0.1, 0.2, 0.9], [0.3, 0.8, 0.2]])
+    labels = torch.tensor([[0], [0], [0], [2]])
+    predicted = predicted_classes(scores, 1)
+    by_hand = torch.tensor([0.0, 0.1, 0.8, 0.6])
+    torch.testing.assert_close(surplus(scores, labels, predicted), by_hand)
+    score = Score(labels, predicted, torch.zeros(3, 3), None, by_hand)
+    assert score.worst_first.tolist() == [2, 3, 1]
+    # Of two digits, 0 was found; 3 was missed and 1 was seen instead.
+    pair = torch.tensor([[0.9, 0.7, 0.1, 0.3], [0.9, 0.1, 0.2, 0.8]])
+    labels = torch.tensor([[0, 3], [0, 3]])
+    found = surplus(pair, labels, predicted_classes(pair, 2))
+    torch.testing.assert_close(found, torch.tensor([0.4, 0.0]))
 
 
 def test_confusion_by_hand():
@@ -83,7 +106,7 @@ def test_confusion_of_two_digits_by_hand():
     counted = confusion_matrix(labels, predicted, 4)
     # Of the third image both were missed.
     assert counted.tolist() == [[1, 0, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    score = Score(labels, predicted, counted, None)
+    score = Score(labels, predicted, counted, None, torch.zeros(len(labels)))
     assert score.digits_J.tolist() == [3, 2, 1, 2]
     assert class_errors(score) == [2, 0, 0, 1]
 

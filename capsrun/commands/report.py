@@ -1,17 +1,19 @@
 """`capsrun report`: what was measured, beside what the paper reports, as Markdown and HTML."""
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from capsrun.config import ReportConfig
 from capsrun.data import sizes
 from capsrun.errors import UserError
-from capsrun.runs import plots, record
+from capsrun.runs import plots, record, run_page
 from capsrun.runs.gallery import Pictures, curves, paper_figures
 from capsrun.runs.jobs import Experiments
-from capsrun.runs.page import to_html
+from capsrun.runs.page import plain, to_html
 from capsrun.runs.progress import bar
 from capsrun.runs.results import (
     Group,
@@ -119,7 +121,7 @@ def page(
     parts += others_table([row for row in rows if row.about.group == "ablations"], others)
     parts += ["## Figures", *paper_figures(rows, results, pictures)]
     parts += ["## What is missing", *missing(rows, experiments)]
-    parts += ["## Every result", provenance(results)]
+    parts += ["## Every result", provenance(results, pictures.out_dir)]
     return parts
 
 
@@ -323,8 +325,8 @@ def missing(rows: Sequence[Row], experiments: Experiments) -> list[str]:
     return [table(header, lines), "`make reproduce BUDGET=full` runs all of them."]
 
 
-def provenance(results: Iterable[Result]) -> str:
-    """Where each number comes from."""
+def provenance(results: Iterable[Result], out_dir: Path) -> str:
+    """Where each number comes from, with a link to the page of its run where there is one."""
     header = (
         "run",
         "seed",
@@ -345,7 +347,7 @@ def provenance(results: Iterable[Result]) -> str:
         values = result.values
         lines.append(
             [
-                values["name"],
+                name_with_page(result, out_dir),
                 str(result.seed),
                 result.tested.get("name", values["dataset"]),
                 f"{result.error_percent:.2f}",
@@ -359,6 +361,14 @@ def provenance(results: Iterable[Result]) -> str:
             ]
         )
     return table(header, sorted(lines))
+
+
+def name_with_page(result: Result, out_dir: Path) -> str:
+    """The name of a run, as a link to its page where that is at hand."""
+    name, page = plain(str(result.values["name"])), result.folder / run_page.NAME
+    if not page.exists():
+        return name
+    return f"[{name}]({quote(os.path.relpath(page, out_dir))})"
 
 
 def keep(results: Sequence[Result], folder: Path) -> None:

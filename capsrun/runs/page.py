@@ -1,9 +1,10 @@
-"""Turns the report's Markdown into one HTML page that needs nothing beside it."""
+"""Turns Markdown into one HTML page that needs nothing beside it."""
 
 import base64
 import html
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import markdown
 
@@ -12,6 +13,8 @@ PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --line: #d0d7de; --soft: #f6f8fa; }}
@@ -22,8 +25,11 @@ table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1r
 th, td {{ border: 1px solid var(--line); padding: .3rem .6rem; }}
 th, td {{ text-align: left; vertical-align: top; }}
 th {{ background: var(--soft); }}
+thead:not(:has(th:not(:empty))) {{ display: none; }}
 img {{ max-width: 100%; height: auto; background: white; border-radius: 4px; }}
 code {{ background: var(--soft); padding: .1rem .25rem; border-radius: 3px; font-size: .9em; }}
+pre {{ background: var(--soft); padding: .6rem; border-radius: 4px; overflow-x: auto; }}
+pre code {{ padding: 0; }}
 h2 {{ margin-top: 2.5rem; border-bottom: 1px solid var(--line); }}
 </style>
 </head>
@@ -42,13 +48,24 @@ def to_html(text: str, folder: Path) -> str:
         lambda f: f[0].replace(" ", "\u00a0"),
         text,
     )
-    # Names of runs come from files: nothing in them is markup.
-    body = markdown.markdown(kept.replace("<", "&lt;"), extensions=["tables", "toc", "sane_lists"])
-    body = re.sub(r'src="([^":]+\.png)"', lambda found: _inside(folder / found[1]), body)
+    # No HTML of anybody else's; what is indented is code, which Markdown itself escapes.
+    kept = re.sub(r"^(?!    ).*$", lambda line: line[0].replace("<", "&lt;"), kept, flags=re.M)
+    body = markdown.markdown(kept, extensions=["tables", "toc", "sane_lists"])
+    body = re.sub(
+        r'src="([^":]+\.(?:png|gif|apng))"', lambda found: _inside(folder / unquote(found[1])), body
+    )
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    return PAGE.format(title=html.escape(title[1] if title else "capsrun"), body=body)
+    return PAGE.format(
+        title=html.escape(html.unescape(title[1] if title else "capsrun")), body=body
+    )
+
+
+def plain(text: str) -> str:
+    """The text as Markdown that shows just that: names come from users, and may hold markup."""
+    return re.sub(r"[&<>\"'*`#|\[\]()!\\{}~$]", lambda sign: f"&#{ord(sign[0])};", text)
 
 
 def _inside(picture: Path) -> str:
     data = base64.b64encode(picture.read_bytes()).decode()
-    return f'src="data:image/png;base64,{data}"'
+    kind = "gif" if picture.suffix == ".gif" else "png"
+    return f'src="data:image/{kind};base64,{data}"'

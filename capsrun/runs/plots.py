@@ -15,6 +15,7 @@ from capsrun.runs.figures import FONT_SIZE, new_figure
 # Distinct for every kind of colour vision (Okabe and Ito); lines differ in their dashes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+MARKED_POINTS = 50  # more are not told apart
 SMOOTHED_POINTS = 20  # a noisy curve is smoothed over about this share, 1/20, of its points
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -57,6 +58,53 @@ def learning_curves(rows: Mapping[str, Sequence[Metrics]]) -> Figure:
     errors.yaxis.set_minor_formatter("{x:g}")
     figure.legend(loc="lower center", ncols=2, fontsize=FONT_SIZE - 1, frameon=False)
     figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(rows) - 1) // 2), 1, 1))
+    return figure
+
+
+# What the page of a run plots: the title, how the names of its numbers begin, whether the axis is
+# logarithmic, and whether the numbers are noisy.
+PANELS = (
+    ("loss (running mean)", "loss/", True, True),
+    ("error %", "error_percent/", True, False),
+    ("mean length of the capsules", "capsule_length/", False, True),
+    ("mean softmax", "softmax/", False, True),
+    ("mean |change of a routing logit|", "routing_logit_change/", True, True),
+    ("learning rate", "learning_rate", True, False),
+)
+
+
+def run_curves(metrics: Metrics) -> Figure:
+    """What one run recorded: losses, errors, capsule lengths, routing, learning rate."""
+    recorded = sorted(_keys(metrics))
+    panels = [(panel, [key for key in recorded if key.startswith(panel[1])]) for panel in PANELS]
+    panels = [(panel, keys) for panel, keys in panels if keys]
+    columns = max(1, min(3, len(panels)))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(3.6 * columns, 2.8 * rows)
+    for place, ((title, begin, logarithmic, noisy), keys) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for number, key in enumerate(keys):
+            steps, values = curve(metrics, key)
+            axes.plot(
+                steps,
+                smoothed(values) if noisy else values,
+                color=COLOURS[number % len(COLOURS)],
+                ls=DASHES[number % len(DASHES)],
+                marker=None if noisy or len(steps) > MARKED_POINTS else "o",
+                ms=3,
+                lw=1.4,
+                label=key[len(begin) :].replace("_", " "),
+            )
+        if logarithmic and all((curve(metrics, key)[1] > 0).all() for key in keys):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            low, high = axes.get_ylim()
+            # Over more than a decade there are enough others.
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+        if len(keys) > 1:
+            axes.legend(fontsize=FONT_SIZE - 1, frameon=False)
+        _finish(axes, "step", title)
+    figure.tight_layout()
     return figure
 
 

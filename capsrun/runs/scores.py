@@ -89,9 +89,9 @@ def score_figures(
     if split.digits > 1:
         title += "\ndigits; without images of which both were missed"
     drawn = {"confusion": figures.confusion_matrix(score.confusion_JJ, class_names, title)}
-    wrong_N = (score.labels_NT != score.predicted_NT).any(1)
-    hits = (~wrong_N).nonzero().squeeze(1)[:pictures]
-    failures = wrong_N.nonzero().squeeze(1)[:pictures]
+    right_N = (score.labels_NT == score.predicted_NT).all(1)
+    hits = right_N.nonzero().squeeze(1)[:pictures]
+    failures = score.worst_first[:pictures]
     if len(hits) and has_decoder(model):
         drawn["reconstructions"] = _examples(model, split, class_names, score, hits, mask, False)
     if len(failures):
@@ -130,7 +130,7 @@ def _examples(
         f"{shown_classes(label, class_names)}\n{shown_classes(guess, class_names)}"
         for label, guess in zip(labels_BT.tolist(), predicted_BT.tolist(), strict=True)
     ]
-    kind = "Failures" if failures else "Hits"
+    kind = "Failures, the surest first" if failures else "Hits"
     colours = " (first digit orange, second blue)" if split.digits > 1 else ""
     title = f"{kind}: label above prediction above input{colours}"
     return figures.image_grid(rows, titles, title)

@@ -31,6 +31,14 @@ class Score:
     """Row: the true class; column: the predicted one; entries: digits. See `confusion_matrix`."""
     squared_error: float | None
     """Squared pixel differences of the reconstructions, summed over an image, mean over images."""
+    surplus_N: Tensor
+    """By how much what was wrongly predicted outscored what is there; see `surplus`."""
+
+    @property
+    def worst_first(self) -> Tensor:
+        """The numbers of the misclassified images, those that the model was surest of first."""
+        wrong = (self.labels_NT != self.predicted_NT).any(1).nonzero().squeeze(1)
+        return wrong[self.surplus_N[wrong].argsort(descending=True, stable=True)]
 
     @property
     def errors(self) -> int:
@@ -87,7 +95,7 @@ def score_split(
     for model in ensemble:
         model.eval()
     count = len(split) if most is None else min(most, len(split))
-    labels, predicted, squared_errors = [], [], []
+    labels, predicted, squared_errors, surpluses = [], [], [], []
     confusion_JJ = torch.zeros(first.classes, first.classes, dtype=torch.int64, device=split.device)
     for start in progress(range(0, count, BATCH_SIZE)):
         # Labels and predictions in the order of their classes, so that they correspond.
@@ -104,6 +112,7 @@ def score_split(
                 squared_errors.append(difference.square().flatten(1).sum(1))
         labels.append(batch.labels_BT)
         predicted.append(predicted_BT)
+        surpluses.append(surplus(scores_BJ, batch.labels_BT, predicted_BT))
         confusion_JJ += confusion_matrix(labels[-1], predicted_BT, first.classes)
     for model in ensemble:
         model.train()
@@ -112,7 +121,21 @@ def score_split(
         torch.cat(predicted).cpu(),
         confusion_JJ.cpu(),
         torch.cat(squared_errors).mean().item() if squared_errors else None,
+        torch.cat(surpluses).cpu(),
     )
+
+
+def surplus(scores_BJ: Tensor, labels_BT: Tensor, predicted_BT: Tensor) -> Tensor:
+    """The highest score of a wrong prediction minus the lowest of a missed class, of each image.
+
+    0 where nothing is wrong.
+    """
+    present_BJ = class_presence(labels_BT, scores_BJ.shape[1])
+    claimed_BJ = class_presence(predicted_BT, scores_BJ.shape[1])
+    invented_B = scores_BJ.masked_fill(~(claimed_BJ & ~present_BJ), -torch.inf).amax(1)
+    missed_B = scores_BJ.masked_fill(~(present_BJ & ~claimed_BJ), torch.inf).amin(1)
+    right_B = (claimed_BJ == present_BJ).all(1)
+    return torch.where(right_B, 0.0, invented_B - missed_B)
 
 
 def confusion_matrix(labels_NT: Tensor, predicted_NT: Tensor, classes: int) -> Tensor:

@@ -1,0 +1,202 @@
+"""The page beside each `result.json`, and the pictures of perturb that it shows."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import browser as browsers
+import pytest
+from conftest import TINY, train_config
+from PIL import Image
+
+from capsrun import cli, errors
+from capsrun.runs.run_page import write_run_page
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory) -> Path:
+    """A run with everything that can be made of it."""
+    folder = tmp_path_factory.mktemp("pages") / "seed0"
+    shutil.copytree(tiny_run, folder)
+    here = ["dataset=mnist5k", f"checkpoint={folder}"]
+    assert cli.main(["eval", *here, "images=100", "routing_images=[4]"]) == 0
+    assert cli.main(["perturb", *here]) == 0
+    assert cli.main(["explore", *here, "explore.images=2", "explore.search=100"]) == 0
+    return folder
+
+
+def embedded(page: Path) -> list[str]:
+    return re.findall(r'src="data:image/(png|gif);base64,', page.read_text())
+
+
+def links(page: Path) -> list[str]:
+    return re.findall(r'href="([^#"]+)"', page.read_text())
+
+
+def test_training_ends_with_a_page(run):
+    result = json.loads((run / "result.json").read_text())
+    text = (run / "index.html").read_text()
+    assert f"test error {result['error_percent']:.2f} %" in text
+    assert f"{result['errors']:,} of 1,000" in text
+    assert text.count("<h2") >= 5
+    # Curves, confusion matrix, hits and failures are in the page itself.
+    assert len(embedded(run / "index.html")) == 4
+    assert 'src="pictures' not in text
+    for name in ("mnist5k", "capsnet", result["device"].split(",")[0], "conv1_channels: 8"):
+        assert name in text
+    confusion = result["confusion"]
+    true, guess = max(
+        ((t, g) for t in range(10) for g in range(10) if t != g),
+        key=lambda p: confusion[p[0]][p[1]],
+    )
+    assert confusion[true][guess] > 1
+    assert f"Most often {true} taken for {guess}: {confusion[true][guess]}" in text
+
+
+def test_every_link_leads_somewhere(run):
+    pages = [run / "index.html", *run.glob("*/index.html")]
+    assert len(pages) == 3
+    for page in pages:
+        assert links(page)
+        for link in links(page):
+            assert (page.parent / link).exists(), (page, link)
+    made = links(run / "index.html")
+    assert "eval-mnist5k-test-first100/index.html" in made
+    assert "perturb-mnist5k/index.html" in made
+    assert "explore-mnist5k.html" in made
+
+
+def test_pages_of_eval_and_perturb(run):
+    text = (run / "eval-mnist5k-test-first100" / "index.html").read_text()
+    assert "tested on mnist5k (test)" in text
+    assert "of 100)" in text
+    assert "Entropy of the couplings" in text
+    perturb = run / "perturb-mnist5k" / "index.html"
+    assert len(embedded(perturb)) == 1  # the sheet of all; the others are linked
+    assert "pictures/digit_7.png" in links(perturb)
+
+
+def test_a_page_is_made_again_for_a_run_that_has_none(tmp_path, tiny_run, capsys):
+    from capsrun.commands.train import train
+
+    folder = tmp_path / "seed0"
+    shutil.copytree(tiny_run, folder)
+    (folder / "index.html").unlink()
+    (folder / "metrics.jsonl").unlink()  # as of results that were kept without it
+    (folder / "pictures" / "curves.png").unlink()
+    train(train_config(*TINY, "name=run"), folder)
+    assert "finished already" in capsys.readouterr().out
+    assert "Learning curves" not in (folder / "index.html").read_text()
+    assert len(embedded(folder / "index.html")) == 3
+
+
+NAMES = [
+    "<script>alert(1)</script> & co",
+    "![x](http:foo.example)",
+    "[x](javascript:a)",
+    "![](q.png)",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_not_markup(tmp_path, tiny_run, name):
+    folder = tmp_path / "seed0"
+    shutil.copytree(tiny_run, folder)
+    before = write_run_page(folder).read_text()
+    result = json.loads((folder / "result.json").read_text())
+    result["name"] = result["config"]["name"] = name
+    (folder / "result.json").write_text(json.dumps(result))
+    text = write_run_page(folder).read_text()
+    for tag in ("<script", "<img", "<a ", 'src="http', 'href="java'):
+        assert text.count(tag) == before.count(tag), tag
+    assert html.unescape(text).count(name) >= 3  # the title, the heading, the configuration
+
+
+def test_results_of_others_are_left_alone(tmp_path, tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "notices", [])  # a run that comes later would keep it in its result
+    arguments = ["dataset=mnist5k", f"checkpoint={tiny_run}"]
+    (tmp_path / "result.json").write_text('{"a": 1}')
+    out = f"out_dir={tmp_path / 'test'}"
+    assert cli.main(["eval", *arguments, "images=20", out]) == 0
+    assert not (tmp_path / "index.html").exists()
+    # A run that cannot be shown is said, and stops nothing.
+    (tmp_path / "result.json").write_text('{"command": "train"}')
+    assert cli.main(["eval", *arguments, "images=20", out]) == 0
+    assert f"the page of {tmp_path} was not made again" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_has_no_page_to_link(tmp_path, tiny_run):
+    folder = tmp_path / "seed0"
+    folder.mkdir()
+    shutil.copy(tiny_run / "checkpoint.pt", folder)
+    assert cli.main(["eval", "dataset=mnist5k", f"checkpoint={folder}", "images=20"]) == 0
+    (page,) = folder.glob("*/index.html")
+    assert "../index.html" not in links(page)
+
+
+def test_the_page_shows_the_latest_pictures(tmp_path, tiny_run):
+    arguments = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", f"out_dir={tmp_path}"]
+    few = ["perturb.digit=5", "perturb.step=0.25"]
+    assert cli.main([*arguments, *few]) == 0
+    assert embedded(tmp_path / "index.html") == ["png"]
+    assert cli.main([*arguments, *few, "perturb.format=gif"]) == 0
+    assert embedded(tmp_path / "index.html") == ["gif"]
+
+
+@pytest.mark.browser
+def test_pages_open_without_a_network(browser, run):
+    for page in (run / "index.html", run / "eval-mnist5k-test-first100" / "index.html"):
+        with browsers.opened(browser, page) as shown:
+            broken = "[...document.images].filter((i) => !i.complete || !i.naturalWidth).length"
+            assert shown.evaluate("document.images.length") >= 4
+            assert shown.evaluate(broken) == 0
+    phone = {"viewport": {"width": 360, "height": 700}}
+    with browsers.opened(browser, run / "index.html", **phone) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_report_links_the_pages(run, tmp_path):
+    out = tmp_path / "report"
+    assert cli.main(["report", f"sources=[{run.parent}]", f"out_dir={out}"]) == 0
+    found = [link for link in links(out / "report.html") if link.endswith("index.html")]
+    assert len(found) >= 2
+    assert all((out / link).resolve().exists() for link in found)
+    assert (run / "index.html").resolve() in [(out / link).resolve() for link in found]
+
+
+@pytest.mark.parametrize("file_format", ["gif", "apng"])
+def test_perturb_animates(tiny_run, tmp_path, file_format):
+    arguments = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", f"out_dir={tmp_path}"]
+    changes = [f"perturb.format={file_format}", "perturb.step=0.125"]
+    assert cli.main([*arguments, *changes]) == 0
+    pictures = tmp_path / "pictures"
+    assert {path.suffix for path in pictures.iterdir()} == {f".{file_format}"}
+    assert len(list(pictures.iterdir())) == 11  # ten classes, and all of them
+    for name in ("digit_3", "all_classes"):
+        with Image.open(pictures / f"{name}.{file_format}") as animation:
+            assert animation.format == {"gif": "GIF", "apng": "PNG"}[file_format]
+            assert animation.n_frames == 8  # five values up, and three of them down again
+            assert animation.info["loop"] == 0  # for ever
+            frames = []
+            for number in range(animation.n_frames):
+                animation.seek(number)
+                frames.append(animation.convert("RGB").tobytes())
+        assert frames[0] != frames[4]
+        assert frames[1] == frames[7]
+    assert len(embedded(tmp_path / "index.html")) == 1
+
+
+def test_perturb_puts_all_classes_on_one_sheet(run):
+    pictures = run / "perturb-mnist5k" / "pictures"
+    with Image.open(pictures / "all_classes.png") as sheet:
+        # Five classes beside each other, each of eleven values; two below, each of 16 dimensions.
+        assert sheet.width > 5 * 11 * 2 * 28
+        assert sheet.height > 2 * 16 * 2 * 28
+
+
+def test_one_class_needs_no_sheet(tiny_run, tmp_path):
+    arguments = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", f"out_dir={tmp_path}"]
+    assert cli.main([*arguments, "perturb.digit=5"]) == 0
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["digit_5.png"]
