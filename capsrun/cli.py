@@ -66,6 +66,8 @@ def training_config(cfg: Any) -> Any:
 def run_eval(cfg: Any, overrides: list[str]) -> None:
     from capsrun.config import EvalConfig, from_dict
 
+    if isinstance(cfg.routing_images, int):  # routing_images=8 means routing_images=[8]
+        cfg.routing_images = [cfg.routing_images]
     config = from_dict(EvalConfig, cfg)
 
     from capsrun.commands.evaluate import evaluate
@@ -84,6 +86,19 @@ def run_perturb(cfg: Any, overrides: list[str]) -> None:
     checkpoint = checkpoint_of(config)
     perturb(config, checkpoint)
     suggest(["explore", *model_words(config, checkpoint)], ["report", *folder_words(config)])
+
+
+def run_explore(cfg: Any, overrides: list[str]) -> None:
+    from capsrun.config import ExploreConfig, from_dict
+
+    config = from_dict(ExploreConfig, cfg)
+
+    from capsrun.commands.explore import explore
+
+    checkpoint = checkpoint_of(config)
+    explore(config, checkpoint)
+    words = model_words(config, checkpoint)
+    suggest(["perturb", *words, "perturb.format=gif"], ["export", *words])
 
 
 def run_export(cfg: Any, overrides: list[str]) -> None:
@@ -120,9 +135,12 @@ def run_list(cfg: Any, overrides: list[str]) -> None:
         return
     finished = [run for run in runs if run.status == FINISHED]
     if not runs:
-        suggest(["train", "dataset=mnist"], ["train", "dataset=mnist5k"])
+        suggest(["train", "dataset=mnist5k"], ["train", "dataset=mnist"])
     elif finished:  # the latest is the last
-        trained = from_dict(TrainConfig, with_later_settings(finished[-1].config))
+        try:
+            trained = from_dict(TrainConfig, with_later_settings(finished[-1].config))
+        except UserError:  # it is of another version
+            return suggest(["report", *folder_words(config)])
         trained.runs_dir = config.runs_dir  # the folder may have been moved
         words = model_words(trained, finished[-1].folder)
         suggest(["eval", *words], ["report", *folder_words(config)])
@@ -189,6 +207,11 @@ COMMANDS = {
         "move each dimension of a capsule and draw what comes out",
         "capsrun perturb perturb.digit=5",
     ),
+    "explore": Command(
+        run_explore,
+        "make a page in which capsules are moved by hand",
+        "capsrun explore dataset=mnist",
+    ),
     "export": Command(
         run_export,
         "write a trained model as ONNX and for torch.export, checked",
@@ -232,15 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a fault of the machine. 2: a mistake of the user. 128 + n: stopped by signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        print(f"capsrun {__version__}")
-        return 0
-    name, *rest = arguments
+    name, *rest = arguments or ["--help"]
     try:
-        if name == COMPLETION:
+        if name in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+        elif name == "--version":
+            print(f"capsrun {__version__}")
+        elif name == COMPLETION:
             run_completion(rest)
         elif name not in COMMANDS:
             raise UserError(describe_unknown_command(name))
@@ -292,7 +313,7 @@ def usage() -> str:
         "capsrun completion install",
     )
     for name, (summary, example) in examples.items():
-        lines += [f"  {styled(f'{name:<10}', BOLD)} {summary}", f"  {'':<10}   {example}"]
+        lines += [f"  {styled(f'{name:<10}', BOLD)}  {summary}", f"  {'':<10}    {example}"]
     lines += [
         "",
         "After the command everything is Hydra: `capsrun train --help` lists the choices and the",
@@ -496,7 +517,10 @@ def refuse_unknown_flags(command: str, arguments: Sequence[str]) -> None:
     """Raise UserError for an option that Hydra does not have: a setting with dashes, mostly."""
     for number, word in enumerate(arguments):
         flag, _, value = word.partition("=")
-        known = flag.startswith(completion.SHORT_OPTIONS) and not flag.startswith("--")
+        values = (*completion.OPTIONS["--cfg"], *completion.OPTIONS["--info"])
+        known = flag in completion.SHORT_OPTIONS or (
+            flag[:2] in ("-c", "-i") and flag[2:] in values
+        )
         if not word.startswith("-") or known:
             continue
         if flag != "--" and any(option.startswith(flag) for option in completion.OPTIONS):
@@ -599,6 +623,9 @@ def checkpoint_of(config: Any) -> Path:
     """The checkpoint file that eval, perturb and export are to use; see `find_checkpoint`."""
     from capsrun.runs.checkpoint import find_checkpoint, train_command
 
+    default = f"{config.dataset.trained_on}-{config.dataset.trained_by}/seed{config.seed}"
+    if config.checkpoint != f"{config.runs_dir}/{default}":  # somebody said which
+        return find_checkpoint(config.checkpoint)
     train = train_command(config.dataset)
     if config.seed:
         train += f" seed={config.seed}"
@@ -653,7 +680,7 @@ def data_use(dataset: Any) -> list[str]:
 
 
 def suggest(*commands: Sequence[str]) -> None:
-    """Print the line that says what to do next."""
-    from capsrun.runs.next_steps import command, next_line
+    """Say what to do next."""
+    from capsrun.runs.next_steps import command, next_lines
 
-    print(next_line(command(*words) for words in commands))
+    print(next_lines(command(*words) for words in commands))

@@ -42,6 +42,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".pt",),
     "ensemble": (".pt",),
     "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    "out": (".html",),
     "sources": (),
     "keep": (),
 }
@@ -275,11 +276,12 @@ def install(shell: str | None) -> list[str]:
             f"the completion for {shell} cannot be written: {error}; `capsrun completion {shell}` "
             "prints it, to be put where you like"
         ) from error
-    here = "" if shell == "fish" else f", or here: . {shlex.quote(str(place.script))}"
+    here = [] if shell == "fish" else [f"at once, in this one: . {shlex.quote(str(place.script))}"]
     return [
         *said,
         "undo: capsrun completion uninstall",
-        f"next: open a new {shell}{here}, and type: capsrun train da<Tab>",
+        *here,
+        f"next: open a new {shell}, and type: capsrun train dataset=mn<Tab>",
     ]
 
 

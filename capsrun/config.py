@@ -245,6 +245,8 @@ class EvalConfig:
     mask: str = setting(choices=("label", "longest"))
     pictures: int = setting(minimum=1, maximum=100)
     """How many hits, and at most how many failures, are drawn."""
+    routing_images: list[int] = setting(minimum=0)
+    """The images of the split whose routing is drawn, where the model has one."""
     dataset: DatasetConfig
 
 
@@ -259,6 +261,8 @@ class SweepConfig:
     low: float
     high: float
     step: float = setting(above=0)
+    format: str = setting(choices=("png", "gif", "apng"))
+    """A still picture, or an animated one."""
 
 
 @dataclass(kw_only=True)
@@ -271,6 +275,34 @@ class PerturbConfig:
     out_dir: str | None
     device: str = setting(choices=("auto", "cpu", "cuda"))
     perturb: SweepConfig
+    dataset: DatasetConfig
+
+
+@dataclass(kw_only=True)
+class ExploreSettings:
+    """What the page of `capsrun explore` holds."""
+
+    images: int = setting(minimum=1, maximum=200)
+    """How many test images of each class."""
+    mistakes: int = setting(minimum=0, maximum=500)
+    """How many test images that the model gets wrong, on top of them."""
+    search: int = setting(minimum=1)
+    """Among how many test images, from the first, both are looked for."""
+    encoder: str = setting(choices=("auto", "yes", "no"))
+    """Whether the encoder is in the page, so that digits can be drawn."""
+
+
+@dataclass(kw_only=True)
+class ExploreConfig:
+    """Everything that `capsrun explore` needs; the model comes from the checkpoint."""
+
+    checkpoint: str
+    seed: int = setting(minimum=0, maximum=2**63 - 1)
+    runs_dir: str
+    out: str | None
+    """The file to write; None: in the run's folder, see `output_folder`."""
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+    explore: ExploreSettings
     dataset: DatasetConfig
 
 

@@ -21,6 +21,7 @@ from capsrun.config import (
     BenchConfig,
     DataConfig,
     EvalConfig,
+    ExploreConfig,
     ExportConfig,
     ListConfig,
     PerturbConfig,
@@ -36,6 +37,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "perturb": PerturbConfig,
+    "explore": ExploreConfig,
     "export": ExportConfig,
     "data": DataConfig,
     "list": ListConfig,
@@ -204,7 +206,7 @@ def test_every_yaml_is_found():
         (["train", "dataset.name=mnits"], ["no data set 'mnits', did you mean 'mnist'"]),
         (["eval", "split=exam"], ["split is 'exam'", "test, validation, train"]),
         (["eval", "mask=none"], ["mask is 'none'"]),
-        (["eval", "checkpoint=nowhere"], ["nowhere", "capsrun train dataset=mnist"]),
+        (["eval", "checkpoint=nowhere"], ["nowhere", "capsrun list"]),
         (["eval", "seed=3"], ["seed3", "capsrun train dataset=mnist seed=3"]),
         (["perturb", "dataset=mnist5k"], ["capsrun train dataset=mnist5k"]),
         (["data", "samples=0"], ["samples is 0"]),
@@ -352,7 +354,11 @@ def test_the_installed_wheel_works_from_another_directory(installed_wheel, tmp_p
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-1].startswith("test error ")
     sources = ["dataset=mnist5k", "checkpoint=runs/w/seed0"]
-    assert run_capsrun("eval", *sources, cwd=tmp_path, **environment).returncode == 0
+    # It does what eval does, and needs the parts of the page, which are in the wheel too.
+    few = ["explore.images=1", "explore.search=20"]
+    explored = run_capsrun("explore", *sources, *few, cwd=tmp_path, **environment)
+    assert explored.returncode == 0, explored.stderr
+    assert (tmp_path / "runs" / "w" / "seed0" / "explore-mnist5k.html").exists()
     assert (installed_wheel / "bin" / "capsrun").exists()
 
 
@@ -435,8 +441,8 @@ def test_colours_are_for_terminals_that_want_them(tmp_path, environment):
 
 def test_training_on_a_terminal_ends_with_the_answer_in_bold(in_tmp, capsys):
     shown = on_a_terminal("train", *TINY, "name=t", cwd=in_tmp)
-    *_, suggested, answered = shown.split("\r\n")[:-1]
-    assert re.search(r"^next: capsrun eval dataset=mnist5k checkpoint=runs/t/seed0, ", suggested)
+    *_, suggested, _, _, answered = shown.split("\r\n")[:-1]
+    assert suggested == "next: capsrun eval dataset=mnist5k checkpoint=runs/t/seed0"
     assert re.fullmatch(r"\x1b\[1mtest error .* % \(.* of 1,000\)\x1b\[0m", answered)
     assert "testing:   0%" in shown, "the tests in between have a bar of their own"
     lines = [line for line in re.split(r"[\r\n]+", shown) if line.startswith("after ")]
@@ -448,10 +454,11 @@ def test_training_on_a_terminal_ends_with_the_answer_in_bold(in_tmp, capsys):
 
 
 def suggested_words(lines):
-    """The words of each command on the line that says what is next."""
-    (line,) = [line for line in lines if line.startswith("next: ")]
-    commands = [shlex.split(command) for command in line.removeprefix("next: ").split(", ")]
-    assert all(words[0] == "capsrun" for words in commands), line
+    """The words of each command on the lines that say what is next."""
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("next: ")]
+    marked = [line for line in lines[first:] if line[:6] in ("next: ", "      ")]
+    commands = [shlex.split(line[6:]) for line in marked]
+    assert all(words[0] == "capsrun" for words in commands), lines
     return [words[1:] for words in commands]
 
 
@@ -496,22 +503,23 @@ def test_each_command_says_what_is_next(in_tmp, capsys):
         lines = capsys.readouterr().out.splitlines()
         found = suggested_words(lines)
         for command, *words in found:
-            if command in cli.COMMANDS:
-                from_dict(SCHEMAS[command], cli.compose(command, words))
-            else:
-                assert command in ("explore", "export")
+            from_dict(SCHEMAS[command], cli.compose(command, words))
         return [command for command, *_ in found], lines
 
     default = "name=mnist5k-capsnet-quick"
     assert run("list")[0] == ["train", "train"]
     commands, lines = run("train", *TINY, default)
     assert commands == ["eval", "perturb", "explore"]
-    assert lines[-2].startswith("next: ")
+    assert lines[-1].startswith("test error ")
     assert run("train", *TINY, default)[0] == commands, "a finished run says so too"
     commands, lines = run("eval", "dataset=mnist5k")
     assert commands == ["perturb", "explore", "report"]
-    assert lines[-2].startswith("next: ")
+    assert lines[-1].startswith("test error ")
     assert run("perturb", "dataset=mnist5k", "perturb.digit=5")[0] == ["explore", "report"]
+    few = ["explore.images=1", "explore.search=50"]
+    assert run("explore", "dataset=mnist5k", *few)[0] == ["perturb", "export"]
+    assert cli.main(["export", "dataset=mnist5k", "format=torch"]) == 0
+    assert "\nnext: model.pt2 in Python" in capsys.readouterr().out
     assert run("list")[0] == ["eval", "report"]
     assert run("data", "dataset=mnist5k")[0] == ["train"]
     assert run("reproduce", "targets=[table1]", "timing=false", "only_plan=true")[0] == [

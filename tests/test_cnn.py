@@ -230,7 +230,7 @@ def test_a_cnn_learns(name, tmp_path):
     assert result["model"] == name
     assert result["reconstruction_squared_error"] is None
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert pictures == ["confusion.png", "failures.png"]
+    assert pictures == ["confusion.png", "curves.png", "failures.png"]
 
 
 def test_a_cnn_on_two_digits(tmp_path):

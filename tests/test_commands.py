@@ -60,7 +60,7 @@ def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, capsys)
 def test_eval_draws_hits_failures_and_confusion(tiny_run, tmp_path, capsys):
     evaluate(capsys, tiny_run, tmp_path, "pictures=5")
     names = {path.stem for path in (tmp_path / "pictures").glob("*.png")}
-    assert names == {"confusion", "reconstructions", "failures"}
+    assert names == {"confusion", "reconstructions", "failures", "routing_0"}
     width = {name: Image.open(tmp_path / "pictures" / f"{name}.png").width for name in names}
     evaluate(capsys, tiny_run, tmp_path, "pictures=10")
     assert Image.open(tmp_path / "pictures" / "failures.png").width > width["failures"]
@@ -79,10 +79,10 @@ def test_eval_writes_beside_the_checkpoint_by_default(in_tmp, capsys):
     lines = capsrun(capsys, "eval", "dataset=mnist5k")
     folder = in_tmp / "runs" / "mnist5k-capsnet-quick" / "seed0" / "eval-mnist5k-test"
     assert (folder / "result.json").exists()
-    assert lines[-3] == f"pictures: {folder.relative_to(in_tmp) / 'pictures'}"
+    assert f"page: {folder.relative_to(in_tmp) / 'index.html'}" in lines
     assert lines[-1].startswith("test error ")
     lines = capsrun(capsys, "perturb", "dataset=mnist5k", "perturb.digit=5")
-    assert (in_tmp / lines[-2]).exists()
+    assert (in_tmp / lines[0]).exists()
 
 
 def test_splits(tmp_path, capsys):
@@ -119,7 +119,8 @@ def perturb(capsys, run, out, *overrides):
 
 def test_perturb_draws_every_class(tiny_run, tmp_path, capsys):
     _, pictures = perturb(capsys, tiny_run, tmp_path)
-    assert [path.stem for path in pictures] == [f"digit_{digit}" for digit in range(10)]
+    digits = [f"digit_{digit}" for digit in range(10)]
+    assert [path.stem for path in pictures] == ["all_classes", *digits]
     # 16 dimensions and a row for the input, 11 values, 28 pixels drawn twice as large.
     width, height = Image.open(pictures[0]).size
     assert width > 11 * 56

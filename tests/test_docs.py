@@ -179,3 +179,18 @@ def test_files_that_the_tutorial_links_to_are_there():
     assert len(links) >= 4
     for link in links:
         assert (TUTORIAL.parent / link).exists(), link
+
+
+def test_the_readme_in_python_works(monkeypatch, has_digits):
+    monkeypatch.chdir(REPOSITORY)
+    (text,) = [text for kind, text, _ in blocks(REPOSITORY / "README.md") if kind == "python"]
+    names: dict = {}
+    exec(text, names)
+    assert names["model"].routing.iterations == 1
+    assert names["lengths"].shape == (100, 10)
+
+
+def test_files_that_the_readme_links_to_are_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / "README.md").read_text())
+    assert len(links) > 20
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []

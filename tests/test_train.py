@@ -1,5 +1,6 @@
 """Training runs: what they leave behind, and that an interruption changes nothing."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -66,6 +67,7 @@ def test_everything_is_in_the_folder(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == [
         "checkpoint.pt",
         "config.yaml",
+        "index.html",
         "metrics.jsonl",
         "pictures",
         "result.json",
@@ -320,7 +322,7 @@ def test_the_last_step_is_reported_not_the_best(tmp_path, monkeypatch):
         seen.append(result)
         predicted = result.labels_NT.clone()
         predicted[: len(seen)] = (predicted[: len(seen)] + 1) % 10
-        return type(result)(result.labels_NT, predicted, result.confusion_JJ, result.squared_error)
+        return dataclasses.replace(result, predicted_NT=predicted)
 
     monkeypatch.setattr(train_command, "score_split", worse_each_time)
     result = train(train_config(*TINY, "record.evaluate_every_steps=3"), tmp_path)
@@ -338,7 +340,7 @@ def test_without_decoder(tmp_path):
     result = train(train_config(*TINY, "model.reconstruction=false"), tmp_path)
     assert result["reconstruction_squared_error"] is None
     drawn = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert drawn == ["confusion.png", "failures.png"]
+    assert drawn == ["confusion.png", "curves.png", "failures.png"]
     assert "loss/reconstruction" not in metrics(tmp_path)[0]
 
 

@@ -1,5 +1,6 @@
 """Two digits in an image, and stopping at an accuracy: training, evaluation, pictures, commands."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -169,7 +170,8 @@ def test_ensembles_of_one_kind_only_and_each_in_its_own_folder(tiny_run, tmp_pat
 def test_eval_says_almost_correct_apart(pairs_run, tmp_path, capsys):
     arguments = ["eval", "dataset=multimnist", "dataset.source=mnist5k"]
     lines = capsrun(capsys, *arguments, f"checkpoint={pairs_run}", f"out_dir={tmp_path}")
-    assert re.fullmatch(r"at least one of the two digits found: .* % \(.* of 10,000\)", lines[-3])
+    almost = next(line for line in lines if line.startswith("at least one"))
+    assert re.fullmatch(r"at least one of the two digits found: .* % \(.* of 10,000\)", almost)
     assert re.fullmatch(r"test error .* % \(.* of 10,000\)", lines[-1])
     assert json.loads((tmp_path / "result.json").read_text())["almost_correct"] > 0
 
@@ -235,7 +237,7 @@ def test_a_digit_that_is_not_there_is_neither_label_nor_prediction(pairs_run, mo
 def test_perturb_a_checkpoint_of_two_digits(pairs_run, tmp_path, capsys):
     arguments = ["perturb", "dataset=multimnist", "dataset.source=mnist5k", "perturb.digit=3"]
     lines = capsrun(capsys, *arguments, f"checkpoint={pairs_run}", f"out_dir={tmp_path}")
-    assert Image.open(lines[-2]).width > 11 * 36 * 2
+    assert Image.open(lines[0]).width > 11 * 36 * 2
 
 
 def test_bench_makes_pairs(tmp_path, monkeypatch, capsys):
@@ -357,7 +359,7 @@ def test_perturb_refuses_a_cnn(tmp_path, capsys):
     small += ["model.pools_px=[4]", "recipe.batch_size=8", "recipe.epochs=null", "recipe.steps=1"]
     train(train_config("dataset=mnist5k", *small), tmp_path)
     message = refused(capsys, "perturb", "dataset=mnist5k", f"checkpoint={tmp_path}")
-    assert "no capsules to perturb" in message
+    assert "no capsules to look into" in message
 
 
 # Stopping at an accuracy
@@ -374,7 +376,7 @@ def fixed_accuracy(monkeypatch, errors):
         labels = found.labels_NT.clone()
         wrong = next(left)
         labels[:wrong] = (labels[:wrong] + 1) % 10
-        return type(found)(found.labels_NT, labels, found.confusion_JJ, found.squared_error)
+        return dataclasses.replace(found, predicted_NT=labels)
 
     monkeypatch.setattr(train_command, "score_split", score)
     return asked

@@ -11,8 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import known, load_dataset
+from capsrun.data import Split, known, load_dataset
 from capsrun.errors import UserError, notice
+from capsrun.models import Model
+from capsrun.models.capsnet import CapsNet
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import (
     Trained,
@@ -21,8 +23,10 @@ from capsrun.runs.checkpoint import (
     load_checkpoint,
     output_folder,
 )
-from capsrun.runs.next_steps import command, next_line, uses_of_model
+from capsrun.runs.next_steps import command, next_lines, uses_of_model
 from capsrun.runs.progress import bar
+from capsrun.runs.routing_maps import Routed, routed, routing_figure
+from capsrun.runs.run_page import write_run_page
 from capsrun.runs.scores import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.metrics import score_split
@@ -41,11 +45,12 @@ def evaluate(
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    others = [find_checkpoint(path, "capsrun train") for path in config.ensemble]
+    others = [find_checkpoint(path) for path in config.ensemble]
     ensemble = load_ensemble(config, [checkpoint, *others])
     trained = ensemble[0]
     dataset = load_dataset(config.dataset, device)
     split = dataset.split(config.split)
+    check_routing_images(config.routing_images, split)
     name = folder_name(config, trained.config, others)
     out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
     record.make_output(out_dir)
@@ -62,6 +67,10 @@ def evaluate(
     seconds = time.perf_counter() - began
     print_table(score, dataset.class_names)
     drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
+    maps = routing_of(model, split, config.routing_images)
+    for number, routing in maps.items():
+        title = f"{dataset.name}, {config.split} image {number}: routing"
+        drawn[f"routing_{number}"] = routing_figure(routing, dataset.class_names, title)
     replace_pictures(out_dir, drawn)
     result = {
         "command": "eval",
@@ -74,6 +83,7 @@ def evaluate(
         "steps": trained.step,
         "finished": all(member.finished for member in ensemble),
         **score_summary(score, dataset.class_names),
+        "routing": [routing.facts(number) for number, routing in maps.items()],
         "train_seconds": trained.train_seconds,
         "eval_seconds": seconds,
         "images_per_second": score.count / seconds,
@@ -85,15 +95,18 @@ def evaluate(
         "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
     }
     record.write_json(out_dir / "result.json", result)
+    for number, routing in maps.items():
+        print(f"routing of image {number}: {routing.entropy_text()}")
+    page = write_run_page(out_dir)
     if others:
         print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
     print(f"tested: {score.count:,} images in {duration(seconds)}")
-    print(f"pictures: {out_dir / 'pictures'}")
+    print(f"page: {page}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))
     if model_words is not None:
         uses = uses_of_model(trained.config.model, model_words)
-        print(next_line([*uses, command("report")]))
+        print(next_lines([*uses, command("report")]))
     print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
 
@@ -127,10 +140,29 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     return name
 
 
+def check_routing_images(numbers: list[int], split: Split) -> None:
+    """Raise UserError for an image that there is not."""
+    for number in numbers:
+        if number >= len(split):
+            raise UserError(
+                f"routing_images={number}: the images of this split are 0 to {len(split) - 1:,}"
+            )
+
+
+def routing_of(model: Model, split: Split, numbers: list[int]) -> dict[int, Routed]:
+    """How some images of a split are routed; nothing for a model without routing."""
+    if not isinstance(model, CapsNet):
+        return {}
+    return {number: routed(model, split, number) for number in numbers}
+
+
 def replace_pictures(out_dir: Path, drawn: Mapping[str, Figure]) -> None:
     """Write pictures in place of those of an earlier evaluation, of which there may be more."""
+    pictures = out_dir / "pictures"
     for old in ("confusion", "reconstructions", "failures", "absent"):
-        (out_dir / "pictures" / f"{old}.png").unlink(missing_ok=True)
+        (pictures / f"{old}.png").unlink(missing_ok=True)
+    for path in pictures.glob("routing_*.png"):
+        path.unlink()
     for name, figure in drawn.items():
         figures.save(figure, out_dir / "pictures" / f"{name}.png")
     record.show_in_tensorboard(out_dir, "eval", drawn)

@@ -26,6 +26,7 @@ from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import record
 from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder, replacing
+from capsrun.terminal import size
 from capsrun.training.metrics import predicted_classes
 
 # A batch of one would be taken for a constant.
@@ -125,9 +126,9 @@ def export(config: ExportConfig, checkpoint: Path) -> dict[str, Any]:
     for name in names:
         path = out_dir / FORMATS[name].file_name
         difference = write_checked(FORMATS[name], program, model, path)
-        size = path.stat().st_size
-        files[path.name] = {"bytes": size, "largest_difference": difference}
-        print(f"{path}: {size / 1e6:.1f} MB, gives what the checkpoint gives to {difference:.1e}")
+        count = path.stat().st_size
+        files[path.name] = {"bytes": count, "largest_difference": difference}
+        print(f"{path}: {size(count)}, gives what the checkpoint gives to {difference:.1e}")
     result = {**description(model, trained, checkpoint, names), "files": files}
     record.write_json(out_dir / "export.json", result)
     print_usage(result, [out_dir / FORMATS[name].file_name for name in names], names)
@@ -264,7 +265,7 @@ FORMATS = {
         load_onnx,
         "import onnxruntime\n"
         "session = onnxruntime.InferenceSession({path!r})\n"
-        "{names} = session.run(None, {{'pixels': pixels}})",
+        "[{names}] = session.run(None, {{'pixels': pixels}})",
         ("onnx", "onnxscript", "onnxruntime"),
     ),
     "torch": Format(
@@ -322,7 +323,7 @@ def print_usage(result: dict[str, Any], paths: list[Path], names: list[str]) -> 
     print(f"takes: {described('pixels', result['input'])}, float32, in [0, 1]")
     print(f"gives: {', '.join(described(name, outputs[name]) for name in outputs)}")
     print(f"more about them: {paths[0].parent / 'export.json'}")
-    for name, path in zip(names, paths):
-        print(f"{path.name} in Python:")
+    for number, (name, path) in enumerate(zip(names, paths)):
+        print(f"{'or' if number else 'next'}: {path.name} in Python, without capsrun:")
         text = FORMATS[name].snippet.format(path=str(path), names=", ".join(outputs))
         print("\n".join(f"    {line}" for line in text.split("\n")))

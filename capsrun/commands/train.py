@@ -21,8 +21,10 @@ from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.runs import figures, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
-from capsrun.runs.next_steps import command, next_line, uses_of_model
+from capsrun.runs.next_steps import command, next_lines, uses_of_model
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stop_requests
+from capsrun.runs.run_page import NAME as PAGE
+from capsrun.runs.run_page import write_run_page
 from capsrun.runs.scores import (
     almost_line,
     answer,
@@ -89,6 +91,8 @@ def train(
     result = folder.result()
     if result is not None:
         print(f"{out_dir} is finished already; choose another name=…, or delete it to train anew")
+        if not (out_dir / PAGE).exists():  # it was interrupted, or is of an earlier version
+            write_run_page(out_dir)
     else:
         run = open_run(config, folder)
         try:
@@ -106,14 +110,15 @@ def train(
             run.progress.close()
             run.recorder.close()
         print(trained_line(result))
-        print(f"pictures: {folder.pictures}   curves: tensorboard --logdir {out_dir}")
+        print(f"page: {out_dir / PAGE}")
+        print(f"curves: tensorboard --logdir {out_dir}")
     if "almost_correct" in result:
         print(almost_line(result["almost_correct"], result["count"]))
     if result.get("stopped"):
         print(stopped_line(result["stopped"]))
     if model_words is not None:
         uses = uses_of_model(config.model, model_words)
-        print(next_line([command("eval", *model_words), *uses]))
+        print(next_lines([command("eval", *model_words), *uses]))
     print(styled(answer("test", result["errors"], result["count"]), BOLD))
     return result
 
@@ -389,6 +394,7 @@ def finish(run: Run) -> dict[str, Any]:
         "config": run.folder.config,
     }
     run.folder.write_result(result)
+    write_run_page(run.folder.path)
     return result
 
 

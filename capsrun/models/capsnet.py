@@ -84,12 +84,12 @@ class CapsNet(nn.Module):
     ) -> None:
         super().__init__()
         kernel_px = config.kernel_px
-        self._conv1_pads = self._primary_pads = (0, 0)
+        self.conv1_pads = self.primary_pads = (0, 0)
         if config.padding == "same":
-            self._conv1_pads = same_padding(image_px, kernel_px, 1)
-            self._primary_pads = same_padding(image_px, kernel_px, 2)
-        conv1_px = image_px + sum(self._conv1_pads) - kernel_px + 1
-        grid_px = (conv1_px + sum(self._primary_pads) - kernel_px) // 2 + 1
+            self.conv1_pads = same_padding(image_px, kernel_px, 1)
+            self.primary_pads = same_padding(image_px, kernel_px, 2)
+        conv1_px = image_px + sum(self.conv1_pads) - kernel_px + 1
+        grid_px = (conv1_px + sum(self.primary_pads) - kernel_px) // 2 + 1
         if grid_px < 1:
             raise ValueError(
                 f"images of {image_px} px are too small for two {kernel_px}×"
@@ -99,7 +99,7 @@ class CapsNet(nn.Module):
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
-        padded = sum(self._conv1_pads) + sum(self._primary_pads)
+        padded = sum(self.conv1_pads) + sum(self.primary_pads)
         self.seen_px = min(2 * (grid_px - 1) + 2 * kernel_px - 1 - padded, image_px)
 
         self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
@@ -157,7 +157,7 @@ class CapsNet(nn.Module):
         """
         seen_BCHW = images_BCHW[..., : self.seen_px, : self.seen_px]
         if self.config.padding == "same":
-            maps = F.pad(self.conv1(F.pad(seen_BCHW, 2 * self._conv1_pads)), 2 * self._primary_pads)
+            maps = F.pad(self.conv1(F.pad(seen_BCHW, 2 * self.conv1_pads)), 2 * self.primary_pads)
         else:
             maps = self.conv1(seen_BCHW)
         # What is exported consists of PyTorch's operations only.
@@ -166,13 +166,14 @@ class CapsNet(nn.Module):
         else:
             maps = F.conv2d(F.relu(maps), self.primarycaps.weight, stride=2)
         # Capsules compute in the precision of their weights (float32), whatever autocast does.
-        maps = maps.to(self.digitcaps_weight.dtype) * self._primary_scale()
+        maps = maps.to(self.digitcaps_weight.dtype) * self.primary_scale
         assert self.primarycaps.bias is not None
         maps = maps + self.primarycaps.bias[:, None, None]
         maps_BTKHW = maps.unflatten(1, (self.config.primary_types, self.config.primary_dimensions))
         return squash(maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3))
 
-    def _primary_scale(self) -> float:
+    @property
+    def primary_scale(self) -> float:
         """What the PrimaryCaps convolution is multiplied by, before its bias.
 
         Paper: no such factor. The authors' code sends the convolution through one routing

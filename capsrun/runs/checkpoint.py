@@ -12,6 +12,7 @@ from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_set
 from capsrun.data import is_part_of, known
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import Model, build_model
+from capsrun.models.capsnet import CapsNet
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
@@ -75,17 +76,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_checkpoint(path: str, train_command: str) -> Path:
+def find_checkpoint(path: str, train_command: str | None = None) -> Path:
     """The checkpoint file that `path` (a file or a run's folder) means.
 
-    train_command: what makes it, for the message of the UserError when there is none.
+    train_command: what makes it, where that is known, for the message of the UserError when there
+    is none.
     """
     found = checkpoint_file(path)
     if not found.is_file():
-        raise UserError(
-            f"there is no checkpoint {found}{near_run(Path(path))}; make it with "
-            f"`{train_command}`, or say checkpoint=…"
-        )
+        instead = "`capsrun list` shows the runs that there are"
+        if train_command is not None:
+            instead = f"make it with `{train_command}`, or say checkpoint=…"
+        raise UserError(f"there is no checkpoint {found}{near_run(Path(path))}; {instead}")
     return found
 
 
@@ -211,3 +213,23 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             )
     if dataset.trained_on != trained.dataset.name:
         notice(f"this model was trained on {trained.dataset.name}, not on {dataset.trained_on}")
+
+
+def load_drawing_model(path: Path) -> tuple[Trained, CapsNet]:
+    """A trained CapsNet with a decoder, to look at what its capsules make it draw.
+
+    Raises UserError for a checkpoint that cannot be used, or is of another network.
+    """
+    trained = load_checkpoint(path)
+    model = trained.model
+    if not isinstance(model, CapsNet):
+        raise UserError(
+            f"checkpoint {path} is of model={trained.config.model.name}, which has no capsules to "
+            "look into; train with model=capsnet"
+        )
+    if model.decoder is None:
+        raise UserError(
+            f"checkpoint {path} has no decoder, and without one there is nothing to draw; train "
+            "with model.reconstruction=true"
+        )
+    return trained, model

@@ -11,9 +11,9 @@ def command(*words: str) -> str:
     return shlex.join(["capsrun", *words])
 
 
-def next_line(commands: Iterable[str]) -> str:
-    """The line that suggests some commands."""
-    return f"next: {', '.join(commands)}"
+def next_lines(commands: Iterable[str]) -> str:
+    """The lines that suggest some commands, one on each, to be copied."""
+    return "next: " + "\n      ".join(commands)
 
 
 def uses_of_model(model: ModelConfig, words: Sequence[str]) -> list[str]:
