@@ -68,20 +68,10 @@ def evaluate(
     print_table(score, dataset.class_names)
     drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
     maps = routing_of(model, split, config.routing_images)
-    for number, routing in maps.items():
-        title = f"{dataset.name}, {config.split} image {number}: routing"
-        drawn[f"routing_{number}"] = routing_figure(routing, dataset.class_names, title)
+    drawn |= routing_figures(maps, dataset.class_names, f"{dataset.name}, {config.split} image")
     replace_pictures(out_dir, drawn)
     result = {
-        "command": "eval",
-        "name": trained.config.name,
-        "dataset": dataset.name,
-        "split": config.split,
-        "mask": config.mask,
-        "model": trained.config.model.name,
-        "seed": trained.config.seed,
-        "steps": trained.step,
-        "finished": all(member.finished for member in ensemble),
+        **about(config, ensemble),
         **score_summary(score, dataset.class_names),
         "routing": [routing.facts(number) for number, routing in maps.items()],
         "train_seconds": trained.train_seconds,
@@ -90,9 +80,6 @@ def evaluate(
         **record.provenance(device, precision),
         "checkpoint": str(checkpoint),
         "ensemble": [str(path) for path in others],
-        "config": dataclasses.asdict(config),
-        "trained": dataclasses.asdict(trained.config),
-        "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
     }
     record.write_json(out_dir / "result.json", result)
     for number, routing in maps.items():
@@ -109,6 +96,25 @@ def evaluate(
         print(next_lines([*uses, command("report")]))
     print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
+
+
+def about(config: EvalConfig, ensemble: list[Trained]) -> dict[str, Any]:
+    """Which models were tested, and how: for `result.json`."""
+    trained = ensemble[0]
+    return {
+        "command": "eval",
+        "name": trained.config.name,
+        "dataset": config.dataset.name,
+        "split": config.split,
+        "mask": config.mask,
+        "model": trained.config.model.name,
+        "seed": trained.config.seed,
+        "steps": trained.step,
+        "finished": all(member.finished for member in ensemble),
+        "config": dataclasses.asdict(config),
+        "trained": dataclasses.asdict(trained.config),
+        "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
+    }
 
 
 def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
@@ -154,6 +160,16 @@ def routing_of(model: Model, split: Split, numbers: list[int]) -> dict[int, Rout
     if not isinstance(model, CapsNet):
         return {}
     return {number: routed(model, split, number) for number in numbers}
+
+
+def routing_figures(
+    maps: Mapping[int, Routed], class_names: tuple[str, ...], images: str
+) -> dict[str, Figure]:
+    """A figure of each routed image. images: what they are, for the titles."""
+    return {
+        f"routing_{number}": routing_figure(routing, class_names, f"{images} {number}: routing")
+        for number, routing in maps.items()
+    }
 
 
 def replace_pictures(out_dir: Path, drawn: Mapping[str, Figure]) -> None:
