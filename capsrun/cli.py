@@ -620,7 +620,7 @@ def run_name(config: Any, overrides: Iterable[str]) -> str:
 
 
 def checkpoint_of(config: Any) -> Path:
-    """The checkpoint file that eval, perturb and export are to use; see `find_checkpoint`."""
+    """The checkpoint file that eval, perturb, explore and export use; see `find_checkpoint`."""
     from capsrun.runs.checkpoint import find_checkpoint, train_command
 
     default = f"{config.dataset.trained_on}-{config.dataset.trained_by}/seed{config.seed}"

@@ -223,16 +223,22 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    """Everything that `capsrun eval` needs; the model comes from the checkpoint."""
+class CheckpointConfig:
+    """What every command needs that uses a trained model."""
 
     checkpoint: str
     """A checkpoint file, or the folder of a run."""
-    ensemble: list[str]
-    """More checkpoints, whose scores are averaged with those of the first."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Picks the run whose checkpoint is the default."""
     runs_dir: str
+
+
+@dataclass(kw_only=True)
+class EvalConfig(CheckpointConfig):
+    """Everything that `capsrun eval` needs; the model comes from the checkpoint."""
+
+    ensemble: list[str]
+    """More checkpoints, whose scores are averaged with those of the first."""
     out_dir: str | None
     """None: a folder in the run's; for a checkpoint that is no run's, in one named after it."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
@@ -266,12 +272,9 @@ class SweepConfig:
 
 
 @dataclass(kw_only=True)
-class PerturbConfig:
+class PerturbConfig(CheckpointConfig):
     """Everything that `capsrun perturb` needs; the model comes from the checkpoint."""
 
-    checkpoint: str
-    seed: int = setting(minimum=0, maximum=2**63 - 1)
-    runs_dir: str
     out_dir: str | None
     device: str = setting(choices=("auto", "cpu", "cuda"))
     perturb: SweepConfig
@@ -293,12 +296,9 @@ class ExploreSettings:
 
 
 @dataclass(kw_only=True)
-class ExploreConfig:
+class ExploreConfig(CheckpointConfig):
     """Everything that `capsrun explore` needs; the model comes from the checkpoint."""
 
-    checkpoint: str
-    seed: int = setting(minimum=0, maximum=2**63 - 1)
-    runs_dir: str
     out: str | None
     """The file to write; None: in the run's folder, see `output_folder`."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
@@ -307,12 +307,9 @@ class ExploreConfig:
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(CheckpointConfig):
     """Everything that `capsrun export` needs; the model comes from the checkpoint."""
 
-    checkpoint: str
-    seed: int = setting(minimum=0, maximum=2**63 - 1)
-    runs_dir: str
     out_dir: str | None
     format: str = setting(choices=("onnx", "torch", "all"))
     dataset: DatasetConfig
