@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 
 from capsrun.errors import UserError, did_you_mean
+from capsrun.reading import check_plain
 
 Config = TypeVar("Config")
 
@@ -186,6 +187,10 @@ class RecordConfig:
     evaluate_images: int = setting(minimum=1)
     """How many test images an evaluation during training uses; the last one uses all."""
     checkpoint_every_seconds: float = setting(minimum=0)
+    tensorboard_points: int = setting(minimum=1)
+    """How many points a curve in TensorBoard has at most; `metrics.jsonl` has all."""
+    tensorboard_pictures: int = setting(minimum=1)
+    """How many evaluations of a run draw reconstructions at most, beside the last one."""
 
 
 @dataclass(kw_only=True)
@@ -212,6 +217,8 @@ class TrainConfig:
     precision: str = setting(choices=("auto", "fp32", "bf16"))
     compile: bool
     """Whether to build and use the fastest code for this machine, or PyTorch's operations only."""
+    deterministic: bool
+    """Whether the same command on the same machine gives the same bits; see `set_deterministic`."""
     dataset: DatasetConfig
     model: ModelConfig
     routing: RoutingConfig | None
@@ -470,6 +477,7 @@ class ExperimentConfig:
 # Settings that came later, with the values that everything before them had.
 LATER_SETTINGS: dict[str, Any] = {
     "compile": True,
+    "deterministic": False,
     "dataset": {
         "trained_by": "capsnet-quick",
         "digits": 1,
@@ -481,7 +489,11 @@ LATER_SETTINGS: dict[str, Any] = {
         "standardise": False,
     },
     "model": {"padding": "valid"},
-    "record": {"evaluate_images": 10_000},
+    "record": {
+        "evaluate_images": 10_000,
+        "tensorboard_points": 2000,
+        "tensorboard_pictures": 20,
+    },
     "stop": {"accuracy_percent": None, "on": "test", "every_steps": None},
 }
 
@@ -498,22 +510,42 @@ def with_later_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+# Settings that a configuration may have; those of a run are about 60.
+MOST_VALUES = 10_000
+
+
 def from_dict(schema: type[Config], values: Any) -> Config:
     """Turn plain nested data (a dict or an OmegaConf node) into `schema`, checked.
 
     Raises UserError for a missing or unknown key, a wrong type, or a value out of range.
     """
     try:
+        if not OmegaConf.is_config(values):  # what is composed is plain already
+            _check_stored(values)
         merged = OmegaConf.merge(_structured(schema, values), values)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"this is not a configuration: {error}") from error
     check_ranges(config)
     if isinstance(config, TrainConfig):
         _check_training(config)
     return config
+
+
+def _check_stored(values: Any) -> None:
+    """Raise ValueError for values from a file that no run can have stored there."""
+    check_plain(values, MOST_VALUES)
+    pending = [values]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+        elif isinstance(value, str) and "${" in value:  # it could ask for environment variables
+            raise ValueError(f"it holds {value!r}, whose value is elsewhere")
 
 
 def _structured(schema: type, values: Any) -> Any:
@@ -561,6 +593,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None:
         return
+    if isinstance(value, list | dict) and limits:  # OmegaConf lets [[]] pass for a list of numbers
+        raise UserError(f"{key} holds {value}, which is neither a number nor text")
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(limits["choices"])
         hint = did_you_mean(str(value), limits["choices"])
@@ -627,10 +661,15 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError(
             "stop.on=validation needs held-out training images: dataset.validation=10000 (of MNIST)"
         )
-    if config.name is not None:
-        path = PurePath(config.name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise UserError(f"name={config.name} does not name a folder below runs_dir")
+    if config.name is not None and not is_name(config.name):
+        raise UserError(f"name={config.name} does not name a folder below runs_dir")
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a run: a folder below another one."""
+    path = PurePath(name)
+    is_below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return is_below and "\0" not in name
 
 
 def check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
@@ -651,7 +690,7 @@ def check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossCon
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list:
     """List `(key, our value, their value)` where two nested configurations differ."""
     found = []
-    for key in sorted({*ours, *theirs}):
+    for key in sorted({*ours, *theirs}, key=str):
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differing_keys(a, b, f"{prefix}{key}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from capsrun.config import PerturbConfig, SweepConfig
@@ -29,6 +29,9 @@ from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import resolve_device, to_device
 
 MOST_VALUES = 101
+# Formats of an image of one's own. Pillow knows more, for some of which it runs other programs.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+MOST_SIDE_PX = 8192
 # How many images of a class are looked through for one that is classified rightly.
 LOOK_THROUGH = 100
 # Among how many test images they are looked for, where there are millions.
@@ -69,26 +72,26 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
 
     folder = output_folder(checkpoint, config.runs_dir)
     out_dir = Path(config.out_dir or folder / f"perturb-{place}")
-    record.make_output(out_dir)
-    swept = [perturbed(model, subject.image_CHW, subject.label, values) for subject in subjects]
-    paths = write_pictures(out_dir, config.perturb.format, model, subjects, swept, values)
-    for path in paths:
-        print(path)
-    result = {
-        "command": "perturb",
-        "name": trained.config.name,
-        "dataset": None if config.perturb.image else config.dataset.name,
-        "model": trained.config.model.name,
-        "seed": trained.config.seed,
-        "steps": trained.step,
-        "pictures": [path.name for path in paths],
-        **record.provenance(device, "fp32"),
-        "checkpoint": str(checkpoint),
-        "config": dataclasses.asdict(config),
-        "trained": dataclasses.asdict(trained.config),
-    }
-    record.write_json(out_dir / "result.json", result)
-    print(f"page: {write_run_page(out_dir)}")
+    with record.output(out_dir):
+        swept = [perturbed(model, subject.image_CHW, subject.label, values) for subject in subjects]
+        paths = write_pictures(out_dir, config.perturb.format, model, subjects, swept, values)
+        for path in paths:
+            print(path)
+        result = {
+            "command": "perturb",
+            "name": trained.config.name,
+            "dataset": None if config.perturb.image else config.dataset.name,
+            "model": trained.config.model.name,
+            "seed": trained.config.seed,
+            "steps": trained.step,
+            "pictures": [path.name for path in paths],
+            **record.provenance(device, "fp32"),
+            "checkpoint": str(checkpoint),
+            "config": dataclasses.asdict(config),
+            "trained": dataclasses.asdict(trained.config),
+        }
+        record.write_json(out_dir / "result.json", result)
+        print(f"page: {write_run_page(out_dir)}")
     return paths
 
 
@@ -291,8 +294,15 @@ def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[T
     file that is missing or no image.
     """
     remarks = []
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no image file")
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
+            if max(opened.size) > MOST_SIDE_PX:
+                raise ValueError(
+                    f"{opened.width:,}×{opened.height:,} pixels are more than {MOST_SIDE_PX:,} on "
+                    "a side; make it smaller"
+                )
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -305,7 +315,7 @@ def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[T
             image = image.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except Exception as error:  # Pillow fails in many ways on a damaged file
         raise UserError(f"{path} cannot be read as an image (PNG, JPEG, …): {error}") from error
 
     pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)

@@ -6,22 +6,23 @@ They are MATLAB files that hold a struct `affNISTdata` with, for N images, `imag
 Shapes: N images, H and W pixels, J classes.
 """
 
-import io
 import math
+import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from capsrun.config import DatasetConfig
+from capsrun.data import matlab
 from capsrun.data.download import file_md5, obtain
-from capsrun.data.files import RawData, Source
+from capsrun.data.files import RawData, Source, stored_bytes
 from capsrun.data.splits import OF_PHOTOS, refuse_changes
 from capsrun.errors import UserError
+from capsrun.reading import read_at_most
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
 SIDE_PX = 40
@@ -110,12 +111,13 @@ def mat_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of a `.mat` file, or of those in a zip, in the order of their numbers.
 
     Nothing is unpacked to disk. Raises UserError for an archive that is damaged, has no such files,
-    or has files that would be unpacked elsewhere.
+    holds more than `MAX_BYTES`, whatever it claims, or has links or files that would be unpacked
+    elsewhere.
     """
+    if path.suffix != ".zip":
+        yield str(path), stored_bytes(path, MAX_BYTES)
+        return
     try:
-        if path.suffix != ".zip":
-            yield str(path), path.read_bytes()
-            return
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
             for info in members:
@@ -125,6 +127,11 @@ def mat_files(path: Path) -> Iterator[tuple[str, bytes]]:
                         f"{path} holds a file {info.filename!r}, which is outside its folder; it "
                         "is not to be trusted, and nothing in it was used"
                     )
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    raise UserError(
+                        f"{path} holds a link, {info.filename!r}, to another file; it is not to be "
+                        "trusted, and nothing in it was used"
+                    )
             members = [
                 info
                 for info in members
@@ -132,11 +139,17 @@ def mat_files(path: Path) -> Iterator[tuple[str, bytes]]:
             ]
             if not members:
                 raise UserError(f"{path} holds no .mat file")
-            if any(info.file_size > MAX_BYTES for info in members):
+            # Other methods unpack a piece to any size at once.
+            if any(
+                i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in members
+            ):
+                raise UserError(f"{path} is compressed in another way than zip files mostly are")
+            if sum(info.file_size for info in members) > MAX_BYTES:
                 raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: it is not affNIST")
             members.sort(key=lambda info: (len(info.filename), info.filename))
             for info in members:
-                yield f"{path}/{info.filename}", archive.read(info)
+                with archive.open(info) as stream:
+                    yield f"{path}/{info.filename}", read_at_most(stream, info.file_size)
     except UserError:
         raise
     except Exception as error:  # zipfile fails in many ways on a damaged or encrypted archive
@@ -156,10 +169,11 @@ def read_mat(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     missing = [key for key in ("image", "label_int") if key not in struct]
     if missing:
         raise UserError(f"{name} is not affNIST: its struct lacks {', '.join(missing)}")
-    images, labels = struct["image"], struct["label_int"].ravel()
+    images, labels = struct["image"].numbers, struct["label_int"].numbers.ravel()
     pixels = SIDE_PX**2
-    if images.dtype != np.uint8:
-        raise UserError(f"{name} is not affNIST: its pixels are {images.dtype}, not uint8")
+    if not images.dtype == struct["image"].kind == np.uint8:
+        kind = struct["image"].kind
+        raise UserError(f"{name} is not affNIST: its pixels are {kind}, not uint8")
     if images.ndim != 2 or images.shape[0] != pixels:
         hint = " (transposed)" if images.ndim == 2 and images.shape[1] == pixels else ""
         raise UserError(
@@ -170,33 +184,29 @@ def read_mat(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     if not len(labels) or not np.isin(labels, range(10)).all():
         raise UserError(f"{name} holds labels other than 0 to 9, or none")
     one_of_n = struct.get("label_one_of_n")
-    if one_of_n is not None and not np.array_equal(one_of_n, np.eye(10)[labels.astype(int)].T):
+    expected = np.eye(10, dtype=np.uint8)[labels.astype(int)].T
+    if one_of_n is not None and not np.array_equal(one_of_n.numbers, expected):
         raise UserError(f"{name} is damaged: label_int and label_one_of_n contradict each other")
     if images.max() < 128:
         raise UserError(
             f"{name} holds no pixel brighter than {images.max()}; affNIST's pixels are 0 to 255"
         )
     # MATLAB keeps an image column by column, and the images were written row by row.
-    return np.ascontiguousarray(images.T).reshape(-1, SIDE_PX, SIDE_PX), labels.astype(np.int64)
+    return np.array(images.T, order="C").reshape(-1, SIDE_PX, SIDE_PX), labels.astype(np.int64)
 
 
-def _struct(content: bytes, name: str) -> dict[str, Any]:
-    """The fields of `affNISTdata` as arrays."""
-    from scipy.io import loadmat
-
+def _struct(content: bytes, name: str) -> dict[str, matlab.Array]:
+    """The fields of `affNISTdata` that are arrays of numbers."""
     try:
-        values = loadmat(io.BytesIO(content), variable_names=["affNISTdata"])
-    except Exception as error:  # loadmat fails in many ways on a damaged file
+        data = matlab.read(content).get("affNISTdata")
+    except ValueError as error:
         raise UserError(
             f"{name} is damaged, cut short, or no MATLAB file ({error}); delete it and run the "
             "command again to download it"
         ) from error
-    data = values.get("affNISTdata")
-    if not isinstance(data, np.ndarray) or data.dtype.names is None or data.size != 1:
+    if not isinstance(data, dict):
         raise UserError(f"{name} is not affNIST: it holds no struct affNISTdata")
-    fields = {key: data.ravel()[0][key] for key in data.dtype.names}
-    # A field that is no array of numbers counts as missing.
-    return {k: v for k, v in fields.items() if isinstance(v, np.ndarray) and v.dtype.kind in "biuf"}
+    return data
 
 
 def check_digits(images_NHW: np.ndarray, labels_N: np.ndarray, name: str) -> None:

@@ -1,6 +1,7 @@
 """CIFAR-10, from its official binary version, which holds nothing that could be run."""
 
 import hashlib
+import io
 import tarfile
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from capsrun.config import DatasetConfig
 from capsrun.data.download import obtain
-from capsrun.data.files import RawData, Source
+from capsrun.data.files import RawData, Source, stored_bytes
 from capsrun.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -20,6 +21,9 @@ TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST = ("test_batch.bin",)
 RECORDS = 10_000
 """Images in each file: a byte for the class, then 32×32 bytes each of red, green and blue."""
+RECORD_BYTES = 1 + 3 * 32 * 32
+MAX_BYTES = 200_000_000
+"""Most that the archive may have; it has 170 MB."""
 CLASS_NAMES = (
     "airplane",
     "automobile",
@@ -44,7 +48,7 @@ def load(config: DatasetConfig) -> RawData:
     names = (*TRAIN, *TEST)
     folder = data_dir / FOLDER
     if all((folder / name).is_file() for name in names):
-        contents = {name: (folder / name).read_bytes() for name in names}
+        contents = {name: stored_bytes(folder / name, RECORDS * RECORD_BYTES) for name in names}
         md5 = hashlib.md5(b"".join(contents.values()), usedforsecurity=False).hexdigest()
         source = Source(FOLDER, md5, verified=False)
     else:
@@ -58,7 +62,7 @@ def load(config: DatasetConfig) -> RawData:
 
 def _unpacked(archive: Path, names: tuple[str, ...]) -> tuple[dict[str, bytes], Source]:
     """The named files of the archive, read without unpacking it to disk."""
-    content = archive.read_bytes()
+    content = stored_bytes(archive, MAX_BYTES)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != MD5:
         raise UserError(
@@ -67,7 +71,7 @@ def _unpacked(archive: Path, names: tuple[str, ...]) -> tuple[dict[str, bytes], 
         )
     contents = {}
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             for name in names:
                 member = tar.extractfile(f"{FOLDER}/{name}")
                 contents[name] = b"" if member is None else member.read()
@@ -81,13 +85,12 @@ def parse(content: bytes, name: str) -> tuple[Tensor, Tensor]:
 
     Raises UserError, naming it, when it has another size or a class beyond the ten.
     """
-    size = 1 + 3 * 32 * 32
-    if len(content) != RECORDS * size:
+    if len(content) != RECORDS * RECORD_BYTES:
         raise UserError(
             f"{FOLDER}/{name} is damaged or cut short: it has {len(content):,} bytes, not "
-            f"{RECORDS * size:,}"
+            f"{RECORDS * RECORD_BYTES:,}"
         )
-    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, size)
+    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(-1, RECORD_BYTES)
     labels = records[:, 0].clone()
     if int(labels.max()) >= len(CLASS_NAMES):
         raise UserError(f"{FOLDER}/{name} is damaged: it holds class {int(labels.max())} of ten")

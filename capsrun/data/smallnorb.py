@@ -5,6 +5,7 @@ Shapes: N pairs of images, C = 2 cameras, H and W pixels.
 
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import to_pixels
 from capsrun.data.download import obtain
-from capsrun.data.files import RawData, Source
+from capsrun.data.files import RawData, Source, stored_bytes
 from capsrun.errors import UserError
+from capsrun.reading import read_at_most
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 TRAIN, TEST = (
@@ -72,16 +74,16 @@ def load(config: DatasetConfig) -> RawData:
 
 
 def _content(path: Path) -> bytes:
+    stored = stored_bytes(path, MAX_BYTES)
+    if path.suffix != ".gz":
+        return stored
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as stream:
-            content = stream.read(MAX_BYTES + 1)
+        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
+            return read_at_most(stream, MAX_BYTES)
+    except ValueError as error:
+        raise UserError(f"{path} {error}: it is not smallNORB") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged, cut short or cannot be read: {error}") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path} holds more than {MAX_BYTES:,} bytes: it is not smallNORB")
-    return content
 
 
 def parse(content: bytes, magic: int, name: str) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
+from capsrun.data import matlab
 from capsrun.data.download import file_md5, obtain
-from capsrun.data.files import RawData, Source
+from capsrun.data.files import RawData, Source, stored_bytes
 from capsrun.errors import UserError
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -53,13 +54,12 @@ def parse(path: Path) -> tuple[Tensor, Tensor]:
 
     Raises UserError, naming it, when it is damaged or holds something else.
     """
-    from scipy.io import loadmat
-
     try:
-        values = loadmat(path)
-    except Exception as error:  # loadmat fails in many ways on a damaged file
+        values = matlab.read(stored_bytes(path, matlab.MOST_BYTES))
+    except ValueError as error:
         raise UserError(f"{path} is damaged or no MATLAB file: {error}") from error
-    images, labels = values.get("X"), values.get("y")
+    arrays = (values.get("X"), values.get("y"))
+    images, labels = (a.numbers if isinstance(a, matlab.Array) else None for a in arrays)
     if (
         images is None
         or labels is None
@@ -69,7 +69,7 @@ def parse(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"{path} is not SVHN: it lacks X of (32, 32, 3, N) bytes and y of N classes"
         )
-    if not labels.size or labels.min() < 1 or labels.max() > 10:
+    if not labels.size or not np.isin(labels, range(1, 11)).all():
         raise UserError(f"{path} holds classes other than 1 to 10, or none")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return pixels, torch.from_numpy((labels.ravel() % 10).astype(np.uint8))

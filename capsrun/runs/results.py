@@ -4,7 +4,6 @@ A run belongs to an experiment because of its settings, not of its name: so a ru
 by hand counts, and one with another network never does.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capsrun.config import DatasetConfig, Published, TrainConfig, from_dict, with_later_settings
+from capsrun.config import (
+    DatasetConfig,
+    Published,
+    TrainConfig,
+    from_dict,
+    is_name,
+    with_later_settings,
+)
 from capsrun.data import sizes
+from capsrun.errors import UserError
+from capsrun.reading import parse_json, read_json, read_text
+
+METRICS = "metrics.jsonl"
 
 # Settings that do not change what is computed, or are told apart (the seed, the precision).
-FREE = ("name", "seed", "runs_dir", "device", "compile", "precision", "record")
+FREE = ("name", "seed", "runs_dir", "device", "compile", "deterministic", "precision", "record")
 FREE_OF_DATASET = ("data_dir", "trained_on", "trained_by")
 # Settings of how a network is trained, not of which network on which images.
 OF_LENGTH = ("recipe", "stop.accuracy_percent", "stop.every_steps")
@@ -92,10 +102,19 @@ class Result:
     def metrics(self) -> list[dict[str, Any]]:
         """What was recorded during training; empty where that is not at hand."""
         try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            return [json.loads(line) for line in lines]
+            rows = [parse_json(line) for line in read_text(self.folder / METRICS).splitlines()]
         except (OSError, ValueError):
             return []
+        return rows if all(is_row(row) for row in rows) else []
+
+
+def is_row(row: Any) -> bool:
+    """Whether this is a line of `metrics.jsonl`: a step, and numbers by name."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in row.values())
+    )
 
 
 def total_steps(training: Mapping[str, Any]) -> int:
@@ -254,16 +273,57 @@ def find_results(sources: Iterable[str | Path]) -> list[Result]:
 def read_result(path: Path) -> Result | None:
     """A finished result, or None for anything else."""
     try:
-        values = json.loads(path.read_text())
-        result = Result(path.parent, values)
-        if not isinstance(values, dict) or values["command"] not in ("train", "eval", "perturb"):
-            return None
-        fingerprint(result)  # has all that is looked at later
-        if result.command != "perturb":
-            assert math.isfinite(result.error_percent)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        values = read_json(path)
+        check_result(values)
+    except (OSError, ValueError):
         return None
-    return result if values.get("finished", True) else None
+    return Result(path.parent, values) if values.get("finished", True) else None
+
+
+def check_result(values: Any) -> None:
+    """Raise ValueError for what is no result of `train`, `eval` or `perturb`.
+
+    Everything that tables and pages look at is there, and of its type.
+    """
+    try:
+        whole, numbers = ["seed", "steps"], ["train_seconds", "eval_seconds", "images_per_second"]
+        texts = ["name", "model", "date", "device", "precision"]
+        if values["command"] != "perturb":
+            whole += ["errors", "count"]
+            numbers.append("error_percent")
+            texts.append("dataset")
+        result = Result(Path(), values)
+        stopped = values.get("stopped") or {"on": ""}
+        sound = (
+            values["command"] in ("train", "eval", "perturb")
+            and all(type(values[key]) is int and values[key] >= 0 for key in whole)
+            and all(math.isfinite(values[key]) for key in numbers if key in values)
+            and all(isinstance(values[key], str) for key in texts)
+            and all(isinstance(text, str) for text in values["versions"].values())
+            and isinstance(values["versions"]["torch"], str)
+            and isinstance(values.get("git_commit"), str | None)
+            and is_name(values["name"])
+            and type(values.get("almost_correct", 0)) is int
+            and all(math.isfinite(stopped[key]) for key in stopped if key != "on")
+            and isinstance(stopped["on"], str)
+        )
+        # What else is looked at later is there, too.
+        fingerprint(result)
+        if sound and values["command"] != "perturb":
+            sound = sound and 0 <= values["errors"] <= values["count"] != 0
+            sound = sound and isinstance(result.reached_target | result.members_alike, bool)
+            epochs_of_a_step(result.training)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        UserError,
+    ) as error:
+        raise ValueError("is no result of capsrun") from error
+    if not sound:
+        raise ValueError("is no result of capsrun")
 
 
 def fingerprint(result: Result) -> str:

@@ -3,7 +3,6 @@
 It is made of the files of the run's folder alone, so it can be made again at any time.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,10 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
+from capsrun.atomic import replacing
 from capsrun.errors import notice
+from capsrun.reading import read_json
 from capsrun.runs import figures, plots
-from capsrun.runs.checkpoint import replacing
 from capsrun.runs.page import plain, to_html
 from capsrun.runs.results import Result
 from capsrun.runs.tables import table
@@ -43,7 +43,7 @@ def write_run_page(folder: Path) -> Path:
     page is written anew too.
     """
     path = folder / NAME
-    result = Result(folder, json.loads((folder / "result.json").read_text()))
+    result = Result(folder, read_json(folder / "result.json"))
     if result.command == "train" and result.metrics:
         (folder / "pictures").mkdir(exist_ok=True)
         curves = plots.run_curves(result.metrics)
@@ -62,14 +62,15 @@ def refresh_run_page(folder: Path) -> None:
         return
     try:
         write_run_page(folder)
-    except (OSError, KeyError, TypeError, ValueError) as error:  # of another version, or read-only
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # It is of another version, or read-only.
         notice(f"the page of {folder} was not made again: {error!r}")
 
 
 def is_finished_run(folder: Path) -> bool:
     """Whether a folder holds the result of a training run."""
     try:
-        values = json.loads((folder / "result.json").read_text())
+        values = read_json(folder / "result.json")
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.get("command") == "train"
@@ -172,7 +173,7 @@ def shown_pictures(result: Result) -> dict[str, str]:
     paths = (
         sorted(folder.glob("*.*")) if own is None else [folder / Path(name).name for name in own]
     )
-    return {path.stem: path.name for path in paths if path.suffix in FORMATS and path.exists()}
+    return {path.stem: path.name for path in paths if path.suffix in FORMATS and path.is_file()}
 
 
 def pictures(result: Result, names: Mapping[str, str]) -> list[str]:
