@@ -26,7 +26,8 @@ def squash(poses: Tensor) -> Tensor:
     Takes s of shape (..., D) and returns v of the same shape.
 
     Paper: Eq. 1 divides 0 by 0 at s = 0. Written as s · ‖s‖/(1+‖s‖²) it is 0 there, and so is its
-    gradient (the true limit), with no epsilon that would change the values elsewhere.
+    gradient (the true limit), with no epsilon that would change the values elsewhere. Numbers above
+    2·10¹⁷ in float32, whose squares would be infinite, count as that: ‖v‖ is 1 there in any case.
 
     >>> import capsrun, torch
     >>> v = capsrun.squash(torch.tensor([3.0, 4.0]))  # ‖s‖ = 5, so ‖v‖ = 25/26
@@ -35,6 +36,8 @@ def squash(poses: Tensor) -> Tensor:
     >>> capsrun.squash(torch.zeros(2))
     tensor([0., 0.])
     """
+    largest = torch.finfo(poses.dtype).max ** 0.45
+    poses = poses.clamp(-largest, largest)
     norm = torch.linalg.vector_norm(poses, dim=-1, keepdim=True)
     return poses * (norm / (1 + norm.square()))
 

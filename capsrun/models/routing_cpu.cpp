@@ -32,6 +32,13 @@ enum { N = J * D };
 static inline vec splat(float x) { return x - (vec){}; }
 static inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
+// As squash in routing.py: a larger number's square, summed over a capsule, could be infinite.
+static inline vec bounded(vec x) {
+  const vec most = splat(2e17f);
+  x = x > most ? most : x;  // written so that NaN stays NaN
+  return x < -most ? -most : x;
+}
+
 static inline vec square_root(vec x) {
   vec y;
   for (int lane = 0; lane < LANES; lane++) y[lane] = sqrtf(x[lane]);
@@ -94,6 +101,7 @@ static inline void squash_backward(const vec *s, const vec *dv, vec *ds) {
     }
     vec norm = square_root(square), below = 1.0f + square;
     vec along = product * (1.0f - square) / ((norm == 0.0f ? splat(1.0f) : norm) * below * below);
+    along = square > 1e8f ? -product / norm / below : along;  // the same there, without overflow
     for (int d = 0; d < D; d++) ds[d] = dv[d] * norm / below + s[d] * along;
   }
 }
@@ -169,6 +177,7 @@ extern "C" void route_forward(const float *u, const float *weights, const float 
       for (int n = 0; n < N; n++) {
         if (r == 0) s[n] /= (float)(J + leaky);  // equal shares; with `leaky` one goes to no one
         if (bias) s[n] += bias[n];
+        s[n] = bounded(s[n]);
       }
       squash(s, capsules);
       if (sums) unpack(s, (size_t)R * N, images, N, sums + (first * R + r) * N);

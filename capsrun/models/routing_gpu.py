@@ -261,11 +261,15 @@ def _(
 
 
 def _squash_gradient(sums: Tensor, to_capsules: Tensor) -> Tensor:
-    """The gradient of `squash` at s, 0 at s = 0."""
+    """The gradient of `squash` at s, 0 at s = 0, without overflow where s is huge."""
+    largest = torch.finfo(sums.dtype).max ** 0.45
+    sums = sums.clamp(-largest, largest)
     square = sums.square().sum(-1, keepdim=True)
     norm = square.sqrt()
-    along = (sums * to_capsules).sum(-1, keepdim=True) * (1 - square) / (1 + square).square()
+    product = (sums * to_capsules).sum(-1, keepdim=True)
+    along = product * (1 - square) / (1 + square).square()
     along = torch.where(norm > 0, along / norm, 0.0)
+    along = torch.where(square > 1e8, -product / norm / (1 + square), along)
     return to_capsules * (norm / (1 + square)) + sums * along
 
 
