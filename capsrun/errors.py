@@ -1,8 +1,10 @@
 """How mistakes and remarks reach the user."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from capsrun.terminal import YELLOW, styled
 
@@ -18,6 +20,10 @@ class Noisy(Exception):
     """The machine was too busy with other things for a measurement to be quoted."""
 
 
+class Busy(Exception):
+    """Another process writes to the same place; the message names it."""
+
+
 class Unfinished(Exception):
     """Some of the runs that were asked for failed; the others are done."""
 
@@ -29,6 +35,15 @@ class Stopped(Exception):
         super().__init__(message)
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One process tells it to others; exceptions know only their first argument."""
+        return Stopped, (str(self), self.signal_number)
+
+
+def process_rank() -> tuple[int, int]:
+    """Which of how many processes of a `torchrun` job this is; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 # What the user was told in this process.
 notices: list[str] = []
@@ -38,7 +53,13 @@ def notice(message: str) -> None:
     """Tell the user something that they need not act upon, once a process."""
     if message not in notices:
         notices.append(message)
-        print(f"{styled('note:', YELLOW, sys.stderr)} {message}", file=sys.stderr)
+        if process_rank()[0] == 0:  # of several processes the first says what all of them find
+            remark(message)
+
+
+def remark(message: str) -> None:
+    """Tell the user something about one run, which is not kept for others of this process."""
+    print(f"{styled('note:', YELLOW, sys.stderr)} {message}", file=sys.stderr)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import TINY, train_config
 
+from capsrun.atomic import replacing
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.runs.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     read_checkpoint,
-    replacing,
     save_checkpoint,
 )
 
@@ -97,6 +97,27 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
     with pytest.raises(UserError, match=r"not a checkpoint|incomplete"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"metrics_bytes": -1},
+        {"metrics_bytes": "1"},
+        {"event_bytes": [1]},
+        {"event_bytes": {"events": -1}},
+        {"event_bytes": {1: 1}},
+        {"parts": {}},
+        {"parts": [1]},
+        {"parts": [{"first_step": 1}]},
+        {"precision": "fp8"},
+    ],
+)
+def test_what_a_run_needs_to_go_on_is_checked(saved, state):
+    path, model, config = saved
+    save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict(), **REST, **state)
+    with pytest.raises(UserError, match="is damaged"):
         read_checkpoint(path)
 
 

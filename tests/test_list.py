@@ -1,4 +1,4 @@
-"""`capsrun list`: what is shown of finished, unfinished, interrupted and damaged runs."""
+"""`capsrun list`: what is shown of finished, running, interrupted and damaged runs."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from conftest import TINY, run_capsrun, train_config
 from omegaconf import OmegaConf
 
 from capsrun import cli
+from capsrun.lock import locked
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def finished(runs, name, age_seconds, error_percent=0.34, seed=0):
     return folder
 
 
-def unfinished(runs, name, age_seconds, metrics, *overrides):
+def begun(runs, name, age_seconds, metrics, *overrides):
     folder = runs / name / "seed0"
     config = OmegaConf.to_yaml(settings(name, *overrides))
     write(folder, age_seconds, config_yaml=config, metrics_jsonl=metrics)
@@ -86,14 +87,16 @@ def test_each_run_has_a_line_and_the_latest_is_the_last(runs, capsys):
     ]
     metrics = "\n".join(map(json.dumps, rows)) + '\n{"step": 12'
     finished(runs, "first", 3 * 3600)
-    unfinished(runs, "stopped", 2 * 86_400, metrics)
-    unfinished(runs, "going_on", 20, metrics)
-    unfinished(runs, "begun", 30, "")
-    assert [" ".join(line) for line in listed(capsys)] == [
+    begun(runs, "stopped", 2 * 86_400, metrics)
+    begun(runs, "going_on", 20, metrics)
+    begun(runs, "begun", 30, "")
+    with locked(runs / "going_on" / "seed0" / ".lock"):
+        found = listed(capsys)
+    assert [" ".join(line) for line in found] == [
         "2.50 % 1,220 of 9,375 mnist5k capsnet 2 days ago interrupted runs/stopped/seed0",
         "0.34 % 12 mnist5k capsnet 3 h ago finished runs/first/seed0",
-        "– 0 of 12 mnist5k capsnet 30 s ago unfinished runs/begun/seed0",
-        "2.50 % 1,220 of 9,375 mnist5k capsnet 20 s ago unfinished runs/going_on/seed0",
+        "– 0 of 12 mnist5k capsnet 30 s ago interrupted runs/begun/seed0",
+        "2.50 % 1,220 of 9,375 mnist5k capsnet 20 s ago running runs/going_on/seed0",
     ]
 
 
@@ -112,7 +115,7 @@ def test_columns_are_aligned(runs, capsys):
 
 def test_a_run_whose_length_is_not_known(runs, capsys):
     config = ["recipe.steps=null", "recipe.epochs=2"]
-    unfinished(runs, "old", 20, '{"step": 40, "loss/total": 1}\n', *config)
+    begun(runs, "old", 20, '{"step": 40, "loss/total": 1}\n', *config)
     assert " ".join(listed(capsys)[0]).startswith("– 40 of ? mnist5k")
 
 
@@ -164,7 +167,7 @@ def test_damaged_folders_do_not_hide_the_others(runs, capsys):
 
 
 def test_a_run_whose_numbers_broke(runs, capsys):
-    folder = unfinished(runs, "broken", 10, '{"step": 3}\n')
+    folder = begun(runs, "broken", 10, '{"step": 3}\n')
     (folder / "not_finite.pt").touch()
     (line,) = listed(capsys)
     assert " ".join(line).endswith(
@@ -206,7 +209,7 @@ def test_real_runs(in_tmp, tiny_run, capsys):
 
 def test_it_needs_no_torch(runs):
     finished(runs, "first", 10)
-    unfinished(runs, "second", 10, '{"step": 3}\n')
+    begun(runs, "second", 10, '{"step": 3}\n')
     script = (
         "import sys\n"
         "from capsrun.cli import main\n"

@@ -53,38 +53,39 @@ def evaluate(
     check_routing_images(config.routing_images, split)
     name = folder_name(config, trained.config, others)
     out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
-    record.make_output(out_dir)
-
-    for path, member in zip([checkpoint, *others], ensemble):
-        print(f"{path}: {precision} on {record.describe_device(device)}")
-        if not member.finished:
-            print(f"this run is not finished: its model after {member.step:,} steps is tested")
-    began = time.perf_counter()
-    testing = partial(bar, doing="testing")
-    models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
-    model = models[0]
-    score = score_split(models, split, precision, config.mask, testing, config.images)
-    seconds = time.perf_counter() - began
-    print_table(score, dataset.class_names)
-    drawn = score_figures(model, split, dataset.class_names, score, config.mask, config.pictures)
-    maps = routing_of(model, split, config.routing_images)
-    drawn |= routing_figures(maps, dataset.class_names, f"{dataset.name}, {config.split} image")
-    replace_pictures(out_dir, drawn)
-    result = {
-        **about(config, ensemble),
-        **score_summary(score, dataset.class_names),
-        "routing": [routing.facts(number) for number, routing in maps.items()],
-        "train_seconds": trained.train_seconds,
-        "eval_seconds": seconds,
-        "images_per_second": score.count / seconds,
-        **record.provenance(device, precision),
-        "checkpoint": str(checkpoint),
-        "ensemble": [str(path) for path in others],
-    }
-    record.write_json(out_dir / "result.json", result)
-    for number, routing in maps.items():
-        print(f"routing of image {number}: {routing.entropy_text()}")
-    page = write_run_page(out_dir)
+    with record.output(out_dir):
+        for path, member in zip([checkpoint, *others], ensemble):
+            print(f"{path}: {precision} on {record.describe_device(device)}")
+            if not member.finished:
+                print(f"this run is not finished: its model after {member.step:,} steps is tested")
+        began = time.perf_counter()
+        testing = partial(bar, doing="testing")
+        models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
+        model = models[0]
+        score = score_split(models, split, precision, config.mask, testing, config.images)
+        seconds = time.perf_counter() - began
+        print_table(score, dataset.class_names)
+        drawn = score_figures(
+            model, split, dataset.class_names, score, config.mask, config.pictures
+        )
+        maps = routing_of(model, split, config.routing_images)
+        drawn |= routing_figures(maps, dataset.class_names, f"{dataset.name}, {config.split} image")
+        replace_pictures(out_dir, drawn)
+        result = {
+            **about(config, ensemble),
+            **score_summary(score, dataset.class_names),
+            "routing": [routing.facts(number) for number, routing in maps.items()],
+            "train_seconds": trained.train_seconds,
+            "eval_seconds": seconds,
+            "images_per_second": score.count / seconds,
+            **record.provenance(device, precision),
+            "checkpoint": str(checkpoint),
+            "ensemble": [str(path) for path in others],
+        }
+        record.write_json(out_dir / "result.json", result)
+        for number, routing in maps.items():
+            print(f"routing of image {number}: {routing.entropy_text()}")
+        page = write_run_page(out_dir)
     if others:
         print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
     print(f"tested: {score.count:,} images in {duration(seconds)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from capsrun.atomic import replacing
 from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.data import Dataset, Split, load_dataset
 from capsrun.data.batches import in_class_order
@@ -21,7 +22,6 @@ from capsrun.runs.checkpoint import (
     check_dataset,
     load_drawing_model,
     output_folder,
-    replacing,
 )
 from capsrun.runs.progress import bar
 from capsrun.runs.run_page import refresh_run_page

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from capsrun.atomic import replacing
 from capsrun.config import ExportConfig
 from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.runs import record
-from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder, replacing
+from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder
 from capsrun.terminal import size
 from capsrun.training.metrics import predicted_classes
 

@@ -14,7 +14,7 @@ from capsrun.runs.inventory import (
     DAMAGED,
     FINISHED,
     INTERRUPTED,
-    UNFINISHED,
+    RUNNING,
     Run,
     Test,
     find_runs,
@@ -23,7 +23,7 @@ from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
 
 HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
 TO_THE_RIGHT = ("error", "steps", "written")
-STYLES = {FINISHED: GREEN, UNFINISHED: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
+STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
 
 
 def list_runs(config: ListConfig) -> list[Run]:
@@ -32,7 +32,7 @@ def list_runs(config: ListConfig) -> list[Run]:
     Raises UserError for a name that no run has.
     """
     now = time.time()
-    found = find_runs(Path(config.runs_dir), now)
+    found = find_runs(Path(config.runs_dir))
     runs = [run for run in found if config.name is None or is_named(run, config.name)]
     if found and not runs:
         parts = [part for run in found for part in (run.name, *re.split(r"[-+/]", run.name))]

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from capsrun.atomic import replacing
 from capsrun.config import ReportConfig
 from capsrun.data import sizes
 from capsrun.errors import UserError
+from capsrun.lock import NAME as LOCK
+from capsrun.lock import locked
 from capsrun.runs import plots, record, run_page
 from capsrun.runs.gallery import Pictures, curves, paper_figures
 from capsrun.runs.jobs import Experiments
@@ -65,18 +68,26 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
         )
     out_dir = Path(config.out_dir)
     record.make_folder(out_dir)
-    shutil.rmtree(out_dir / "pictures", ignore_errors=True)
-    record.make_folder(out_dir / "pictures")
-    names = bar(experiments.names(), "experiment", "results")
-    rows = [make_row(name, experiments, results) for name in names]
-    text = "\n\n".join(page(rows, results, experiments, Pictures(out_dir))) + "\n"
-    (out_dir / "report.md").write_text(text)
-    (out_dir / "report.html").write_text(to_html(text, out_dir))
+    with locked(out_dir / LOCK):
+        rows = write_report(results, experiments, out_dir)
     if config.keep is not None:
         keep(results, Path(config.keep))
     print(aligned(SUMMARY, summary_lines(rows)))
     print(f"\nthe whole report: {out_dir / 'report.html'}")
     return out_dir / "report.html"
+
+
+def write_report(results: Sequence[Result], experiments: Experiments, out_dir: Path) -> list[Row]:
+    """Write the files of the report into a folder, and return the rows of its tables."""
+    shutil.rmtree(out_dir / "pictures", ignore_errors=True)
+    record.make_folder(out_dir / "pictures")
+    names = bar(experiments.names(), "experiment", "results")
+    rows = [make_row(name, experiments, results) for name in names]
+    text = "\n\n".join(page(rows, results, experiments, Pictures(out_dir))) + "\n"
+    for name, content in (("report.md", text), ("report.html", to_html(text, out_dir))):
+        with replacing(out_dir / name) as temporary:
+            temporary.write_text(content)
+    return rows
 
 
 def make_row(name: str, experiments: Experiments, results: Iterable[Result]) -> Row:

@@ -1,6 +1,7 @@
 """`capsrun reproduce`: run the paper's experiments, as far as they are not finished."""
 
 import itertools
+import os
 import shlex
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from capsrun.config import ReproduceConfig
-from capsrun.errors import Stopped, Unfinished
+from capsrun.errors import Stopped, Unfinished, notice
 from capsrun.runs.jobs import Experiments, Job, JobMaker
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
@@ -66,18 +67,23 @@ def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRe
             late = deadline is not None and time.monotonic() >= deadline
             if stop.asked or late:
                 end(running, GRACE_SECONDS if late else None)
-            ready = [job for job in outcome.waiting if all(need.finished for need in job.needs)]
+            take_finished(outcome)
+            elsewhere = used_elsewhere(outcome.waiting)
+            ready = [job for job in outcome.waiting if job not in elsewhere and job.ready]
             while ready and len(running) < parallel and not (stop.asked or late):
                 job = ready.pop(0)
                 outcome.waiting.remove(job)
                 running[job] = start(job, quiet=parallel > 1)
-            if not running:  # nothing can be begun any more
+            waits_for_others = elsewhere and not (stop.asked or late)
+            if not running and not waits_for_others:  # nothing can be begun any more
                 break
             time.sleep(POLL_SECONDS)
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 code = running.pop(job).returncode
                 if code == 0 and job.finished:
                     outcome.finished.append(job)
+                elif code == os.EX_TEMPFAIL:  # another process was faster
+                    outcome.waiting.append(job)
                 elif stop.asked or late:
                     outcome.interrupted.append(job)
                 else:
@@ -86,6 +92,22 @@ def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRe
         for process in running.values():  # after a second Ctrl-C, say
             process.kill()
     return outcome
+
+
+def take_finished(outcome: Outcome) -> None:
+    """Count jobs as finished that other processes have finished meanwhile."""
+    for job in [job for job in outcome.waiting if job.finished]:
+        outcome.waiting.remove(job)
+        outcome.finished.append(job)
+
+
+def used_elsewhere(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs at which other processes are at work; says so, once for each of them."""
+    owners = {job: job.owner for job in jobs}
+    for job, owner in owners.items():
+        if owner is not None:
+            notice(f"{job} is left to {owner}")
+    return [job for job, owner in owners.items() if owner is not None]
 
 
 def end(running: Mapping[Job, subprocess.Popen], grace_seconds: float | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from capsrun.errors import UserError
+from capsrun.lock import locked_in_turn
 from capsrun.terminal import size
 
 TIMEOUT_SECONDS = 30
@@ -26,11 +27,14 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
     if path.is_file():
         return path
     part = path.with_name(path.name + ".part")
-    print(f"{title} is not in {path.parent}; downloading {url}")
     new_folders = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part)
+        with locked_in_turn(path.with_name(path.name + ".lock"), f"downloading {title}"):
+            if not path.is_file():  # else whoever was waited for has brought it
+                print(f"{title} is not in {path.parent}; downloading {url}")
+                _download(url, part)
+                _keep(part, path, md5, url, otherwise)
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         kept = part.stat().st_size if part.exists() else 0
@@ -43,17 +47,23 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
             f"{title} is not in {path.parent} and could not be downloaded: {reason}{resume}; "
             f"{otherwise}"
         ) from error
-    if md5 is not None and file_md5(part) != md5:
+    return path
+
+
+def _keep(part: Path, path: Path, md5: str | None, url: str, otherwise: str) -> None:
+    """Give a whole download its name. Raises UserError, and deletes it, if it is another file."""
+    is_right = md5 is None or file_md5(part) == md5
+    if is_right:
+        part.replace(path)
+    else:
         part.unlink()
-        _version_file(part).unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
+    if not is_right:
         raise UserError(
             f"what came from {url} does not have the published MD5 checksum and was deleted; "
             f"{otherwise}"
         )
-    part.replace(path)
     print(f"downloaded: {path} ({size(path.stat().st_size)})")
-    _version_file(part).unlink(missing_ok=True)
-    return path
 
 
 def _version_file(part: Path) -> Path:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from capsrun.errors import UserError
-from capsrun.terminal import size
+from capsrun.lock import locked_in_turn
+from capsrun.reading import read_at_most, read_bytes
 
 # The largest of the files is 47 MB; more than this is no MNIST file, whatever its header says.
 MAX_FILE_BYTES = 200_000_000
@@ -69,10 +70,7 @@ def read_idx(folder: Path, file: IdxFile, dimensions: int) -> tuple[Tensor, Sour
     path = find_idx(folder, file)
     if path is None:
         raise UserError(f"{folder / file.name} is missing, with and without .gz")
-    try:
-        stored = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    stored = stored_bytes(path, MAX_FILE_BYTES)
     content = _decompress(path, stored) if path.suffix == ".gz" else stored
     array = parse_idx(content, dimensions, path)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -91,6 +89,16 @@ def read_idx(folder: Path, file: IdxFile, dimensions: int) -> tuple[Tensor, Sour
     return array, Source(path.name, md5, verified=True)
 
 
+def stored_bytes(path: Path, most_bytes: int) -> bytes:
+    """The content of a file. Raises UserError where it cannot be read or is not to be believed."""
+    try:
+        return read_bytes(path, most_bytes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+
+
 def find_idx(folder: Path, file: IdxFile) -> Path | None:
     """The file as .gz or not, whichever is there."""
     candidates = [folder / f"{file.name}.gz", folder / file.name]
@@ -103,15 +111,14 @@ def find_idx(folder: Path, file: IdxFile) -> Path | None:
 def _decompress(path: Path, stored: bytes) -> bytes:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
+            return read_at_most(stream, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise UserError(f"{path} {error}: it is not an MNIST file") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path} is damaged or cut short ({error}); delete it and run the command again to "
             "download it"
         ) from error
-    if len(content) > MAX_FILE_BYTES:
-        raise UserError(f"{path} holds more than {size(MAX_FILE_BYTES)}: it is not an MNIST file")
-    return content
 
 
 def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
@@ -138,18 +145,28 @@ def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
 
 
-def fetch(download: Callable[[Path], None], raw_folder: str, data_dir: Path, title: str) -> None:
+def fetch(
+    download: Callable[[Path], None],
+    is_there: Callable[[], bool],
+    raw_folder: str,
+    data_dir: Path,
+    title: str,
+) -> None:
     """Download a data set into a temporary folder, then move its files to `data_dir/raw_folder`.
 
     download: puts files below the folder it is given, under `raw_folder`; OSError and
     RuntimeError mean that it failed. So an interrupted download leaves no file that looks whole.
+    is_there: whether it has come meanwhile, as another process was downloading it.
     Raises UserError when the download fails or the folder cannot be written.
     """
     target = data_dir / raw_folder
     is_new = not data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
+        lock = locked_in_turn(data_dir / f".{title}.lock", f"downloading {title}")
+        with lock, tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
+            if is_there():
+                return
             print(f"{title} is not in {target}; downloading it")
             try:
                 download(Path(temporary))

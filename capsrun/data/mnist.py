@@ -69,12 +69,22 @@ def load(config: DatasetConfig) -> RawData:
     data_dir = Path(config.data_dir).expanduser()
     raw_folder = f"{dataset.torchvision_name}/raw"
     files = _files(dataset)
-    missing = [file for file in files if find_idx(data_dir / raw_folder, file) is None]
+
+    def lacking() -> list[IdxFile]:
+        return [file for file in files if find_idx(data_dir / raw_folder, file) is None]
+
+    missing = lacking()
     if missing:
         if len(missing) < len(files):
             names = ", ".join(file.name for file in missing)
             print(f"{data_dir / raw_folder} lacks {names}")
-        fetch(lambda folder: _download(dataset, folder), raw_folder, data_dir, dataset.title)
+        fetch(
+            lambda folder: _download(dataset, folder),
+            lambda: not lacking(),
+            raw_folder,
+            data_dir,
+            dataset.title,
+        )
     arrays, sources = zip(
         *(
             read_idx(data_dir / raw_folder, file, 1 if "labels" in file.name else 3)

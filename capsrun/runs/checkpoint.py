@@ -1,18 +1,21 @@
 """Checkpoints: tensors and plain types, written whole or not at all, read without running code."""
 
-import contextlib
+import io
+import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from capsrun.atomic import replacing
 from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
 from capsrun.data import is_part_of, known
 from capsrun.errors import UserError, did_you_mean, notice
-from capsrun.models import Model, build_model
+from capsrun.models import Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
+from capsrun.runs import parts
+from capsrun.runs.archive import check_archive, check_values
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
@@ -31,27 +34,17 @@ class Trained(NamedTuple):
     """Whether these were all that the run was to make."""
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, then rename it to `path`, which is never half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any) -> None:
     """Write a checkpoint after `step` updates.
 
     config: the `TrainConfig` as a dict. state: at least `model`, a state dict; `optimizer`, None in
     a finished run; `train_seconds`.
     """
+    # To memory first: where the disk is full, PyTorch's own writer ends the program.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "config": config, "step": step, **state}, content)
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "config": config, "step": step, **state}, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -61,9 +54,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     holds anything but tensors and plain types is refused before any of it is run.
     """
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(checkpoint, path.stat().st_size)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load fails in many ways on a damaged or hostile file
         raise UserError(
             f"{path} is not a capsrun checkpoint, or it is damaged or cut short; nothing in it "
@@ -73,7 +68,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
     if not {"config", "step", "model", "optimizer", "train_seconds"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path} is incomplete")
+    if not _is_sound(checkpoint):
+        raise UserError(f"checkpoint {path} is damaged: its values are of other types or ranges")
     return checkpoint
+
+
+def _is_sound(checkpoint: dict[str, Any]) -> bool:
+    """Whether each part of a checkpoint is of the type and range that `save_checkpoint` writes."""
+    step, seconds = checkpoint["step"], checkpoint["train_seconds"]
+    return (
+        isinstance(checkpoint["config"], dict)
+        and isinstance(checkpoint["model"], dict)
+        and isinstance(checkpoint["optimizer"], dict | None)
+        and type(step) is int
+        and step >= 0
+        and type(seconds) in (int, float)
+        and (0 < seconds < math.inf or step == seconds == 0)
+        and checkpoint.get("precision", "fp32") in ("fp32", "bf16")
+        and _are_sizes({"metrics.jsonl": checkpoint.get("metrics_bytes", 0)})
+        and _are_sizes(checkpoint.get("event_bytes", {}))
+        and parts.are_parts(checkpoint.get("parts", []))
+    )
+
+
+def _are_sizes(sizes: Any) -> bool:
+    """Whether these are lengths of files, by their names."""
+    return isinstance(sizes, dict) and all(
+        type(name) is str and type(length) is int and length >= 0 for name, length in sizes.items()
+    )
 
 
 def find_checkpoint(path: str, train_command: str | None = None) -> Path:
@@ -132,6 +154,9 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     checkpoint = read_checkpoint(file)
     try:
         config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
+        # A configuration can ask for more memory than there is, so its sizes are looked at first.
+        plan = plan_model(config.model, config.routing, config.dataset)
+        check_weights(plan, checkpoint["model"], file)
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {file} cannot be used: {error}") from error
@@ -143,6 +168,12 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
 
 def load_weights(model: Model, weights: Any, path: Path) -> None:
     """Put the weights into the model. Raises UserError, naming what differs, if they do not fit."""
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: Model, weights: Any, path: Path) -> None:
+    """Raise UserError, naming what differs, for weights that are not those of this network."""
     ours = model.state_dict()
     if not isinstance(weights, dict) or weights.keys() != ours.keys():
         raise UserError(f"checkpoint {path} holds the weights of another network")
@@ -152,7 +183,6 @@ def load_weights(model: Model, weights: Any, path: Path) -> None:
                 f"checkpoint {path} holds the weights of another network: {name} has shape "
                 f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
             )
-    model.load_state_dict(weights)
 
 
 def train_command(dataset: DatasetConfig) -> str:

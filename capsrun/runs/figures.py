@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from capsrun.atomic import replacing
+
 DPI = 100
 GAP_PX = 2  # between the images of a grid, in pixels of an image
 FONT_SIZE = 8
@@ -33,7 +35,8 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, without a date or version, so that equal pictures are equal files."""
-    figure.savefig(path, metadata={"Software": None})
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def image_grid(
@@ -129,7 +132,11 @@ def save_animation(frames: Sequence[Figure], path: Path, frame_ms: int = 120) ->
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
-    images[0].save(path, save_all=True, append_images=images[1:], duration=frame_ms, loop=0)
+    kind = "GIF" if path.suffix == ".gif" else "PNG"
+    with replacing(path) as temporary:
+        images[0].save(
+            temporary, kind, save_all=True, append_images=images[1:], duration=frame_ms, loop=0
+        )
 
 
 def _assemble(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:

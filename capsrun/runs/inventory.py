@@ -3,19 +3,20 @@
 Nothing here imports PyTorch, so that a list of runs is there at once, and no damaged file stops it.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FINISHED, UNFINISHED, INTERRUPTED, DAMAGED = "finished", "unfinished", "interrupted", "damaged"
+from capsrun.lock import NAME as LOCK
+from capsrun.lock import holder
+from capsrun.reading import MOST_TEXT_BYTES, parse_json, read_bytes, read_yaml
+from capsrun.reading import read_json as read_any_json
+
+FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
 # Files that a run writes while it goes on.
 WRITTEN = ("result.json", "metrics.jsonl", "checkpoint.pt", "config.yaml")
-# A run saves at least as often as `record.checkpoint_every_seconds` says; after this many times
-# that, and never before this many seconds, it is taken for interrupted.
-SAVES_MISSED, FEWEST_SECONDS = 3, 180.0
 
 
 class Damaged(Exception):
@@ -51,6 +52,8 @@ class Run:
     """Of a run that is not finished: as its last evaluation found it."""
     steps: int | None = None
     total_steps: int | None = None
+    owner: str | None = None
+    """The process that is at work on it."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the run; empty where they cannot be read."""
     problem: str = ""
@@ -58,7 +61,7 @@ class Run:
     """The latest last."""
 
 
-def find_runs(runs_dir: Path, now: float) -> list[Run]:
+def find_runs(runs_dir: Path) -> list[Run]:
     """Every training run below a folder, the one that was written last in the end."""
     folders = {path.parent for path in visible(runs_dir, "config.yaml")}
     tests = []
@@ -68,7 +71,7 @@ def find_runs(runs_dir: Path, now: float) -> list[Run]:
             folders.add(path.parent)  # of which config.yaml was lost
         elif values is not None and values.get("command") in ("eval", "perturb"):
             tests.append((path, values))
-    runs = {folder: read_run(folder, now) for folder in folders}
+    runs = {folder: read_run(folder) for folder in folders}
     for path, values in tests:
         run = runs.get(tested_run(path, values, runs))
         if run is not None:
@@ -88,7 +91,7 @@ def visible(folder: Path, name: str) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """What a JSON file holds, or None where that cannot be read or is no object."""
     try:
-        values = json.loads(path.read_text())
+        values = read_any_json(path)
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
@@ -99,10 +102,11 @@ def tested_run(path: Path, values: Mapping[str, Any], runs: Mapping[Path, Run]) 
     for parent in path.parents:
         if parent in runs:
             return parent
-    checkpoint = Path(str(values.get("checkpoint", "")))
-    return next(
-        (folder for folder in runs if folder.resolve() == checkpoint.parent.resolve()), path.parent
-    )
+    try:
+        tested = Path(str(values.get("checkpoint", ""))).parent.resolve()
+    except (OSError, ValueError, RuntimeError):  # no path, or links that lead in a circle
+        return path.parent
+    return next((folder for folder in runs if folder.resolve() == tested), path.parent)
 
 
 def read_test(path: Path, values: Mapping[str, Any]) -> Test:
@@ -110,24 +114,30 @@ def read_test(path: Path, values: Mapping[str, Any]) -> Test:
     return Test(
         path.parent,
         str(values["command"]),
-        str(values.get("dataset") or "own image"),
+        printable(values.get("dataset") or "own image"),
         number(values.get("error_percent")),
-        values.get("count"),
+        whole(values.get("count")),
         path.stat().st_mtime,
     )
 
 
-def read_run(folder: Path, now: float) -> Run:
+def read_run(folder: Path) -> Run:
     """What the folder of a training run says, as far as it can be read."""
     run = Run(folder, DAMAGED, last_written(folder))
     try:
         if (folder / "result.json").exists():
             add_result(run)
         else:
-            add_progress(run, now)
+            add_progress(run)
     except Damaged as damaged:
         run.status, run.problem = DAMAGED, str(damaged)
-    except (KeyError, TypeError, ValueError, AttributeError):  # whatever somebody wrote there
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ):  # whatever somebody wrote there
         run.status, run.problem = DAMAGED, "its files are not those of a training run"
     return run
 
@@ -152,23 +162,20 @@ def add_result(run: Run) -> None:
     run.status = FINISHED
 
 
-def add_progress(run: Run, now: float) -> None:
+def add_progress(run: Run) -> None:
     """Read how far a run without a result is."""
-    from omegaconf import OmegaConf
-
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(run.folder / "config.yaml"))
-    except Exception as error:  # whatever is wrong with the YAML
+        config = read_yaml(run.folder / "config.yaml")
+    except (OSError, ValueError) as error:
         raise Damaged("config.yaml cannot be read") from error
     add_settings(run, config)
-    run.steps, run.total_steps = 0, config["recipe"]["steps"]
+    run.steps, run.total_steps = 0, whole(config["recipe"]["steps"])
     for row in metrics(run.folder):
-        run.steps = row.get("step", run.steps)
-        run.total_steps = row.get("total_steps", run.total_steps)
+        run.steps = whole(row.get("step", run.steps))
+        run.total_steps = whole(row.get("total_steps", run.total_steps))
         run.error_percent = number(row.get("error_percent/test", run.error_percent))
-    often = float(config.get("record", {}).get("checkpoint_every_seconds", 0))
-    fresh = now - run.written < max(SAVES_MISSED * often, FEWEST_SECONDS)
-    run.status = UNFINISHED if fresh else INTERRUPTED
+    run.owner = holder(run.folder / LOCK)
+    run.status = RUNNING if run.owner else INTERRUPTED
     if (run.folder / "not_finite.pt").exists():
         run.status, run.problem = INTERRUPTED, "its loss or a weight was not finite"
 
@@ -176,23 +183,35 @@ def add_progress(run: Run, now: float) -> None:
 def add_settings(run: Run, config: Mapping[str, Any]) -> None:
     """Take over what a run was told."""
     run.config = config
-    run.name, run.seed = str(config.get("name") or run.folder.parent.name), int(config["seed"])
-    run.dataset, run.model = str(config["dataset"]["name"]), str(config["model"]["name"])
+    run.name = printable(config.get("name") or run.folder.parent.name)
+    run.seed = int(config["seed"])
+    run.dataset = printable(config["dataset"]["name"])
+    run.model = printable(config["model"]["name"])
 
 
 def metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl` that are whole: the last one may be half written."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
+        lines = read_bytes(folder / "metrics.jsonl", MOST_TEXT_BYTES).splitlines()
+    except (OSError, ValueError):
         return
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode(errors="replace"))
         except ValueError:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def printable(value: Any) -> str:
+    """A value as text that moves no cursor and changes no colour."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, or None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def number(value: Any) -> float | None:

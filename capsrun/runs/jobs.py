@@ -4,7 +4,6 @@ A job is one experiment with one seed and one budget. Its folder is
 `<runs_dir>/<budget>/<experiment>/seed<k>`, and it is finished when `result.json` is there.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ from typing import Protocol
 
 from capsrun.config import BudgetConfig, EvalConfig, ExperimentConfig, QueueEntry, TrainConfig
 from capsrun.errors import UserError, did_you_mean
+from capsrun.lock import NAME as LOCK
+from capsrun.lock import holder
+from capsrun.reading import parse_json, read_text
 
 GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
 
@@ -55,6 +57,16 @@ class Job:
         return self.result.exists()
 
     @property
+    def ready(self) -> bool:
+        """Whether all that it needs is there."""
+        return all(need.finished for need in self.needs)
+
+    @property
+    def owner(self) -> str | None:
+        """The process that is at work on it, if there is one."""
+        return holder(self.folder / LOCK)
+
+    @property
     def trains(self) -> bool:
         """Whether it trains a model, and does not only use some."""
         return self.arguments[0] == "train"
@@ -67,9 +79,9 @@ class Job:
         if not (self.folder / "checkpoint.pt").exists():
             return 0
         try:
-            last = (self.folder / "metrics.jsonl").read_text().splitlines()[-1]
-            return int(json.loads(last)["step"])
-        except (OSError, IndexError, ValueError, KeyError):
+            last = read_text(self.folder / "metrics.jsonl").splitlines()[-1]
+            return int(parse_json(last)["step"])
+        except (OSError, LookupError, ValueError, TypeError, OverflowError):
             return 0
 
 

@@ -1,0 +1,308 @@
+"""Two processes at once: locks, and that what two do at the same place does not collide."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TINY, run_capsrun, train_config
+
+from capsrun import cli, lock
+from capsrun.atomic import remove_leftovers, replacing
+from capsrun.commands import reproduce
+from capsrun.commands.train import train
+from capsrun.errors import Busy
+from capsrun.lock import holder, locked
+from capsrun.runs.jobs import Job
+from capsrun.runs.progress import StopRequest
+
+HOLD = (
+    "import sys, time, pathlib\n"
+    "from capsrun.lock import locked\n"
+    "with locked(pathlib.Path(sys.argv[1])):\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(100)\n"
+)
+
+
+def hold(path: Path) -> subprocess.Popen:
+    """Start a process that holds a lock, and wait until it does."""
+    words = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_lock_is_refused_and_its_owner_named(tmp_path):
+    path = tmp_path / ".lock"
+    with hold(path) as other:
+        began = time.monotonic()
+        with pytest.raises(
+            Busy, match=rf"{tmp_path} is in use by process {other.pid} on \S+ since"
+        ):
+            locked(path).__enter__()
+        assert time.monotonic() - began < 2, "at once"
+        other.kill()
+
+
+def test_a_dead_process_keeps_no_lock(tmp_path):
+    path = tmp_path / ".lock"
+    with hold(path) as other:
+        assert f"process {other.pid}" in holder(path)
+        other.send_signal(signal.SIGKILL)
+    assert path.exists(), "it could not delete it"
+    assert holder(path) is None
+    with locked(path):
+        assert f"process {os.getpid()} " in holder(path)
+    assert holder(path) is None
+    assert not path.exists()
+
+
+def test_who_looks_whether_a_lock_is_taken_does_not_take_it(tmp_path):
+    path = tmp_path / ".lock"
+    path.touch()
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            holder(path)
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    with ExitStack() as at_the_end:
+        at_the_end.callback(lambda: [thread.join() for thread in threads])
+        at_the_end.callback(stop.set)
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            with locked(path):
+                pass
+            path.touch()
+
+
+def test_of_many_that_want_a_lock_one_at_a_time_has_it(tmp_path):
+    """Also while its file is deleted and made again all the time."""
+    script = (
+        "import sys, pathlib, time\n"
+        "from capsrun.lock import locked_in_turn\n"
+        "from capsrun import lock\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "lock.PAUSE_SECONDS = lock.RETRY_SECONDS = 0.001\n"
+        "lock.WAIT_SECONDS = 0.001\n"
+        "for _ in range(40):\n"
+        "    with locked_in_turn(folder / '.lock', 'counting'):\n"
+        "        number = int((folder / 'number').read_text())\n"
+        "        time.sleep(0.001)\n"
+        "        (folder / 'number').write_text(str(number + 1))\n"
+    )
+    (tmp_path / "number").write_text("0")
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [subprocess.Popen(words, stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [process.wait(120) for process in processes] == [0] * 4
+    assert (tmp_path / "number").read_text() == "160"
+
+
+def test_without_locks_in_the_file_system_it_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr("capsrun.errors.notices", [])
+    with locked(tmp_path / ".lock"):
+        assert holder(tmp_path / ".lock") is None
+    assert "has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_what_killed_processes_left_is_deleted_but_not_what_others_write(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = [
+        ".bashrc.20231101",
+        ".result.json.1.capsrun-part",
+        "checkpoint.pt",
+    ]  # process 1 is alive
+    for name in (f".checkpoint.pt.{dead.pid}.capsrun-part", *kept):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_training_refuses_a_run_at_which_another_process_is_at_work(in_tmp):
+    folder = in_tmp / "runs" / "twice" / "seed0"
+    folder.mkdir(parents=True)
+    with hold(folder / ".lock") as other:
+        began = time.monotonic()
+        second = run_capsrun("train", *TINY, "name=twice", cwd=in_tmp)
+        other.kill()
+    assert time.monotonic() - began < 60
+    assert second.returncode == os.EX_TEMPFAIL
+    assert f"runs/twice/seed0 is in use by process {other.pid} on" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert [path.name for path in folder.iterdir()] == [".lock"], "nothing was written"
+
+
+def test_two_that_begin_at_the_same_time_do_not_meet(in_tmp):
+    """Whichever is the first trains; the other one is refused, or finds the run finished."""
+    words = [sys.executable, "-m", "capsrun", "train", *TINY, "name=race"]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=200)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 0], [0, os.EX_TEMPFAIL]), said
+    result = json.loads((in_tmp / "runs/race/seed0/result.json").read_text())
+    assert result["steps"] == 12
+    assert not (in_tmp / "runs/race/seed0/.lock").exists()
+
+
+def test_eval_refuses_a_folder_that_another_process_writes(tiny_run, in_tmp, capsys):
+    words = ["eval", "dataset=mnist5k", f"checkpoint={tiny_run}", "out_dir=out", "images=50"]
+    (in_tmp / "out").mkdir()
+    with locked(Path("out/.lock")):
+        assert cli.main(words) == os.EX_TEMPFAIL
+        assert cli.main(["perturb", *words[1:-1]]) == os.EX_TEMPFAIL
+    assert "out is in use by process" in capsys.readouterr().err
+    assert cli.main(words) == 0
+
+
+def test_a_failed_run_gives_its_lock_back(in_tmp, monkeypatch):
+    config = train_config(*TINY, "name=run")
+    with monkeypatch.context() as patch:
+        patch.setattr("capsrun.commands.train.build_model", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, in_tmp / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("capsrun.commands.train.training_loop", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, in_tmp / "run")
+    assert holder(in_tmp / "run" / ".lock") is None
+    assert train(config, in_tmp / "run")["steps"] == 12
+
+
+def test_two_that_reproduce_share_the_jobs(tmp_path, monkeypatch):
+    """A job at which another process is at work is left to it, and what needs it waits."""
+    started = []
+    monkeypatch.setattr("capsrun.errors.notices", [])
+
+    def start(job, quiet):
+        started.append(str(job))
+        code = f"open({str(job.result)!r}, 'w').close()"
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    monkeypatch.setattr(reproduce, "start", start)
+    taken = Job("taken", 0, tmp_path / "taken", ())
+    needs_it = Job("needs_it", 0, tmp_path / "needs_it", (), (taken,))
+    free = Job("free", 0, tmp_path / "free", ())
+    for job in (taken, needs_it, free):
+        job.folder.mkdir()
+    with hold(taken.folder / ".lock") as other:
+
+        def finish_it():
+            time.sleep(2)
+            taken.result.touch()
+            other.kill()
+
+        threading.Thread(target=finish_it).start()
+        outcome = reproduce.run([taken, needs_it, free], 1, None, StopRequest())
+    assert started == ["free seed 0", "needs_it seed 0"]
+    assert {str(job) for job in outcome.finished} == {
+        "taken seed 0",
+        "free seed 0",
+        "needs_it seed 0",
+    }
+    assert not outcome.waiting
+
+
+def test_a_job_whose_run_was_taken_at_the_last_moment_is_tried_again(tmp_path, monkeypatch):
+    job = Job("late", 0, tmp_path / "late", ())
+    job.folder.mkdir()
+    codes = ["sys.exit(75)", f"open({str(job.result)!r}, 'w').close()"]
+    monkeypatch.setattr(
+        reproduce,
+        "start",
+        lambda job, quiet: subprocess.Popen([sys.executable, "-c", "import sys\n" + codes.pop(0)]),
+    )
+    outcome = reproduce.run([job], 1, None, StopRequest())
+    assert (outcome.finished, outcome.failed, codes) == ([job], [], [])
+
+
+@pytest.mark.parametrize("kind", ["archive", "idx"])
+def test_two_downloads_of_the_same_set_both_succeed(kind, tmp_path):
+    """The second waits for the first, and then finds what it wants: it is downloaded once."""
+    script = (
+        "import sys, time, pathlib\n"
+        "from capsrun.data import download, files\n"
+        "from capsrun import lock\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "def slowly(url, part):\n"
+        "    with open(folder / 'downloads', 'a') as log: log.write('x')\n"
+        "    time.sleep(3); part.write_bytes(b'whole')\n"
+        "if sys.argv[2] == 'archive':\n"
+        "    download._download = slowly\n"
+        "    path = download.obtain('http://x', folder / 'data' / 'set.zip', None, 'A set', 'no')\n"
+        "else:\n"
+        "    path = folder / 'data' / 'raw' / 'set'\n"
+        "    def fetch(temporary):\n"
+        "        (temporary / 'raw').mkdir(); slowly('', temporary / 'raw' / 'set')\n"
+        "    files.fetch(fetch, path.is_file, 'raw', folder / 'data', 'A set')\n"
+        "assert path.read_bytes() == b'whole'\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path), kind]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=100)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert (tmp_path / "downloads").read_text() == "x"
+    assert sum("which is downloading A set; waiting for it" in text for text in said) == 1
+    assert not list((tmp_path / "data").glob("*.lock"))
+    assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half():
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+STUB = """#!{python}
+import os, pathlib, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
+if sys.argv[1] == "reproduce" and "only_plan" not in words:
+    name, seed = words["targets"].strip("[]"), words["seeds"].strip("[]")
+    busy = pathlib.Path("busy")
+    busy.mkdir()  # fails where another one is at work
+    time.sleep(0.2)
+    folder = pathlib.Path("runs", words["budget"], name, "seed" + seed)
+    folder.mkdir(parents=True)  # fails where it was run before
+    (folder / "result.json").touch()
+    busy.rmdir()
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_with_four_jobs_does_not_run_anything_twice_or_at_once(tmp_path):
+    """With a stand-in for capsrun that fails where two of them meet."""
+    for name in ("Makefile", "configs", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    stub = tmp_path / ".venv" / "bin" / "capsrun"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    words = ["make", "-j4", "table1", "figures", "BUDGET=smoke", "SEEDS=0 1"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = list((tmp_path / "runs" / "smoke").glob("*/seed*/result.json"))
+    assert len(results) > 10
