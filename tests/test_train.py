@@ -375,10 +375,12 @@ def test_metrics_are_cut_where_the_checkpoint_was_made(tmp_path):
     recorder.numbers(2, {"a": 2.0})
     recorder.close()
     recorder = record.Recorder(tmp_path, 1, position)
-    assert recorder.position() == position
+    cut = recorder.position()
+    assert cut["metrics_bytes"] == position["metrics_bytes"]
+    assert position["event_bytes"].items() <= cut["event_bytes"].items()
     recorder.numbers(2, {"a": 3.0})
     recorder.close()
-    recorder = record.Recorder(tmp_path, 9, position=10**6)
+    recorder = record.Recorder(tmp_path, 9, {"metrics_bytes": 10**6})
     recorder.close()
     assert [line["a"] for line in metrics(tmp_path)] == [1.0, 3.0]
 
@@ -417,3 +419,35 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(in_tmp, monkeypatch, 
     assert "No space left on device" in capsys.readouterr().err
     folder = in_tmp / "runs" / "full" / "seed0"
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 2
+
+
+def stopped_at(number, score_split):
+    """The same function, but before its call of this number, from 0, a stop is asked for."""
+    left = [number]
+
+    def stopped(*arguments, **named):
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        left[0] -= 1
+        return score_split(*arguments, **named)
+
+    return stopped
+
+
+def test_a_stop_while_it_is_tested_leaves_the_test_for_later(tiny_run, tmp_path, monkeypatch):
+    """At once, between two batches of the test; nothing is lost or recorded twice."""
+    folder, config = tmp_path / "run", train_config(*TINY, "name=run")
+    original = train_command.score_split
+    for before, step, message in (
+        (0, 8, "after step 8 of 12, which is saved"),
+        (1, 12, "while it was tested; what was trained is saved"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_command, "score_split", stopped_at(before, original))
+            with pytest.raises(Stopped, match=message) as raised:
+                train(config, folder)
+        assert raised.value.signal_number == signal.SIGTERM
+        assert read_checkpoint(folder / "checkpoint.pt")["step"] == step
+        assert not (folder / "result.json").exists()
+    train(config, folder)
+    assert_same_run(folder, tiny_run)

@@ -19,7 +19,7 @@ from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.config import DataConfig, from_dict, with_later_settings
 from capsrun.data import load_dataset
-from capsrun.errors import UserError
+from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.runs import figures, scores
 from capsrun.runs.checkpoint import check_dataset, load_checkpoint, read_checkpoint
@@ -421,8 +421,8 @@ def test_a_target_that_is_reached_at_the_last_step_is_said(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("every", ["0", "60"])
-def test_ctrl_c_while_the_target_is_reached_changes_nothing(tmp_path, monkeypatch, every):
-    """Neither does a checkpoint that is due then."""
+def test_ctrl_c_while_the_target_is_reached_only_delays_the_end(tmp_path, monkeypatch, every):
+    """Neither does a checkpoint that is due then change anything."""
     asked = fixed_accuracy(monkeypatch, [0, 0])
     original = train_command.score_split
 
@@ -430,10 +430,13 @@ def test_ctrl_c_while_the_target_is_reached_changes_nothing(tmp_path, monkeypatc
         signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train_command, "score_split", interrupted)
     config = train_config(*PADDED, *STOP, f"record.checkpoint_every_seconds={every}")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "score_split", interrupted)
+        with pytest.raises(Stopped, match="after step 3 of 12, which is saved"):
+            train(config, tmp_path)
     result = train(config, tmp_path)
-    assert (result["steps"], len(asked)) == (3, 1)
+    assert (result["steps"], len(asked)) == (3, 2)
     assert (result["stopped"]["reached"], result["stopped"]["steps"]) == (True, 3)
 
 

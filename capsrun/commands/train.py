@@ -1,5 +1,6 @@
 """`capsrun train`: train a model, or go on where its run was interrupted."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,12 +20,20 @@ from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
-from capsrun.runs import figures, record
+from capsrun.runs import figures, parts, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
 from capsrun.runs.next_steps import command, next_lines, uses_of_model
-from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stop_requests
+from capsrun.runs.parts import Part
+from capsrun.runs.progress import (
+    ProgressLine,
+    StopRequest,
+    Stopwatch,
+    bar,
+    stop_requests,
+    stoppable,
+)
 from capsrun.runs.run_page import NAME as PAGE
-from capsrun.runs.run_page import write_run_page
+from capsrun.runs.run_page import refresh_run_page, write_run_page
 from capsrun.runs.scores import (
     almost_line,
     answer,
@@ -33,6 +42,7 @@ from capsrun.runs.scores import (
     score_summary,
 )
 from capsrun.terminal import BOLD, duration, styled
+from capsrun.training.distributed import Ranks, join_ranks
 from capsrun.training.losses import class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import (
@@ -42,6 +52,7 @@ from capsrun.training.step import (
     learning_rate,
     resolve_device,
     resolve_precision,
+    set_deterministic,
     total_steps,
 )
 
@@ -59,22 +70,37 @@ class Run:
     folder: record.RunFolder
     dataset: Dataset
     trainer: Trainer
-    recorder: record.Recorder
+    ranks: Ranks
+    """The processes that train the model together."""
+    recorder: record.Recorder | None
+    """None in all processes but the first, which alone writes."""
     progress: ProgressLine
     clock: Stopwatch
     """Runs while the model is trained, not while it is evaluated or saved."""
     provenance: dict[str, Any]
     """Device, versions and commit, as they were when the run (or its last part) began."""
+    earlier: list[Part]
+    """On what the steps before those of this process were computed; see `runs/parts.py`."""
     step: int
     """Updates made so far."""
     steps: int
     """Updates of the whole run."""
     logged: tuple[int, float]
     """Step and seconds of training when the speed was last logged."""
+    tested_before: int = 0
+    """The step at which an earlier capsrun saved, which tested the model before that."""
     reached: bool = False
     """Whether the accuracy at which to stop was reached."""
     tested: dict[str, Score] | None = None
     """What the last evaluation found, if the model has not changed since and it was complete."""
+
+    def close(self) -> None:
+        """Leave the screen and the files as they are to be."""
+        self.progress.close()
+        if self.recorder is not None:
+            # All that is to be kept is written by now; what cannot be was told of before.
+            with contextlib.suppress(OSError):
+                self.recorder.close()
 
 
 def train(
@@ -84,34 +110,25 @@ def train(
 
     model_words: what the other commands are told to find this model, for the line that suggests
     them; None: none is printed.
-    Goes on after the last checkpoint of an interrupted run, and leaves a finished one alone.
-    Raises UserError for what the user can mend, and Stopped, with everything saved, on Ctrl-C.
+    Goes on after the last checkpoint of an interrupted run, and leaves a finished one alone. With
+    several processes (`torchrun`) the first one returns the result, the others nothing.
+    Raises UserError for what the user can mend, Busy while another process is at work on the run,
+    OSError where the folder cannot be written any more, and Stopped, with everything saved, on
+    Ctrl-C.
     """
-    folder = record.RunFolder(out_dir, dataclasses.asdict(config))
-    result = folder.result()
-    if result is not None:
+    ranks = join_ranks(config.device != "cpu" and torch.cuda.is_available())
+    folder = ranks.together(lambda: record.RunFolder(out_dir, dataclasses.asdict(config)))
+    result = ranks.from_first(folder.result)
+    if result is None:
+        result = train_to_the_end(config, folder, ranks)
+    elif ranks.first:
+        folder.tidy()
         print(f"{out_dir} is finished already; choose another name=…, or delete it to train anew")
         if not (out_dir / PAGE).exists():  # it was interrupted, or is of an earlier version
-            write_run_page(out_dir)
-    else:
-        run = open_run(config, folder)
-        try:
-            with stop_requests() as stop:
-                training_loop(run, stop)
-                result = finish(run)
-        except FloatingPointError as error:
-            save_unfinite(run)
-            raise UserError(
-                f"training stopped after step {run.step:,}: {error}; that state is in "
-                f"{folder.path / NOT_FINITE}, and checkpoint.pt (if any) is from before; try a "
-                "lower recipe.learning_rate"
-            ) from error
-        finally:
-            run.progress.close()
-            run.recorder.close()
-        print(trained_line(result))
-        print(f"page: {out_dir / PAGE}")
-        print(f"curves: tensorboard --logdir {out_dir}")
+            refresh_run_page(out_dir)
+    ranks.leave()
+    if not ranks.first:
+        return {}
     if "almost_correct" in result:
         print(almost_line(result["almost_correct"], result["count"]))
     if result.get("stopped"):
@@ -123,18 +140,65 @@ def train(
     return result
 
 
+def train_to_the_end(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> dict[str, Any]:
+    """Make what is left of a run; returns what `result.json` holds, in the first process only."""
+    ranks.from_first(folder.refuse_if_used)
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(folder.release)
+        run = open_run(config, folder, ranks)
+        at_the_end.callback(run.close)
+        try:
+            with stop_requests() as stop:
+                training_loop(run, stop)
+                result = finish(run, stop) if ranks.first else {}
+        except FloatingPointError as error:
+            ranks.from_first(partial(save_unfinite, run))
+            raise UserError(
+                f"training stopped after step {run.step:,}: {error}; that state is in "
+                f"{folder.path / NOT_FINITE}, and checkpoint.pt (if any) is from before; try a "
+                "lower recipe.learning_rate"
+            ) from error
+        except BrokenPipeError:  # of the screen
+            raise
+        except OSError as error:
+            raise OSError(cannot_be_written(folder, error)) from error
+    if ranks.first:
+        print(trained_line(result))
+        print(f"page: {folder.path / PAGE}")
+        print(f"curves: tensorboard --logdir {folder.path}")
+    return result
+
+
+def cannot_be_written(folder: record.RunFolder, error: OSError) -> str:
+    """What to say where the system refuses what a run writes, the disk being full, say."""
+    if not folder.path.is_dir():
+        return f"{folder.path} has vanished while the run went on; the same command begins it anew"
+    where = f" ({error.filename})" if error.filename else ""
+    kept = "the last checkpoint" if folder.checkpoint.exists() else "nothing yet"
+    return (
+        f"{folder.path} cannot be written any more: {error.strerror or error}{where}; saved is "
+        f"{kept}, and the same command goes on from there once it can be written"
+    )
+
+
 def training_loop(run: Run, stop: StopRequest) -> None:
     """Make every step that is left, or those until the accuracy at which to stop is reached.
 
-    Raises Stopped, having saved, when that is asked for, and FloatingPointError for a loss or a
-    weight that is not finite.
+    A checkpoint is of the state before the test that may be due at its step. Raises Stopped, having
+    saved, when that is asked for, and FloatingPointError for a loss or a weight that is not finite.
     """
-    config = run.config
-    batches = TrainingBatches(run.dataset.train, config.seed, config.recipe.batch_size)
+    config, ranks = run.config, run.ranks
+    batch_size = config.recipe.batch_size
+    share = ranks.share(batch_size)
+    batches = TrainingBatches(run.dataset.train, config.seed, batch_size, share)
     evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
     while run.step < run.steps and not run.reached:  # it is at once where only a result is missing
+        if run.step and run.step % evaluate_every == 0 and run.step != run.tested_before:
+            evaluate_or_stop(run, stop)
+            if run.reached:  # nothing is saved here that would go on when it is resumed
+                break
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
         count = min(stop_at - run.step, run.trainer.steps_at_once)
@@ -143,19 +207,33 @@ def training_loop(run: Run, stop: StopRequest) -> None:
         run.progress.advance(count)
         if run.step == log_at:
             log_step(run, update)
-        if run.step % evaluate_every == 0 and run.step < run.steps:
+        is_late = time.monotonic() - saved_at >= config.record.checkpoint_every_seconds
+        asked, late = ranks.highest(stop.signal_number, int(is_late))
+        if asked:
+            save_and_stop(run, asked)
+        if late:
             with run.clock.paused():
-                run.reached = log_evaluation(run)
-            if run.reached:  # nothing is saved here that would go on when it is resumed
-                break
-        if stop.asked or time.monotonic() - saved_at >= config.record.checkpoint_every_seconds:
-            with run.clock.paused():
-                save(run)
+                ranks.from_first(partial(save, run))
             saved_at = time.monotonic()
-        if stop.asked:
-            at = f"step {run.step:,} of {run.steps:,}"
-            raise Stopped(f"stopped after {at}, which is saved", stop.signal_number)
     run.clock.pause()
+    ranks.from_first(partial(save, run, finished=True))
+
+
+def evaluate_or_stop(run: Run, stop: StopRequest) -> None:
+    """Test the model as it is now; where a stop is asked for meanwhile, that is left for later."""
+    with run.clock.paused():
+        try:
+            run.reached = run.ranks.from_first(partial(log_evaluation, run, stop))
+        except Stopped as stopped:
+            save_and_stop(run, stopped.signal_number)
+
+
+def save_and_stop(run: Run, signal_number: int) -> NoReturn:
+    """Save the state of a run in all its processes, and raise Stopped."""
+    run.clock.pause()
+    run.ranks.from_first(partial(save, run))
+    at = f"step {run.step:,} of {run.steps:,}"
+    raise Stopped(f"stopped after {at}, which is saved", signal_number)
 
 
 def evaluation_steps(run: Run) -> int:
@@ -171,84 +249,123 @@ def next_multiple(step: int, every: int, last: int) -> int:
     return min((step // every + 1) * every, last)
 
 
-def open_run(config: TrainConfig, folder: record.RunFolder) -> Run:
+def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run:
     """Load the data, build the model, and take both to where an interrupted run was."""
     if known(config.dataset.name).for_testing:
         raise UserError(
             f"{config.dataset.name} is for testing; train on dataset={config.dataset.trained_on}"
         )
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    dataset = load_dataset(config.dataset, device)
+    if config.recipe.batch_size < ranks.count:
+        raise UserError(
+            f"a step has {config.recipe.batch_size} images, too few for {ranks.count} processes; "
+            "start fewer, or set a larger recipe.batch_size"
+        )
+    set_deterministic(config.deterministic)
+    device = ranks.together(lambda: resolve_device(config.device))
+    precision = ranks.from_first(lambda: resolve_precision(config.precision, device))
+    dataset = ranks.together(lambda: load_dataset(config.dataset, device))
     steps = total_steps(config.recipe, dataset.train.epoch_images)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
-    folder.make()
-    checkpoint = folder.unfinished()
+    ranks.from_first(folder.make)
+    checkpoint = ranks.from_first(folder.unfinished)
     if checkpoint is not None:
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         load_weights(model, checkpoint["model"], folder.checkpoint)
     trainer = Trainer(
-        model, config.loss, config.recipe, steps, device, precision, fast=config.compile
+        model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
-    step, seconds, metrics_bytes, reached = 0, 0.0, 0, False
+    step, seconds, reached = 0, 0.0, False
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
-        metrics_bytes = checkpoint["metrics_bytes"]
         if checkpoint["optimizer"] is None:  # the last step is made; only the result is missing
             reached = step < steps
         else:
-            trainer.load_optimizer(checkpoint["optimizer"])
+            load_optimizer(trainer, checkpoint["optimizer"], folder.checkpoint)
     where = f"{precision} on {record.describe_device(device)}"
+    where += f", {ranks.count} processes" if ranks.count > 1 else ""
     print(
         f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}"
     )
-    recorder = record.Recorder(folder.path, step, metrics_bytes)
-    if not step:
-        recorder.begin(steps)
+    provenance = {**record.provenance(device, precision), "processes": ranks.count}
+    earlier = [] if checkpoint is None else parts.of_checkpoint(checkpoint)
+    recorder = None
+    if ranks.first:
+        for change in parts.changes_now(earlier, provenance) if step < steps else []:
+            errors.remark(change)
+        recorder = record.Recorder(folder.path, step, checkpoint)
+        if not step:
+            recorder.begin(steps)
     return Run(
         config,
         folder,
         dataset,
         trainer,
+        ranks,
         recorder,
-        ProgressLine(step, steps, config.recipe.batch_size),
+        ProgressLine(step, steps, config.recipe.batch_size, shown=ranks.first),
         Stopwatch(seconds),
-        record.provenance(device, precision),
+        provenance,
+        earlier,
         step,
         steps,
         logged=(step, seconds),
+        tested_before=step if checkpoint and "event_bytes" not in checkpoint else 0,
         reached=reached,
     )
+
+
+def load_optimizer(trainer: Trainer, state: Any, path: Path) -> None:
+    """Go on with the optimiser's state of a checkpoint. Raises UserError if it does not fit."""
+    if not trainer.fits_optimizer(state):
+        raise UserError(f"checkpoint {path} holds the state of another optimiser; delete it")
+    trainer.load_optimizer(state)
 
 
 def log_step(run: Run, update: Update) -> None:
     """Record what the last step computed. Raises FloatingPointError when its loss is not finite."""
     batch, output, losses = update
-    total = losses.total.item()
-    if not math.isfinite(total):
-        raise FloatingPointError(f"the loss is {total}")
     kind, seen = kinds(run.config)
     scores_BJ = output.scores_BJ.detach()
     present_BJ = class_presence(batch.labels_BT, scores_BJ.shape[1])
-    values = {
-        "loss/total": total,
-        f"loss/{kind}": losses.classification.item(),
-        "learning_rate": learning_rate(run.config.recipe, run.step - 1, run.steps),
-        f"{seen}/true_class": scores_BJ[present_BJ].mean().item(),
-        f"{seen}/other_classes": scores_BJ[~present_BJ].mean().item(),
+    means = {
+        "loss/total": losses.total,
+        f"loss/{kind}": losses.classification,
+        f"{seen}/true_class": scores_BJ[present_BJ].mean(),
+        f"{seen}/other_classes": scores_BJ[~present_BJ].mean(),
     }
     if output.reconstructions_BTCHW is not None:
-        values["loss/reconstruction"] = losses.reconstruction.item()
-    values |= routing_changes(run, batch.images_BCHW[:ROUTING_LOGGED])
+        means["loss/reconstruction"] = losses.reconstruction
+    numbers = run.trainer.mean(torch.stack(list(means.values())).detach(), batch)
+    values = dict(zip(means, numbers.tolist()))
+    total = values["loss/total"]
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss is {total}")
+    if run.recorder is None:
+        return
+    values["learning_rate"] = learning_rate(run.config.recipe, run.step - 1, run.steps)
+    if is_on_board(run):  # it takes as long as all the rest of this
+        values |= routing_changes(run, batch.images_BCHW[:ROUTING_LOGGED])
     steps, seconds = run.step - run.logged[0], run.clock.seconds - run.logged[1]
     values["images_per_second"] = steps * run.config.recipe.batch_size / seconds
     run.logged = (run.step, run.clock.seconds)
     values["memory_gb"] = record.memory_gb(run.trainer.device)
-    run.recorder.numbers(run.step, values)
-    parts = {"loss": total}
+    record_numbers(run, values)
+    shown = {"loss": total}
     if output.reconstructions_BTCHW is not None:  # else it is all there is
-        parts[kind] = values[f"loss/{kind}"]
-    run.progress.show(parts, values["images_per_second"])
+        shown[kind] = values[f"loss/{kind}"]
+    run.progress.show(shown, values["images_per_second"])
+
+
+def record_numbers(run: Run, values: Mapping[str, float]) -> None:
+    """Record what the last step computed."""
+    assert run.recorder is not None  # only the first process records
+    run.recorder.numbers(run.step, values, is_on_board(run))
+
+
+def is_on_board(run: Run) -> bool:
+    """Whether TensorBoard gets this step: a long run does not show each that is logged."""
+    chosen = run.config.record
+    return record.is_shown(run.step, chosen.log_every_steps, run.steps, chosen.tensorboard_points)
 
 
 def kinds(config: TrainConfig) -> tuple[str, str]:
@@ -271,20 +388,20 @@ def routing_changes(run: Run, images_BCHW: torch.Tensor) -> dict[str, float]:
     }
 
 
-def log_evaluation(run: Run) -> bool:
+def log_evaluation(run: Run, stop: StopRequest) -> bool:
     """Test the model as it is now; whether the accuracy at which to stop is reached.
 
     Of the test images as many are used as `record.evaluate_images` says, but all where they decide
-    whether to stop.
+    whether the run is over. Raises Stopped when that is asked for meanwhile.
     """
-    stop, most = run.config.stop, run.config.record.evaluate_images
-    on_test = stop.accuracy_percent is not None and stop.on == "test"
-    scores = test_model(run, None if on_test else most)
+    target, most = run.config.stop, run.config.record.evaluate_images
+    on_test = target.accuracy_percent is not None and target.on == "test"
+    scores = test_model(run, stop, None if on_test else most)
     run.tested = scores if on_test else None
-    reached = reaches_target(stop, scores)
+    reached = reaches_target(target, scores)
     if reached:
-        accuracy = 100 - scores[stop.on].error_percent
-        run.progress.say(f"{stop.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
+        accuracy = 100 - scores[target.on].error_percent
+        run.progress.say(f"{target.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
     return reached
 
 
@@ -298,11 +415,13 @@ def reaches_target(stop: StopConfig, scores: Mapping[str, Score]) -> bool:
     return score.count - score.errors >= needed
 
 
-def test_model(run: Run, most: int | None) -> dict[str, Score]:
+def test_model(run: Run, stop: StopRequest, most: int | None) -> dict[str, Score]:
     """Test the model as it is now; record its errors and what it reconstructs.
 
-    most: how many of the test images are used; None: all.
+    most: how many of the test images are used; None: all. Raises Stopped when that is asked for,
+    and has recorded nothing then.
     """
+    assert run.recorder is not None  # only the first process tests
     values, scores = {}, {}
     model = run.trainer.model
     for name, split in (("test", run.dataset.test), ("validation", run.dataset.validation)):
@@ -313,7 +432,7 @@ def test_model(run: Run, most: int | None) -> dict[str, Score]:
                 split,
                 run.trainer.precision,
                 mask="label",
-                progress=partial(bar, doing="testing"),
+                progress=lambda batches: stoppable(bar(batches, doing="testing"), stop),
                 most=limit,
             )
             values[f"error_percent/{name}"] = scores[name].error_percent
@@ -321,7 +440,7 @@ def test_model(run: Run, most: int | None) -> dict[str, Score]:
                 almost = 100 * scores[name].almost_correct / scores[name].count
                 values[f"almost_correct_percent/{name}"] = almost
     run.recorder.numbers(run.step, values)
-    if isinstance(model, CapsNet) and model.decoder is not None:
+    if isinstance(model, CapsNet) and model.decoder is not None and draws_reconstructions(run):
         grid = reconstruction_grid(model, run.dataset.test, run.dataset.class_names)
         run.recorder.picture(run.step, "reconstructions", grid)
     run.recorder.flush()
@@ -330,11 +449,18 @@ def test_model(run: Run, most: int | None) -> dict[str, Score]:
     return scores
 
 
+def draws_reconstructions(run: Run) -> bool:
+    """Whether the evaluation after this step is one of those that draw."""
+    most = run.config.record.tensorboard_pictures
+    return record.is_shown(run.step, evaluation_steps(run), run.steps, most)
+
+
 def save(run: Run, finished: bool = False) -> None:
     """Write the checkpoint; when finished, without the optimiser's state, which is two thirds.
 
     Raises FloatingPointError, and keeps the last checkpoint, for a weight that is not finite.
     """
+    assert run.recorder is not None  # only the first process writes; all have the same weights
     weights = run.trainer.model.state_dict()
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise FloatingPointError("a weight is not finite")
@@ -346,7 +472,8 @@ def save(run: Run, finished: bool = False) -> None:
         optimizer=None if finished else run.trainer.optimizer.state_dict(),
         precision=run.trainer.precision,
         train_seconds=run.clock.seconds,
-        metrics_bytes=run.recorder.position(),
+        **run.recorder.position(),
+        parts=parts.extended(run.earlier, run.step, run.provenance),
     )
 
 
@@ -365,14 +492,18 @@ def save_unfinite(run: Run) -> None:
     )
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """Save the trained model, test it, draw its pictures, and write `result.json` last."""
-    save(run, finished=True)
+def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
+    """Test the trained model, which is saved, draw its pictures, and write `result.json` last.
+
+    Raises Stopped when that is asked for while it is tested; all but the result is saved then.
+    """
+    assert run.recorder is not None  # only the first process has anything to finish
     # Where the last evaluation has stopped the run there is nothing new to find.
-    scores = run.tested if run.reached and run.tested else test_model(run, None)
+    scores = run.tested if run.reached and run.tested else test_model(run, stop, None)
     run.reached = run.reached or reaches_target(run.config.stop, scores)
     final = scores["test"]
     model, dataset, config = run.trainer.model, run.dataset, run.config
+    computed = parts.extended(run.earlier, run.step, run.provenance)
     for name, figure in score_figures(model, dataset.test, dataset.class_names, final).items():
         figures.save(figure, run.folder.pictures / f"{name}.png")
         run.recorder.picture(run.step, name, figure)
@@ -390,9 +521,11 @@ def finish(run: Run) -> dict[str, Any]:
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
         "stopped": how_it_stopped(run),
-        "notes": list(errors.notices),
+        "parts": computed,
+        "notes": [*errors.notices, *parts.changes(computed)],
         "config": run.folder.config,
     }
+    run.recorder.flush()
     run.folder.write_result(result)
     write_run_page(run.folder.path)
     return result

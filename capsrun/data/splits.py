@@ -5,7 +5,7 @@ Shapes: N images, B batch, T digits in one image, C channels, H and W pixels.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -82,10 +82,13 @@ class TrainingBatches:
     images: TrainingSplit
     seed: int
     batch_size: int
+    share: slice = field(default_factory=lambda: slice(None))
+    """Which images of a batch are made here, the others being made by other processes."""
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        return self.assemble(*self.draw(step))
+        """The batch of a step, from 0; here only its share."""
+        indices_B, positions_B = self.draw(step)
+        return self.assemble(indices_B[self.share], positions_B[self.share])
 
     def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
         """Which images the next `steps` batches hold; see `batch_indices`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from capsrun.errors import Stopped, process_rank
 from capsrun.terminal import duration
 
 
@@ -17,14 +18,15 @@ class ProgressLine:
 
     PLAIN_EVERY_SECONDS = 10.0
 
-    def __init__(self, start: int, total: int, batch_size: int) -> None:
+    def __init__(self, start: int, total: int, batch_size: int, shown: bool = True) -> None:
+        """batch_size: images of a step. shown: whether there is a bar; lines go to stdout."""
         self.total, self.batch_size, self.step = total, batch_size, start
         self.bar = tqdm(
             initial=start,
             total=total,
             unit="img",
             unit_scale=batch_size,
-            disable=None,
+            disable=None if shown else True,
             dynamic_ncols=True,
         )
         # When and after which step the last plain line was printed.
@@ -77,6 +79,16 @@ class StopRequest:
         return self.signal_number != 0
 
 
+def stoppable(items: Iterable[Any], stop: StopRequest) -> Iterator[Any]:
+    """The same items, as long as nobody asks to stop. Raises Stopped then."""
+    for item in items:
+        if stop.asked:
+            raise Stopped(
+                "stopped while it was tested; what was trained is saved", stop.signal_number
+            )
+        yield item
+
+
 class Stopwatch:
     """Counts seconds, but not while it is paused; goes on from those of an interrupted run."""
 
@@ -114,7 +126,9 @@ def stop_requests() -> Iterator[StopRequest]:
     def ask(number: int, frame: Any) -> None:
         request.signal_number = number
         restore()
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        if process_rank()[0] == 0:
+            said = "\nstopping after this step; once more stops at once"
+            print(said, file=sys.stderr, flush=True)
 
     def restore() -> None:
         for name, handler in before.items():

@@ -1,8 +1,10 @@
 """What a run leaves behind: its folder, `result.json`, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import datetime
 import glob
 import json
+import math
 import os
 import platform
 import re
@@ -10,7 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,14 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 import capsrun
+from capsrun.atomic import remove_leftovers, replacing
 from capsrun.config import differing_keys, with_later_settings
-from capsrun.errors import UserError
-from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint, replacing
+from capsrun.errors import Busy, UserError
+from capsrun.lock import NAME as LOCK
+from capsrun.lock import locked, refuse_if_locked
+from capsrun.reading import read_json, read_yaml
+from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
+from capsrun.runs.results import check_result
 
 # Settings that do not change what a run computes: they may differ when it is resumed.
 FREE_KEYS = (
@@ -54,11 +61,24 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
 
 
-def make_output(folder: Path) -> None:
-    """Make a folder for what a command found out about a run. Raises UserError for a run's own."""
+@contextlib.contextmanager
+def output(folder: Path) -> Iterator[None]:
+    """Make a folder for what a command finds out about a run, and be the only one to write to it.
+
+    Raises UserError for a run's own folder, and Busy while another process writes to this one.
+    """
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
     make_folder(folder / "pictures")
+    with locked(folder / LOCK):
+        clean(folder)
+        yield
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half-written in a folder with pictures."""
+    remove_leftovers(folder)
+    remove_leftovers(folder / "pictures")
 
 
 class RunFolder:
@@ -76,6 +96,7 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.checkpoint = path / FILE_NAME
         self._config_file = path / "config.yaml"
+        self._lock = contextlib.ExitStack()
         if self._config_file.exists():
             self._refuse_other_settings(self._config_file)
         elif self.checkpoint.exists() or (path / "result.json").exists():
@@ -84,27 +105,47 @@ class RunFolder:
                 "another name=…, or move that folder away"
             )
 
+    def refuse_if_used(self) -> None:
+        """Raise Busy, naming it, where another process is at work on this run."""
+        refuse_if_locked(self.path / LOCK)
+
     def make(self) -> None:
-        """Make the folder. Raises UserError when it cannot be written."""
+        """Make the folder, and be the only process that writes to it, until `release`.
+
+        Raises UserError when it cannot be written, and Busy when another process writes to it.
+        """
         make_folder(self.path)
+        self._lock.enter_context(locked(self.path / LOCK))
+        if (self.path / "result.json").exists():  # since this process looked for it
+            raise Busy(f"{self.path} has been finished by another process just now")
         make_folder(self.pictures)
+        clean(self.path)
         if not self._config_file.exists():
             with replacing(self._config_file) as temporary:
                 temporary.write_text(OmegaConf.to_yaml(self.config))
 
+    def tidy(self) -> None:
+        """Delete what a process left that was killed when the run was finished, if that may be."""
+        with contextlib.suppress(Busy, OSError), locked(self.path / LOCK):
+            clean(self.path)
+
+    def release(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.close()
+
     def _refuse_other_settings(self, config_file: Path) -> None:
         try:
-            before = OmegaConf.to_container(OmegaConf.load(config_file))
-        except Exception as error:  # whatever is wrong with the YAML
+            before = read_yaml(config_file)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{config_file} is damaged; move the folder away to start anew"
             ) from error
-        if not isinstance(before, dict):
+        if not isinstance(before, dict) or self.config.keys() - with_later_settings(before).keys():
             raise UserError(f"{config_file} is damaged; move the folder away to start anew")
         different = [
             f"{key} (there {theirs}, now {ours})"
             for key, theirs, ours in differing_keys(
-                with_later_settings(before),  # type: ignore[arg-type]
+                with_later_settings(before),
                 self.config,
             )
             if key not in FREE_KEYS and not key.startswith(FREE_SECTION)
@@ -117,14 +158,17 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What the run found, or None while it is not finished."""
+        file = self.path / "result.json"
         try:
-            return json.loads((self.path / "result.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            if not os.path.lexists(file):
+                return None
+            values = read_json(file)
+            check_result(values)
+            if values["command"] != "train":
+                raise ValueError("is of another command")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / 'result.json'} is damaged; delete it to make it again"
-            ) from error
+            raise UserError(f"{file} is damaged; delete it to make it again") from error
+        return values
 
     def unfinished(self) -> dict[str, Any] | None:
         """The last checkpoint of an interrupted run, or None for one that has to begin."""
@@ -145,29 +189,40 @@ class RunFolder:
 class Recorder:
     """Writes a run's numbers and pictures to `metrics.jsonl` and TensorBoard."""
 
-    def __init__(self, folder: Path, step: int = 0, position: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, saved: Mapping[str, Any] | None = None) -> None:
         """Open the records of a run that goes on after `step`; what came later is dropped.
 
-        position: where `metrics.jsonl` ended when that step was saved; see `position()`.
+        saved: what `position()` gave when that step was saved; None: it begins.
         """
-        self.stream = open(folder / "metrics.jsonl", "a")
-        self.stream.truncate(min(position, self.stream.tell()))
+        self.board_folder = folder / "tensorboard"
+        saved = saved or {"metrics_bytes": 0, "event_bytes": {}}
+        if "event_bytes" in saved:  # else it is of an earlier version
+            cut_events(self.board_folder, saved["event_bytes"])
+        # A line is written as a whole, so who reads it meanwhile sees no half.
+        self.stream = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.stream.truncate(min(saved["metrics_bytes"], self.stream.tell()))
         self.stream.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.board = SummaryWriter(str(self.board_folder), purge_step=step + 1)
 
-    def position(self) -> int:
-        """Length of `metrics.jsonl` in bytes, to be saved with a checkpoint."""
+    def position(self) -> dict[str, Any]:
+        """Where the records end, in bytes, to be saved with a checkpoint."""
         self.flush()
-        return self.stream.tell()
+        sizes = {path.name: path.stat().st_size for path in event_files(self.board_folder)}
+        return {"metrics_bytes": self.stream.tell(), "event_bytes": sizes}
 
     def begin(self, total_steps: int) -> None:
         """Say how long the run is to be, at once: `capsrun list` shows it while the run goes on."""
         self.stream.write(json.dumps({"step": 0, "total_steps": total_steps}) + "\n")
         self.stream.flush()
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers by name; `a/b` puts b into TensorBoard's section a."""
+    def numbers(self, step: int, values: Mapping[str, float], on_board: bool = True) -> None:
+        """Record numbers by name; `a/b` puts b into TensorBoard's section a.
+
+        on_board: whether TensorBoard gets them too; see `is_shown`.
+        """
         self.stream.write(json.dumps({"step": step, **values}) + "\n")
+        if not on_board:
+            return
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
@@ -182,6 +237,31 @@ class Recorder:
     def close(self) -> None:
         self.stream.close()
         self.board.close()
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The files in which TensorBoard finds what a run recorded, not what was made of it later."""
+    return [path for path in folder.glob("events.out.tfevents.*") if ".capsrun-" not in path.name]
+
+
+def cut_events(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Take TensorBoard's files back to the sizes that they had, so that no step is there twice."""
+    for path in event_files(folder):
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
+
+
+def is_shown(step: int, every: int, steps: int, most: int) -> bool:
+    """Whether TensorBoard gets what is recorded after this step.
+
+    every: after how many steps something is recorded. steps: of the whole run. most: how many of
+    these TensorBoard gets, evenly spaced; the last step's comes on top. So its files stay small in
+    a long run, and a resumed run writes what the straight one would have written.
+    """
+    spacing = every * max(1, math.ceil(steps / (every * most)))
+    return step % spacing == 0 or step >= steps
 
 
 def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> None:
@@ -219,7 +299,8 @@ def describe_device(device: torch.device) -> str:
                 break
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def provenance(device: torch.device, precision: str) -> dict[str, Any]:
@@ -228,13 +309,22 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
         "device": describe_device(device),
         "precision": precision,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {
-            "capsrun": capsrun.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": versions(device),
         "git_commit": git_commit(),
     }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what computes the numbers; on a GPU those of its libraries too."""
+    found = {
+        "capsrun": capsrun.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain string: a checkpoint holds nothing else
+    }
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
 
 
 def git_commit() -> str | None:

@@ -37,6 +37,9 @@ class Way(NamedTuple):
 
 
 WAYS = (Way(True, True), Way(True, False), Way(False, True), Way(False, False))
+# Neither is chosen by a measurement: a compiler tries kernels that add in different orders, and the
+# fastest way is not always the same one. Of these the first that works here is taken.
+DETERMINISTIC_WAYS = (Way(False, True), Way(False, False))
 
 
 class GraphedSteps:
@@ -49,8 +52,9 @@ class GraphedSteps:
         self.seconds: dict[Way, float] = {}
         """How long an update took in each of the ways that work here."""
         self._trainer, self._rates = trainer, rates
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
         # Shapes never change, so the library may try its algorithms once and keep the fastest.
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not self._deterministic
         self._captured: dict[int, CapturedSteps] = {}
 
     def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
@@ -69,9 +73,14 @@ class GraphedSteps:
         return update
 
     def _choose_way(self, batches: TrainingBatches) -> None:
-        """Capture the updates in the fastest way of those that work here, as measured here."""
+        """Capture the updates in the fastest way of those that work here, as measured here.
+
+        Where PyTorch is to be deterministic, in the first of `DETERMINISTIC_WAYS` that works.
+        """
         reference = self._outcome(Way(False, False), batches)
-        for way in WAYS:
+        for way in DETERMINISTIC_WAYS if self._deterministic else WAYS:
+            if self._deterministic and self.seconds:
+                break
             if way.triton and not isinstance(self._trainer.model, CapsNet):
                 continue  # nothing is routed
             if not way.compiled and any(known.compiled for known in self.seconds):

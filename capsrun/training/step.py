@@ -4,6 +4,7 @@ Shapes: B batch, T digits in one image, C channels, H and W pixels.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from capsrun.data.batches import Batch
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import Model, Output
+from capsrun.training.distributed import ALONE, Ranks, peers
 from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
 from capsrun.training.losses import Losses, model_losses
 
@@ -49,6 +51,24 @@ def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     except (OSError, ValueError):  # no quota ("max"), or not a Linux with control groups
         return
     torch.set_num_threads(min(torch.get_num_threads(), max(1, math.floor(cores))))
+
+
+def set_deterministic(on: bool) -> None:
+    """Have the same settings give the same bits on the same machine, or be as fast as can be.
+
+    On a CPU everything is deterministic in any case, for one number of threads: PyTorch adds in an
+    order that depends on it. On a GPU cuDNN and cuBLAS then take the algorithms that add in a fixed
+    order, none is chosen by its speed (see `training/graph.py`), and PyTorch raises RuntimeError
+    for an operation that has no such algorithm. To be called before the GPU computes anything.
+    """
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    # Filling all that is allocated with NaN would take time in every step, and only show what reads
+    # before it writes.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if on:
+        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -151,13 +171,18 @@ class Trainer:
         device: torch.device,
         precision: str,
         fast: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         """steps: length of the run. precision: 'fp32' or 'bf16', already resolved.
 
         fast: compute the same numbers, to rounding, in the fastest way known for the device: on a
         CPU with the kernels of `models/`, on a GPU compiled and captured (`training/graph.py`).
+        ranks: the processes that train the model together; each is given its share of a batch. On
+        GPUs their steps are not captured.
         """
         self.model = to_device(model, device, fast)
+        self.ranks = ranks
+        self._network = ranks.share_model(self.model, device)
         self.loss, self.recipe, self.steps = loss, recipe, steps
         self.device, self.precision = device, precision
         on_gpu = device.type == "cuda"
@@ -167,12 +192,12 @@ class Trainer:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             eps=recipe.adam_epsilon,
             fused=True,
-            capturable=on_gpu and fast,
+            capturable=on_gpu and fast and ranks.count == 1,
         )
         self._reset_optimizer()
         self.compute: Callable[[Batch], tuple[Output, Losses]] = self.forward
         self._graphs: GraphedSteps | None = None
-        if on_gpu and fast:
+        if on_gpu and fast and ranks.count == 1:
             rates = [adam_rate(recipe, step, steps) for step in range(steps)]
             self._graphs = GraphedSteps(self, torch.tensor(rates, device=device))
 
@@ -202,6 +227,26 @@ class Trainer:
             group["lr"].copy_(torch.as_tensor(rate))  # in place: a captured graph reads this one
         else:
             group["lr"] = float(rate)
+
+    def fits_optimizer(self, state: Any) -> bool:
+        """Whether this is the optimiser's state of a run with this network."""
+        ours = self.optimizer.state_dict()
+
+        def alike(theirs: Any, mine: Any) -> bool:
+            if isinstance(mine, Tensor):
+                return isinstance(theirs, Tensor) and theirs.shape == mine.shape
+            if isinstance(mine, dict):
+                same = isinstance(theirs, dict) and theirs.keys() == mine.keys()
+                return same and all(alike(theirs[key], mine[key]) for key in mine)
+            return theirs == mine
+
+        try:
+            groups = [group["params"] for group in state["param_groups"]]
+            return groups == [g["params"] for g in ours["param_groups"]] and alike(
+                state["state"], ours["state"]
+            )
+        except (KeyError, TypeError):
+            return False
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Go on with the optimiser's state of a checkpoint, of a run on any device.
@@ -241,15 +286,30 @@ class Trainer:
     def update(self, batch: Batch) -> Update:
         """Make one update at the rate that is set; see `step`."""
         output, losses = self.compute(batch)
-        if self.device.type == "cpu" and not losses.total.isfinite():
-            raise FloatingPointError(f"the loss is {losses.total.item()}")
+        if self.device.type == "cpu":
+            total = self.mean(losses.total, batch)
+            if not total.isfinite():
+                raise FloatingPointError(f"the loss is {total.item()}")
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
+        self.backward(losses.total, batch)
         self.optimizer.step()
         return Update(batch, output, losses)
 
+    def mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """Means over the step's whole batch of what are means over this process's share of it."""
+        return self.ranks.mean(values, len(batch.labels_BT), self.recipe.batch_size)
+
+    def backward(self, loss: Tensor, batch: Batch) -> None:
+        """Compute the gradients of the mean loss of the whole batch."""
+        if self.ranks.count > 1:
+            # The mean over processes is then the mean over images, however many each has.
+            share = len(batch.labels_BT) / self.recipe.batch_size
+            loss = loss * (share * self.ranks.count)
+        with peers():
+            loss.backward()
+
     def forward(self, batch: Batch) -> tuple[Output, Losses]:
         """What the model says about a batch, and its losses."""
-        with autocast(self.device, self.precision):
-            output = self.model(batch.images_BCHW, batch.labels_BT, batch.noise_B)
+        with peers(), autocast(self.device, self.precision):
+            output = self._network(batch.images_BCHW, batch.labels_BT, batch.noise_B)
         return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)

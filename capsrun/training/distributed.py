@@ -1,0 +1,172 @@
+"""Data-parallel training: several processes, one for each device, make every step together.
+
+`torchrun` starts them and tells each its rank. Each makes its share of a step's batch; their
+gradients are averaged, so all of them hold the same weights, and the first one alone writes.
+
+Shapes: B batch of a step, over all processes.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from capsrun.errors import Unfinished, UserError, process_rank
+
+Result = TypeVar("Result")
+
+# A process that dies is noticed at once, by its closed connection; a machine that loses its power
+# or its network only after this time. So long the others also wait while the first one tests.
+TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model, and which of them this one is."""
+
+    rank: int = 0
+    """From 0."""
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that reads and writes the run's folder."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """Which images of a batch this process takes; some take one more than others."""
+        return slice(*(rank * batch_size // self.count for rank in (self.rank, self.rank + 1)))
+
+    def mean(self, values: Tensor, images: int, batch_size: int) -> Tensor:
+        """The means over a whole batch of what are means over the images of each process.
+
+        images: how many of the batch this process has.
+        """
+        if self.count == 1:
+            return values
+        total = values.detach() * (images / batch_size)
+        with peers():
+            distributed.all_reduce(total)
+        return total
+
+    def highest(self, *values: int) -> list[int]:
+        """The highest of what the processes say; all wait for the last one."""
+        if self.count == 1:
+            return [*values]
+        highest = torch.tensor(values)  # on the CPU, so that no GPU is waited for
+        with peers():
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        return highest.tolist()
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do the same in every process. Where one raises a UserError, all of them do."""
+        if self.count == 1:
+            return work()
+        error = None
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+        errors: list[UserError | None] = [None] * self.count
+        with peers():
+            distributed.all_gather_object(errors, error)
+        for raised_there in errors:
+            if raised_there is not None:
+                raise raised_there
+        return result
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """Do something in the first process only; what it returns or raises goes to all."""
+        if self.count == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as raised:
+                outcome[1] = raised
+        with peers():
+            distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def share_model(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as one that gives all processes the first one's weights, and mean gradients."""
+        if self.count == 1:
+            return model
+        with peers():
+            return nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+
+    def leave(self) -> None:
+        """Part from the others, when all is done."""
+        if self.count > 1:
+            distributed.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+LOST = (
+    "another process of this job has ended, so this one ends too; the same command goes on after "
+    "the last checkpoint, with any number of processes"
+)
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Turn what PyTorch raises where another process is gone into an Unfinished that says so."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost_peer(error):
+            raise Unfinished(LOST) from error
+        raise
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an exception tells that another process is gone; Gloo's is a plain RuntimeError."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+
+
+def join_ranks(use_gpu: bool) -> Ranks:
+    """Meet the other processes that `torchrun` started; alone without it.
+
+    use_gpu: whether the model will be on a GPU: of those of this machine, each process takes one.
+    Raises UserError for more processes than GPUs, and for those that torchrun did not start.
+    """
+    rank, count = process_rank()
+    if count == 1:
+        return ALONE
+    if not {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= os.environ.keys():
+        raise UserError(
+            f"RANK and WORLD_SIZE say that this is one of {count} processes, but not where the "
+            "others are: start them with torchrun, or unset the two"
+        )
+    if use_gpu:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"there are {torch.cuda.device_count()} GPUs here, but torchrun starts more "
+                "processes: say as many with --nproc-per-node, or device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if not distributed.is_initialized():
+        # Decisions are made on the CPU in any case.
+        backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+        distributed.init_process_group(backend, timeout=TIMEOUT)
+    if rank:  # the first one talks
+        sys.stdout = open(os.devnull, "w")
+    return Ranks(rank, count)

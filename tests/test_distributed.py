@@ -1,0 +1,314 @@
+"""Data-parallel training: several processes do what one does, and one that dies ends the job."""
+
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, run_capsrun, stored, train_config
+
+from capsrun.cli import main
+from capsrun.data.splits import TrainingBatches
+from capsrun.errors import Busy, Stopped, UserError
+from capsrun.models import build_model
+from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
+from capsrun.training.distributed import ALONE, Ranks
+
+# What tells of the machine, and what is taken from the first process's images alone.
+OF_THE_MACHINE = ("images_per_second", "memory_gb", "routing_logit_change")
+FP32 = ["precision=fp32", "record.evaluate_images=200"]
+FIFTY = [*TINY, *FP32, "recipe.steps=50", "recipe.batch_size=15", "record.log_every_steps=1"]
+
+
+def torchrun(processes: int, *arguments: str, cwd: Path) -> subprocess.Popen:
+    """Start training in several processes, as a user does."""
+    words = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "capsrun"]
+    return subprocess.Popen(
+        [sys.executable, *words, *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    said, errors = process.communicate(timeout=300)
+    return process.returncode, said, errors
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(OF_THE_MACHINE)} for line in lines]
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """The same curve, and the same weights, to the rounding of another order of summing."""
+    ours, theirs = metrics(folder), metrics(other)
+    assert len(ours) == len(theirs)
+    for row, expected in zip(ours, theirs):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6), row["step"]
+    ours, theirs = (read_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
+    assert list(ours) == list(theirs), "names of the weights are those of one process"
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
+
+
+def test_shares_are_the_batch():
+    """Every image once, in order, as even as can be, also where it cannot be divided."""
+    for size in (128, 100, 5):
+        for count in (1, 2, 3, 5):
+            shares = [Ranks(rank, count).share(size) for rank in range(count)]
+            images = [image for share in shares for image in range(size)[share]]
+            assert images == list(range(size))
+            sizes = [len(range(size)[share]) for share in shares]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_share_of_a_batch_is_that_part_of_it():
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    split = stored(images, torch.arange(20) % 10)
+    whole = TrainingBatches(split, 3, 7).batch(5)
+    parts = [TrainingBatches(split, 3, 7, Ranks(k, 3).share(7)).batch(5) for k in range(3)]
+    for field in ("images_BCHW", "labels_BT", "targets_BTCHW", "noise_B"):
+        pieces = torch.cat([getattr(part, field) for part in parts])
+        assert torch.equal(pieces, getattr(whole, field)), field
+
+
+def test_alone_nothing_is_exchanged():
+    value = torch.tensor(2.0, requires_grad=True)
+    assert ALONE.mean(value, 3, 3) is value
+    assert ALONE.highest(4, 5) == [4, 5]
+    assert ALONE.together(lambda: 6) == ALONE.from_first(lambda: 6) == 6
+    model = torch.nn.Linear(1, 1)
+    assert ALONE.share_model(model, torch.device("cpu")) is model
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory) -> Path:
+    """Fifty steps in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    words = [*FIFTY, "name=run"]
+    assert run_capsrun("train", *words, cwd=folder, OMP_NUM_THREADS="1").returncode == 0
+    return folder / "runs" / "run" / "seed0"
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_fifty_steps_of_several_processes_are_those_of_one(processes, of_one, tmp_path):
+    """15 images of a batch are 7 and 8, or 5, 5 and 5."""
+    code, said, errors = ended(torchrun(processes, "train", *FIFTY, "name=run", cwd=tmp_path))
+    assert code == 0, errors
+    folder = tmp_path / "runs" / "run" / "seed0"
+    assert_close(folder, of_one)
+    assert said.count("after 8 steps: test error") == 1, "one process talks"
+    assert f"{processes} processes" in said
+    result = json.loads((folder / "result.json").read_text())
+    assert result["processes"] == processes
+    expected = json.loads((of_one / "result.json").read_text())
+    assert abs(result["errors"] - expected["errors"]) <= 5
+    assert len(list((folder / "tensorboard").iterdir())) == 1, "one process writes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "multimnist"])
+def test_other_models_and_data_are_shared_too(kind, tmp_path):
+    """Dropout, the places of digits and their pairs do not depend on the number of processes."""
+    tiny = [word for word in TINY if word.startswith(("recipe.", "record."))]
+    models = {
+        "cnn": "model=cnn_baseline model.channels=[4] model.kernels_px=[5] model.pools_px=[4] "
+        "model.hidden=[16] dataset=mnist5k",
+        "multimnist": "dataset=multimnist dataset.source=mnist5k model.conv1_channels=8 "
+        "model.primary_types=2 model.decoder_widths=[16,16]",
+    }
+    words = [*models[kind].split(), *tiny, *FP32, "name=run"]
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        code, _, errors = ended(torchrun(processes, "train", *words, cwd=tmp_path / name))
+        assert code == 0, errors
+    folders = [tmp_path / name / "runs" / "run" / "seed0" for name in ("two", "one")]
+    assert_close(*folders)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """The processes that train in a folder, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_bytes().decode(errors="replace")
+            place = Path(os.readlink(path / "cwd"))
+        except OSError:  # it has ended meanwhile
+            continue
+        rank = re.search(r"(?:^|\0)RANK=(\d+)", environment)
+        if rank and place == folder:
+            found[int(rank[1])] = int(path.name)
+    return found
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_dead_process_ends_the_job_and_another_number_goes_on(tmp_path):
+    """Killed with two processes, gone on with one: as if it had been one from the start."""
+    words = [*TINY, *FP32, "recipe.steps=200", "record.checkpoint_every_seconds=0.1", "name=run"]
+    process = torchrun(2, "train", *words, cwd=tmp_path)
+    folder = tmp_path / "runs" / "run" / "seed0"
+    wait_for(folder / "checkpoint.pt", process)
+    os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
+    began = time.monotonic()
+    code, _, errors = ended(process)
+    assert code != 0
+    assert time.monotonic() - began < 60, "nobody waits for the dead"
+    assert not ranks_of(tmp_path), "nobody is left"
+    # The launcher may be faster to end the other one than that is to see what has happened.
+    ours = [line for line in errors.splitlines() if line.startswith("capsrun")]
+    assert all("another process of this job has ended" in line for line in ours[:1]), errors
+    saved = read_checkpoint(folder / "checkpoint.pt")["step"]
+    assert 0 < saved < 200
+    goes_on = run_capsrun("train", *words, cwd=tmp_path)
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert "going on after step" in goes_on.stdout
+    straight = run_capsrun("train", *words[:-1], "name=straight", cwd=tmp_path)
+    assert straight.returncode == 0
+    resumed, expected = (
+        json.loads((tmp_path / f"runs/{name}/seed0/result.json").read_text())
+        for name in ("run", "straight")
+    )
+    assert resumed["steps"] == expected["steps"] == 200
+    assert abs(resumed["errors"] - expected["errors"]) <= 30
+
+
+@pytest.mark.parametrize("every", [100_000, 1], ids=["training", "testing"])
+def test_a_signal_stops_all_of_them_with_everything_saved(tmp_path, every):
+    """While they train, and while the first one tests, which it does nearly all the time then."""
+    words = [*TINY, *FP32, "recipe.steps=100000", "record.checkpoint_every_seconds=0.1"]
+    words += ["record.evaluate_images=1000", f"record.evaluate_every_steps={every}"]
+    process = torchrun(2, "train", *words, "name=run", cwd=tmp_path)
+    folder = tmp_path / "runs" / "run" / "seed0"
+    wait_for(folder / "checkpoint.pt", process)
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = ended(process)
+    assert code != 0
+    assert not ranks_of(tmp_path)
+    said = re.search(r"stopped after step ([\d,]+) of 100,000, which is saved; .*", errors)
+    assert "the same torchrun command goes on, with any number of processes" in said[0]
+    step = read_checkpoint(folder / "checkpoint.pt")["step"]
+    assert step == int(said[1].replace(",", ""))
+    assert load_checkpoint(folder).step == step
+    assert not (folder / ".lock").exists()
+
+
+def test_mistakes_are_told_once(tmp_path):
+    """By the first process, whichever of them finds the mistake, and all end."""
+    for words, message in (
+        (
+            ["dataset=mnist5k", "recipe.batch_size=1"],
+            "a step has 1 images, too few for 2 processes",
+        ),
+        (["dataset=mnist", "dataset.data_dir=none", "seed=-1"], "seed is -1"),
+    ):
+        code, _, errors = ended(torchrun(2, "train", *words, cwd=tmp_path))
+        assert code != 0
+        assert errors.count(message) == 1, errors
+
+
+@pytest.mark.parametrize("steps", [12, 1])
+def test_a_loss_that_is_not_finite_stops_all_of_them(tmp_path, steps):
+    """Or a weight, which is found when the last step is saved."""
+    words = [*TINY, *FP32, "recipe.learning_rate=1e39", f"recipe.steps={steps}", "name=run"]
+    code, _, errors = ended(torchrun(2, "train", *words, cwd=tmp_path))
+    assert code != 0
+    assert errors.count("training stopped after step") == 1, errors
+    assert "try a lower recipe.learning_rate" in errors
+    assert (tmp_path / "runs/run/seed0/not_finite.pt").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_do_what_one_does(tmp_path):
+    words = [*FIFTY[:-1], "device=cuda", "record.log_every_steps=10", "name=run"]
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        code, _, errors = ended(torchrun(processes, "train", *words, cwd=tmp_path / name))
+        assert code == 0, errors
+    assert_close(*(tmp_path / name / "runs" / "run" / "seed0" for name in ("two", "one")))
+
+
+def test_processes_that_torchrun_did_not_start_are_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["train", *TINY, f"runs_dir={tmp_path}"]) == 2
+    assert "start them with torchrun, or unset the two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [Stopped("saved", 15), UserError("wrong"), Busy("used"), OSError(28, "full")]
+)
+def test_what_one_process_raises_can_be_told_to_others(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_other_commands_refuse_to_be_started_several_times(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", "dataset=mnist5k"]) == 2
+    assert "eval is one process: start it without torchrun" in capsys.readouterr().err
+    assert main(["train", "dataset=mnist5k", "--multirun", "seed=0,1"]) == 2
+    assert "a sweep starts its own processes: start it" in capsys.readouterr().err
+
+
+def test_the_computed_table_of_the_page_on_scaling():
+    """It follows from the formula beside it."""
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    rows = re.findall(
+        r"^\| (.+), ([\d.]+) (GB|Gb)/s, (\d+) µs \| (\d+) \| ([\d.]+) ms \| (.+) \|$", page, re.M
+    )
+    assert len(rows) == 8
+    weights_bytes = 4 * 8_215_728
+    for _, speed, unit, latency, count, milliseconds, batches in rows:
+        bandwidth, processes = float(speed) * (1e9 if unit == "GB" else 1e9 / 8), int(count)
+        exchange = 2 * (processes - 1) / processes * weights_bytes / bandwidth
+        exchange += 2 * math.log2(processes) * int(latency) * 1e-6
+        assert float(milliseconds) == pytest.approx(1e3 * exchange, abs=0.01)
+        shown = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", batches)]
+        for image_seconds, even, most in ((8.518e-3, *shown[:2]), (12.14e-6, *shown[2:])):
+            expected = exchange / (image_seconds * (1 - 1 / processes))
+            assert even == pytest.approx(max(1, expected), rel=0.05, abs=0.6)
+            assert most == pytest.approx(
+                max(1, 4 * processes * exchange / image_seconds), rel=0.05, abs=0.6
+            )
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_scaling(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "scripts/scaling.py"]
+    done = subprocess.run(
+        [sys.executable, *words, *TINY, "precision=fp32"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert result["processes"] == 2
+    assert result["exchange_alone_seconds"] > 0
+    assert result["exchanged_bytes"] == 4 * sum(p.numel() for p in tiny_model().parameters())
+
+
+def tiny_model() -> torch.nn.Module:
+    config = train_config(*TINY)
+    return build_model(config.model, config.routing, config.dataset)

@@ -1,0 +1,196 @@
+"""Faults of the machine while a run goes on: one sentence, and nothing lost that was saved."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY, train_config
+from test_train import assert_same_run
+
+from capsrun import cli
+from capsrun.commands.train import train
+from capsrun.data.splits import TrainingBatches
+from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
+
+# A checkpoint after every step.
+ARGUMENTS = [*TINY, "record.checkpoint_every_seconds=0", "name=run"]
+MOUNTED_BYTES = 8_000_000
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={MOUNTED_BYTES}", "none", str(folder)]
+    try:
+        subprocess.run(words, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("file systems cannot be mounted here (it takes root)")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def at_step(monkeypatch, step: int, act: Callable[[], object]) -> None:
+    """Do something before a step is made."""
+    original, left = TrainingBatches.batch, [step]
+
+    def batch(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+        return original(*arguments)
+
+    monkeypatch.setattr(TrainingBatches, "batch", batch)
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte of a disk."""
+    with open(folder / "filler", "wb", buffering=0) as filler:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while True:
+                    filler.write(b"x" * size)
+            except OSError:
+                pass
+
+
+def test_a_full_disk(small_disk, tiny_run, monkeypatch, capsys):
+    folder = small_disk / "runs" / "run" / "seed0"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: fill(small_disk))
+        assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert f"{folder} cannot be written any more: No space left on device" in said
+    assert "saved is the last checkpoint, and the same command goes on from there" in said
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
+    # Still full: nothing is lost by trying.
+    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) in (1, 2)
+    assert "No space left on device" in capsys.readouterr().err
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
+    (small_disk / "filler").unlink()
+    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 0
+    assert_same_curve_and_weights(folder, tiny_run)
+
+
+def assert_same_curve_and_weights(folder: Path, other: Path) -> None:
+    """As `assert_same_run`, whose settings were others: how often to save, and where."""
+    shutil.copytree(folder, folder.parent / "copy")
+    for name in ("result.json",):
+        text = (folder.parent / "copy" / name).read_text()
+        for line in text.splitlines():
+            if "checkpoint_every_seconds" in line or '"runs_dir"' in line:
+                key = line.split(":")[0]
+                same = next(x for x in (other / name).read_text().splitlines() if key in x)
+                text = text.replace(line, same)
+        (folder.parent / "copy" / name).write_text(text)
+    assert_same_run(folder.parent / "copy", other)
+
+
+def test_a_disk_that_becomes_read_only(small_disk, monkeypatch, capsys):
+    def remount(option: str) -> None:
+        words = ["mount", "-o", f"remount,{option}", str(small_disk)]
+        subprocess.run(words, check=False, capture_output=True)
+
+    # What is open for writing keeps a file system from that; TensorBoard's file is, so by force.
+    folder = small_disk / "runs" / "run" / "seed0"
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise OSError(30, "Read-only file system", str(folder / "metrics.jsonl"))
+
+        at_step(patch, 6, lambda: patch.setattr("pathlib.Path.write_bytes", refuse))
+        assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 1
+    assert "cannot be written any more: Read-only file system" in capsys.readouterr().err
+    remount("ro")
+    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 2
+    assert "cannot be written to: Read-only file system" in capsys.readouterr().err
+    assert load_checkpoint(folder).step == 5
+    remount("rw")
+
+
+def test_a_quota(in_tmp, monkeypatch, capsys):
+    """The system's limit for the size of a file, as a quota for all of them, refuses a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with monkeypatch.context() as patch:
+            limit = (10_000, hard)
+            at_step(patch, 6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+            assert cli.main(["train", *ARGUMENTS]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "runs/run/seed0 cannot be written any more: File too large" in said
+    assert "Traceback" not in said
+    folder = in_tmp / "runs" / "run" / "seed0"
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert cli.main(["train", *ARGUMENTS]) == 0
+
+
+def test_a_folder_that_vanishes(in_tmp, monkeypatch, capsys):
+    folder = in_tmp / "runs" / "run" / "seed0"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: shutil.rmtree(folder))
+        assert cli.main(["train", *ARGUMENTS]) == 1
+    said = capsys.readouterr().err
+    assert "runs/run/seed0 has vanished while the run went on; the same command begins" in said
+    assert "Traceback" not in said
+    assert not folder.exists()
+    assert cli.main(["train", *ARGUMENTS]) == 0
+
+
+def test_a_full_disk_in_a_process_of_its_own_has_no_traceback_either(small_disk):
+    """TensorBoard writes in a thread, which ends before the run does."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import test_faults, pytest\n"
+        "from capsrun import cli\n"
+        "disk = Path(sys.argv[2])\n"
+        "test_faults.at_step(pytest.MonkeyPatch(), 3, lambda: test_faults.fill(disk))\n"
+        "arguments = [*test_faults.TINY, 'name=run', f'runs_dir={disk}']\n"
+        "sys.exit(cli.main(['train', *arguments]))\n"
+    )
+    words = [sys.executable, "-c", script, str(Path(__file__).parent), str(small_disk)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+
+
+def test_pictures_and_results_are_complete_after_a_fault_at_the_end(
+    tmp_path, monkeypatch, tiny_run
+):
+    """The disk fills while the trained model is tested: only that is to be done again."""
+    config = train_config(*TINY, "name=run")
+    monkeypatch.setattr("capsrun.errors.notices", [])
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capsrun.runs.record.write_json", refuse)
+        with pytest.raises(OSError, match="cannot be written any more"):
+            train(config, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run").finished
+    train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tiny_run)
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_disk(in_tmp):
+    words = [sys.executable, "-u", "-m", "capsrun", "train", *ARGUMENTS, "recipe.steps=1000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(100) == 128 + signal.SIGPIPE, errors
+    assert "cannot be written" not in errors

@@ -1,0 +1,201 @@
+"""Long runs: what they write stays small, what logging costs, and that memory does not grow."""
+
+import gc
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, train_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from capsrun.commands import train as train_command
+from capsrun.runs import figures, record
+
+# Of a run of the authors' length, in bytes.
+LARGEST_BOARD, LARGEST_METRICS = 4e6, 8e6
+
+
+def fake_run(folder, *overrides):
+    """A run of the authors' settings that only records."""
+    config = train_config("dataset=mnist", "recipe=authors", *overrides)
+    return SimpleNamespace(
+        config=config,
+        step=0,
+        steps=config.recipe.steps,
+        recorder=record.Recorder(folder),
+        dataset=SimpleNamespace(train=SimpleNamespace(epoch_images=60_000)),
+    )
+
+
+def fake_numbers(rng):
+    """Twelve of them, as log_step records with three routing iterations."""
+    names = ["loss/total", "loss/margin", "loss/reconstruction", "learning_rate"]
+    names += ["capsule_length/true_class", "capsule_length/other_classes", "images_per_second"]
+    names += [f"routing_logit_change/iteration_{number}" for number in (1, 2, 3)] + ["memory_gb"]
+    return dict(zip(names, rng.random(len(names)).tolist()))
+
+
+def grid(rng, px):
+    """A picture as large as that of an evaluation, of noise, which no PNG makes smaller."""
+    images = [torch.from_numpy(rng.random((1, px, px))) for _ in range(16)]
+    return figures.image_grid([("image", images), ("reconstruction", images)], ["5"] * 16)
+
+
+def record_all(run, rng, picture):
+    """What a run records in all its steps, without training."""
+    evaluate_every = train_command.evaluation_steps(run)
+    for step in range(1, run.steps + 1):
+        run.step = step
+        if step % run.config.record.log_every_steps == 0 or step == run.steps:
+            train_command.record_numbers(run, fake_numbers(rng))
+        if step % evaluate_every == 0 or step == run.steps:
+            run.recorder.numbers(step, {"error_percent/test": rng.random()})
+            if train_command.draws_reconstructions(run):
+                run.recorder.picture(step, "reconstructions", picture)
+    for name in ("confusion", "failures", "hits"):
+        run.recorder.picture(run.step, name, picture)
+    run.recorder.close()
+
+
+def board_of(folder):
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    board.Reload()
+    return board
+
+
+def test_the_event_file_of_the_authors_run_is_small(tmp_path):
+    """300,000 steps, logged every 20, with 640 evaluations."""
+    rng = np.random.default_rng(0)
+    run = fake_run(tmp_path)
+    assert run.steps == 300_000
+    record_all(run, rng, grid(rng, 28))
+    size = sum(file.stat().st_size for file in (tmp_path / "tensorboard").iterdir())
+    assert 1e5 < size < LARGEST_BOARD
+    assert (tmp_path / "metrics.jsonl").stat().st_size < LARGEST_METRICS
+    board = board_of(tmp_path)
+    steps = [event.step for event in board.Scalars("loss/total")]
+    assert 1000 <= len(steps) <= 2001
+    assert set(np.diff(steps)) == {160}
+    assert steps[-1] == 300_000
+    drawn = [event.step for event in board.Images("reconstructions")]
+    assert 15 <= len(drawn) <= 21
+    assert drawn[-1] == 300_000
+    # What is not on the board is not lost.
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss/total" in line for line in lines) == 15_000
+
+
+def test_short_runs_show_everything():
+    """Up to 40,000 steps logged every 20, and the 10 evaluations of the quick recipe."""
+    for steps in (12, 4_690, 40_000):
+        logged = [*range(20, steps, 20), steps]
+        assert all(record.is_shown(step, 20, steps, 2000) for step in logged)
+    assert all(record.is_shown(step, 469, 4_690, 20) for step in range(469, 4_691, 469))
+
+
+@pytest.mark.parametrize("steps", [40_001, 123_457, 10**6])
+@pytest.mark.parametrize("every", [1, 20, 7])
+def test_longer_ones_show_so_many_at_most(steps, every):
+    shown = [s for s in range(every, steps, every) if record.is_shown(s, every, steps, 50)]
+    assert 25 <= len(shown) <= 50
+    assert len(set(np.diff(shown))) == 1
+    assert record.is_shown(steps, every, steps, 50)
+
+
+def resident_mb():
+    """Memory of this process that is in use now, not at most, in 10⁶ bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024 / 1e6
+
+
+# What a run may grow by after its first quarter, in 10⁶ bytes. A picture that is never freed is
+# about 1 of them, and there are many.
+GROWTH_MB = 30
+
+
+def one_thread():
+    """A CPU of which a network gets as much as one so small can use."""
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        # A long run as it is …
+        (20_000, ["record.log_every_steps=20", "record.evaluate_every_steps=500"]),
+        # … and one that does hardly anything but test, draw and save.
+        (600, ["record.log_every_steps=1", "record.evaluate_every_steps=2"]),
+    ],
+    ids=["steps", "evaluations"],
+)
+def test_memory_is_flat(tmp_path, monkeypatch, steps, settings):
+    """With logs, evaluations, pictures and checkpoints all along."""
+    samples, original = [], train_command.log_step
+    monkeypatch.setattr(train_command, "resolve_device", lambda _: one_thread())
+
+    def sample(run, update):
+        original(run, update)
+        if run.step % (steps // 40) == 0:
+            gc.collect()
+            samples.append((run.step, resident_mb()))
+
+    monkeypatch.setattr(train_command, "log_step", sample)
+    seconds = 10 if steps > 1000 else 0
+    settings += [f"recipe.steps={steps}", f"record.checkpoint_every_seconds={seconds}"]
+    drawn = ["record.evaluate_images=250", "record.tensorboard_pictures=100000"]
+    drawn += ["recipe.batch_size=8", "model.primary_types=1", "precision=fp32"]
+    start = time.monotonic()
+    train_command.train(train_config(*TINY, *settings, *drawn), tmp_path)
+    late = [mb for step, mb in samples if step >= steps / 4]
+    print(f"{steps:,} steps in {time.monotonic() - start:.0f} s, MB after each 40th of them:")
+    print(", ".join(f"{mb:.0f}" for _, mb in samples))
+    assert len(samples) == 40
+    # Medians, as what is in use at one moment depends on when the allocator gives back.
+    assert np.median(late[-10:]) - np.median(late[:10]) < GROWTH_MB
+
+
+@pytest.mark.slow
+def test_logging_costs_little(tmp_path, monkeypatch):
+    """Under 2 % of the processor's time, with a narrow network: a wide one makes slower steps.
+
+    Not of the clock, which other programs move too.
+    """
+    original, spent = train_command.log_step, []
+
+    def timed(run, update):
+        start = time.process_time()
+        original(run, update)
+        spent.append(time.process_time() - start)
+
+    loop, whole = train_command.training_loop, []
+
+    def timed_loop(run, stop):
+        start = time.process_time()
+        loop(run, stop)
+        whole.append(time.process_time() - start)
+
+    monkeypatch.setattr(train_command, "resolve_device", lambda _: one_thread())
+    monkeypatch.setattr(train_command, "log_step", timed)
+    monkeypatch.setattr(train_command, "training_loop", timed_loop)
+    narrow = ["model.conv1_channels=32", "model.primary_types=4", "recipe.batch_size=32"]
+    length = ["recipe.epochs=null", "recipe.steps=200", "record.evaluate_images=10"]
+    config = train_config("dataset=mnist5k", "precision=fp32", *narrow, *length)
+    train_command.train(config, tmp_path)
+    assert len(spent) == 10  # of the settings as they are
+    print(f"logging: {1e3 * np.mean(spent):.1f} ms each, of {whole[0]:.2f} s in all")
+    assert sum(spent) < 0.02 * whole[0]
