@@ -4,53 +4,71 @@ Only this file knows Hydra, and PyTorch is imported by a command's own file only
 command's configuration is composed: so `--help` and `--cfg job` answer at once.
 """
 
+import contextlib
 import difflib
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capsrun import __version__, completion
-from capsrun.errors import Noisy, Stopped, Unfinished, UserError, did_you_mean
+from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, did_you_mean, process_rank
+from capsrun.runs.sweep import Done, Sweep, conducted, last_validation_error
 from capsrun.terminal import BOLD, RED, styled
 
+# So long other processes wait for the first one to say why all of them end.
+OTHERS_WAIT_SECONDS = 10.0
 # These choices make the first part of a run's name …
 FIRST_IN_NAME = ("dataset", "model", "recipe")
 # … and these do not belong into it.
 NOT_IN_NAME = (
     "experiment",
+    "sweep",
     "seed",
     "name",
     "runs_dir",
     "device",
     "compile",
+    "deterministic",
     "dataset.data_dir",
 )
+# What is missing where a plugin of Hydra is not installed, as an extra of this package.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
 @dataclass(frozen=True)
 class Command:
     """One row of the command table."""
 
-    run: Callable[[Any, list[str]], None]
+    run: Callable[[Any, list[str]], Done | None]
     """Takes the composed configuration and the overrides of the job."""
     summary: str
     example: str
 
 
-def run_train(cfg: Any, overrides: list[str]) -> None:
+def run_train(cfg: Any, overrides: list[str]) -> Done:
     config = training_config(cfg)
     config.name = config.name or run_name(config, overrides)
 
     from capsrun.commands.train import train
 
     out_dir = Path(config.runs_dir) / config.name / f"seed{config.seed}"
+    already = (out_dir / "result.json").exists()
     train(config, out_dir, model_words(config, out_dir))
+    return Done(last_validation_error(out_dir), already)
 
 
 def training_config(cfg: Any) -> Any:
@@ -124,7 +142,7 @@ def run_data(cfg: Any, overrides: list[str]) -> None:
 
 def run_list(cfg: Any, overrides: list[str]) -> None:
     from capsrun.config import ListConfig, TrainConfig, from_dict, with_later_settings
-    from capsrun.runs.inventory import FINISHED, INTERRUPTED, UNFINISHED
+    from capsrun.runs.inventory import FINISHED, INTERRUPTED
 
     config = from_dict(ListConfig, cfg)
 
@@ -144,7 +162,7 @@ def run_list(cfg: Any, overrides: list[str]) -> None:
         trained.runs_dir = config.runs_dir  # the folder may have been moved
         words = model_words(trained, finished[-1].folder)
         suggest(["eval", *words], ["report", *folder_words(config)])
-    elif any(run.status in (UNFINISHED, INTERRUPTED) for run in runs):
+    elif any(run.status == INTERRUPTED for run in runs):
         print("next: the command that began a run goes on with it where it was interrupted")
 
 
@@ -245,6 +263,8 @@ COMMANDS = {
 }
 # It completes the others and has no settings of its own.
 COMPLETION = "completion"
+# What Hydra and OmegaConf let through where words or files are not what they expect.
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
 
@@ -252,10 +272,25 @@ FLAGS = {"bench": {"--profile": "profile=true"}}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done. 1: a fault of the machine. 2: a mistake of the user. 128 + n: stopped by signal n.
+    0: done. 1: a fault of the machine. 2: a mistake of the user. 75: another process is at work
+    there. 128 + n: stopped by signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, *rest = arguments or ["--help"]
+    threading.excepthook = without_told_twice
+    asked: list[int] = []
+    with interruptible(asked):
+        try:
+            return answered(name, rest, arguments, asked)
+        except KeyboardInterrupt:  # while it is said why the program ends
+            return 128 + (asked[-1] if asked else signal.SIGINT)
+
+
+def answered(name: str, rest: list[str], arguments: list[str], asked: list[int]) -> int:
+    """Run one command and return its exit code; see `main`.
+
+    asked: the signals that came before the command took care of them itself.
+    """
     try:
         if name in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -266,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name not in COMMANDS:
             raise UserError(describe_unknown_command(name))
         else:
+            refuse_several_processes(name, rest)
             rest = [FLAGS.get(name, {}).get(word, word) for word in rest]
             refuse_unknown_flags(name, rest)
             # Hydra wants the settings side by side: an option between them ends them.
@@ -275,28 +311,95 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(f"capsrun {name}" if name in (COMPLETION, *COMMANDS) else "capsrun", error)
         return 2
     except Stopped as stopped:
-        again = shlex.join(["capsrun", *arguments])
-        print(f"{stopped}; the same command goes on: {again}", file=sys.stderr)
+        again = f"the same command goes on: {shlex.join(['capsrun', *arguments])}"
+        if process_rank()[1] > 1:
+            again = "the same torchrun command goes on, with any number of processes"
+        if process_rank()[0] == 0:
+            say(f"{stopped}; {again}")
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return stopped_at_once(arguments, asked[-1] if asked else signal.SIGINT)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Busy as error:
+        fail(f"capsrun {name}", Busy(f"{error}; wait until that has ended, or stop it"))
+        return os.EX_TEMPFAIL
     except (Noisy, Unfinished) as error:
         fail(f"capsrun {name}", error)
         return 1
     except OSError as error:
         # The machine's fault, a full disk say; what is finished or saved is whole.
-        fail(f"capsrun {name}", error)
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(f"capsrun {name}", OSError(where))
         return 1
+    except Exception:
+        if not asked:
+            raise
+        # Libraries that are being imported turn Ctrl-C into faults of their own.
+        return stopped_at_once(arguments, asked[-1])
     return 0
+
+
+@contextlib.contextmanager
+def interruptible(asked: list[int]) -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does, and remember which of them came."""
+
+    def end(number: int, _: Any) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not its business
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def stopped_at_once(arguments: Sequence[str], number: int) -> int:
+    """Say so, and return the exit code."""
+    again = shlex.join(["capsrun", *arguments])
+    if process_rank()[0] == 0:
+        say(f"stopped at once; the same command goes on after what is saved, if anything: {again}")
+    return 128 + number
+
+
+def without_told_twice(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but not where the main thread is going to raise it.
+
+    TensorBoard's writer keeps what it failed of, a full disk say, for the next that wants to write.
+    """
+    if getattr(failure.thread, "exception", None) is not failure.exc_value:
+        threading.__excepthook__(failure)
 
 
 def fail(where: str, error: Exception) -> None:
     """Print why a command ended."""
-    print(f"{styled(f'{where}:', RED, sys.stderr)} {error}", file=sys.stderr)
+    say(f"{styled(f'{where}:', RED, sys.stderr)} {error}")
+
+
+def say(message: str) -> None:
+    """Print why this process ends to stderr; of several, which end together, the first one does.
+
+    torchrun ends the others as soon as one has ended, so they wait; one that is still there then
+    has something of its own to say.
+    """
+    rank, _ = process_rank()
+    if rank:
+        time.sleep(OTHERS_WAIT_SECONDS)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def refuse_several_processes(name: str, arguments: Iterable[str]) -> None:
+    """Raise UserError for what torchrun would only run several times over."""
+    if process_rank()[1] > 1 and (name != "train" or is_sweep(arguments)):
+        what = f"{name} is one process" if name != "train" else "a sweep starts its own processes"
+        raise UserError(f"{what}: start it without torchrun")
 
 
 def usage() -> str:
@@ -334,22 +437,42 @@ def configs_dir() -> Path:
 def run_command(name: str, arguments: list[str]) -> None:
     """Compose the command's configuration with Hydra and run it, once or for each job of a sweep.
 
-    Raises UserError for a mistake in the configuration, and whatever the command raises.
+    Raises UserError for a mistake in the configuration, and whatever the command raises; a sweep
+    raises what `conducted` does.
     """
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
+    check_config_folders(arguments)
     failures: list[Exception] = []
 
     def job(cfg: Any) -> None:
         # Hydra writes a line of its own about an exception that it sees, so it sees none of ours.
         try:
-            COMMANDS[name].run(cfg, list(HydraConfig.get().overrides.task))
+            COMMANDS[name].run(cfg, task_words())
         except Exception as error:
             failures.append(error)
             raise SystemExit(2) from error
+
+    if is_sweep(arguments):
+        sweep = Sweep(sweep_folder(name, arguments))
+        with conducted(sweep):
+            start_hydra(name, arguments, SweepJob(name, tuple(arguments), sweep))
+        return
+    try:
+        start_hydra(name, arguments, job)
+    except SystemExit:
+        if not failures:
+            raise
+    if failures:
+        raise described(failures[0], name, arguments) from failures[0]
+
+
+def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) -> None:
+    """Let Hydra compose the configurations and call `job` with them.
+
+    Raises UserError for a mistake in the configuration.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *arguments]
     # Hydra then raises what goes wrong instead of printing it and ending the program.
@@ -358,10 +481,7 @@ def run_command(name: str, arguments: list[str]) -> None:
     try:
         start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
         start(job)()
-    except SystemExit:
-        if not failures:
-            raise
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         # The commands' own exceptions do not come this way, so this is about the configuration.
         raise UserError(describe_hydra_error(error, name, arguments)) from error
     finally:
@@ -370,10 +490,85 @@ def run_command(name: str, arguments: list[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_mode
-    if failures and isinstance(failures[0], OmegaConfBaseException):
-        raise UserError(describe_hydra_error(failures[0], name, arguments)) from failures[0]
-    if failures:
-        raise failures[0]
+
+
+def task_words() -> list[str]:
+    """The overrides of the job that Hydra runs, without those that are about Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def described(error: Exception, name: str, arguments: Sequence[str]) -> Exception:
+    """An error of a command as the user is told it."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, OmegaConfBaseException):
+        return UserError(describe_hydra_error(error, name, arguments))
+    return error
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """What Hydra calls with the configuration of each job of a sweep, wherever that runs."""
+
+    command: str
+    arguments: tuple[str, ...]
+    """Of the sweep."""
+    sweep: Sweep
+
+    def __call__(self, cfg: Any) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        words = task_words()
+        said = {word.replace(" ", "") for word in self.arguments}
+        number = HydraConfig.get().job.num
+        own = [word for word in words if word.replace(" ", "") not in said]
+
+        def work() -> Done | None:
+            try:
+                return COMMANDS[self.command].run(cfg, words)
+            except Exception as error:
+                raise described(error, self.command, words) from error
+
+        return self.sweep.run(number, " ".join(own) or f"job {number}", work)
+
+
+def is_sweep(arguments: Iterable[str]) -> bool:
+    """Whether these words ask Hydra for several jobs."""
+    return any(
+        word in ("-m", "hydra.mode=MULTIRUN")
+        or (word.startswith("--m") and "--multirun".startswith(word))
+        for word in arguments
+    )
+
+
+def sweep_folder(name: str, arguments: Iterable[str]) -> Path:
+    """A folder of its own for what the jobs of a sweep say; it is not made yet."""
+    told = [word for word in arguments if word.startswith("runs_dir=")]
+    try:
+        runs_dir = compose_checked(name, told).runs_dir
+    except UserError:  # several of them, say, or what Hydra will refuse
+        runs_dir = "runs"
+    return (
+        Path(runs_dir).absolute() / ".multirun" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    )
+
+
+def check_config_folders(arguments: Sequence[str]) -> None:
+    """Raise UserError for a folder of YAML files, told to Hydra by an option, that is not safe."""
+    from capsrun.reading import check_own_yaml
+
+    for number, word in enumerate(arguments):
+        match = re.match(r"(?:--config-[dp]\w*=?|-c[dp])(.*)", word)
+        if match is None:
+            continue
+        folder = Path(match[1] or "".join(arguments[number + 1 : number + 2]))
+        for path in sorted(folder.rglob("*.y*ml")):
+            try:
+                check_own_yaml(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} {error}") from error
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> Any:
@@ -398,7 +593,7 @@ def compose_checked(name: str, overrides: Sequence[str] = ()) -> Any:
 
     try:
         return compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise UserError(describe_hydra_error(error, name, overrides)) from error
 
 
@@ -456,6 +651,9 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options:
         folder, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if (extra := EXTRAS.get(f"{folder}/{choice}")) is not None:
+            package = f"pip install 'capsrun[{extra}]'"
+            return f"{folder}={choice} needs a package that is not installed: {package}"
         options = ", ".join(error.options)
         hint = did_you_mean(choice, error.options)
         return f"there is no {folder}={choice}{hint}; there are: {options}"
@@ -481,7 +679,7 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
         )
     if isinstance(cause, OmegaConfBaseException):
         return describe_config_error(cause)
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or repr(error)
 
 
 def describe_unreadable(word: str, command: str) -> str:
