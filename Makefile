@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CAPSRUN := $(BIN)/capsrun
 INSTALLED := $(VENV)/.installed
+SWEEPS := $(VENV)/.sweeps
 
 # How long the paper's experiments run, and with which seeds.
 BUDGET ?= short
@@ -12,7 +13,8 @@ GROUPS := table1 multimnist affnist section7 figures ablations
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all lint format clean
+.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all fuzz audit lint \
+  format clean
 
 help: ## list the targets
 	@echo "Targets (make TARGET, PYTHON=python3.12 for another Python):"
@@ -24,6 +26,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "capsrun needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[samples,dev]'
+	@touch $@
+
+# What sweeps can run on besides joblib. Hydra's plugin for Ray asks for old versions of packages that
+# only its part for AWS uses, so it is installed without them.
+$(SWEEPS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[slurm,optuna]' ray
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps hydra-ray-launcher
 	@touch $@
 
 quickstart: $(INSTALLED) ## train, evaluate and perturb a CapsNet on 5,000 real digits (no download, 3 to 5 minutes)
@@ -77,11 +86,20 @@ explorers: $(INSTALLED) ## make the pages in docs/ of the committed checkpoints 
 	$(CAPSRUN) explore checkpoint=results/capsnet-mnist-small.pt out=docs/explorer-draw.html explore.search=10000 explore.mistakes=49
 	$(CAPSRUN) explore dataset=multimnist checkpoint=results/capsnet-multimnist-small.pt out=docs/explorer-multimnist.html
 
-test: $(INSTALLED) ## run the tests that need minutes and no GPU
-	$(BIN)/python -m pytest
+# As many tests at once as there are cores, up to four, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-all: $(INSTALLED) ## run every test that this machine can run, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(INSTALLED) ## run the tests that need minutes and no GPU
+	$(PYTEST)
+
+test-all: $(SWEEPS) ## run every test that this machine can run, the slow ones too
+	$(PYTEST) -m "not gpu"
+
+fuzz: $(INSTALLED) ## fuzz the parsers, SECONDS=60 each, PARSERS="zip idx" or all; findings: fuzz/
+	$(BIN)/python scripts/fuzz.py --seconds $(or $(SECONDS),60) $(PARSERS)
+
+audit: $(INSTALLED) ## check the dependencies: pins, bounds, known vulnerabilities where they can be asked for
+	$(BIN)/python scripts/audit.py
 
 lint: $(INSTALLED) ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
