@@ -58,7 +58,7 @@ def test_result(tiny_run):
     assert sum(map(sum, result["confusion"])) == 1000
     assert result["images_per_second"] == pytest.approx(12 * 16 / result["train_seconds"])
     assert result["precision"] in ("fp32", "bf16")
-    assert "threads" in result["device"]
+    assert "thread" in result["device"]
     assert result["versions"]["torch"] == torch.__version__
     assert {"date", "git_commit"} <= result.keys()
 
