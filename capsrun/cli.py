@@ -20,7 +20,7 @@ from typing import Any
 
 from capsrun import __version__, completion
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, did_you_mean, process_rank
-from capsrun.runs.sweep import Done, Sweep, conducted, last_validation_error
+from capsrun.runs.sweep import Done, Sweep, conducted, handling, last_validation_error
 from capsrun.terminal import BOLD, RED, styled
 
 # So long other processes wait for the first one to say why all of them end.
@@ -349,15 +349,8 @@ def interruptible(asked: list[int]) -> Iterator[None]:
         asked.append(number)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # signals are not its business
+    with handling(end):
         yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def stopped_at_once(arguments: Sequence[str], number: int) -> int:

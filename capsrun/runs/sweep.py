@@ -234,7 +234,7 @@ def handling(handler: Handler) -> Iterator[None]:
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            signal.signal(number, earlier or signal.SIG_DFL)  # None where it was set from C
 
 
 @contextlib.contextmanager
