@@ -360,8 +360,6 @@ class BenchConfig:
     """Work is repeated for about so long in a turn."""
     spread_percent: float = setting(above=0)
     """A figure whose turns differ by more (interquartile range) is not quoted."""
-    memory: bool
-    """Whether to measure memory too, in a process for each kind of step."""
     profile: bool
     """Whether to show where the time of a step goes."""
     dataset: DatasetConfig

@@ -19,10 +19,11 @@ from capsrun import errors, models
 from capsrun.commands.train import train
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
-from capsrun.models import build_model, routing_cpu
+from capsrun.models import build_model, frequency_conv, native, routing_cpu
 from capsrun.models.capsnet import CapsNet
-from capsrun.models.routing import capsule_votes, route
-from capsrun.models.routing_cpu import load_kernels, route_fused
+from capsrun.models.patch_conv import patch_conv2d
+from capsrun.models.routing import capsule_votes, route, squash
+from capsrun.models.routing_cpu import load_kernels, route_fused, squash_fused
 from capsrun.models.strided_conv import relu_strided_conv2d
 from capsrun.training import graph
 from capsrun.training.graph import CapturedSteps, Way
@@ -83,6 +84,54 @@ def test_fused_routing_is_routing(shape, leaky, bias, iterations):
     ours = with_gradients(fused, *tensors, seed)
     for name, a, b in zip(("v", "du", "dW", "dbias"), ours, exact):
         assert relative_error(a, b) < 1e-5, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(5, 32, 6, 8), (1, 2, 1, 8), (3, 4, 5, 3), (2, 1, 2, 1)])
+def test_fused_squash_is_squash(shape):
+    """Capsules of PrimaryCaps from its maps, types first, and zeros among them."""
+    batch, types, px, dimensions = shape
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(batch, types * dimensions, px, px, generator=generator)
+    bias = torch.randn(types * dimensions, generator=generator) / 10
+    maps[0], bias[:dimensions] = 0, 0
+    seed = torch.randn(batch, types * px**2, dimensions, generator=generator)
+    weights = torch.empty(types * px**2, dimensions, 3, 2)
+
+    def plain(maps, bias, _):
+        poses = (maps / 32 + bias[:, None, None]).unflatten(1, (types, dimensions))
+        return squash(poses.permute(0, 1, 3, 4, 2).flatten(1, 3))
+
+    def fused(maps, bias, _):
+        return squash_fused(maps, bias, 1 / 32, weights)
+
+    exact = with_gradients(plain, maps.double(), bias.double(), None, seed.double())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid = maps.contiguous(memory_format=memory_format)
+        for a, b in zip(with_gradients(fused, laid, bias, None, seed), exact):
+            assert a.isfinite().all()
+            assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_convolution_of_patches_is_a_convolution(channels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, channels, 12, 11, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, channels, 4, 4, generator=generator, dtype=torch.float64) / 4
+    bias = torch.randn(5, generator=generator, dtype=torch.float64)
+    values = []
+    for convolve, kind in ((F.conv2d, torch.float64), (patch_conv2d, dtype)):
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            value = convolve(images, w, b)
+        assert value.dtype == kind
+        value.backward(torch.ones_like(value) + value.detach())
+        assert w.grad.dtype == b.grad.dtype == torch.float64
+        values.append([value.detach(), w.grad, b.grad])
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    for exact, ours in zip(*values):
+        assert relative_error(ours.double(), exact) < tolerance
 
 
 @needs_compiler
@@ -271,9 +320,11 @@ def fresh_kernels(tmp_path, monkeypatch):
     """Nothing built yet, and an empty cache folder."""
     monkeypatch.setattr(errors, "notices", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    load_kernels.cache_clear()
+    for load in (load_kernels, frequency_conv.load_kernels):
+        load.cache_clear()
     yield tmp_path
-    load_kernels.cache_clear()
+    for load in (load_kernels, frequency_conv.load_kernels):
+        load.cache_clear()
 
 
 @needs_compiler
@@ -282,13 +333,13 @@ def test_kernels_are_built_once(fresh_kernels, monkeypatch):
     (built,) = (fresh_kernels / "cache" / "capsrun").iterdir()
     written = built.stat().st_mtime_ns
     load_kernels.cache_clear()
-    original = routing_cpu._run
+    original = native._run
 
     def only_version(*command):
         assert command[1:] == ("--version",)
         return original(*command)
 
-    monkeypatch.setattr(routing_cpu, "_run", only_version)
+    monkeypatch.setattr(native, "_run", only_version)
     assert load_kernels(2, 3, 4) is not None
     assert built.stat().st_mtime_ns == written
 
@@ -301,7 +352,7 @@ def test_where_the_cache_cannot_be_written_kernels_are_built_all_the_same(
     monkeypatch.setenv("TMPDIR", str(fresh_kernels))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert load_kernels(2, 3, 4) is not None
-    assert len(list(fresh_kernels.glob("capsrun-*/routing-*.so"))) == 1
+    assert len(list(fresh_kernels.glob("capsrun-*/routing_cpu-*.so"))) == 1
     assert capsys.readouterr().err == ""
 
 
@@ -363,6 +414,22 @@ def test_strided_convolution_is_a_convolution(image, kernel, stride, dtype):
     tolerance = 1e-12 if dtype == torch.float64 else 0.02
     for name, exact, ours in zip(("output", "maps", "weight"), *values):
         assert relative_error(ours.double(), exact) < tolerance, name
+
+
+def test_the_frequency_domain_in_pytorchs_operations_is_the_same_network():
+    """A GPU's way, which is the same on a CPU."""
+    config = train_config(*TINY)
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    values = []
+    for frequency in (False, True):
+        model = build_model(config.model, config.routing, config.dataset)
+        model.frequency = frequency
+        lengths_BJ = model(images).lengths_BJ
+        lengths_BJ.square().sum().backward()
+        values.append([lengths_BJ.detach(), model.conv1.weight.grad, model.primarycaps.weight.grad])
+    assert not torch.equal(values[0][0], values[1][0]), "it is another way"
+    for ours, exact in zip(values[1], values[0]):
+        assert relative_error(ours, exact) < 1e-5
 
 
 def trained(config, steps, fast, precision="fp32"):
@@ -483,7 +550,9 @@ class FakeSteps:
     took: dict
 
     def __init__(self, trainer, batches, rates, count, pool=None):
-        self.way = Way(trainer.compute != trainer.forward, trainer.model.triton)
+        self.way = Way(
+            trainer.compute != trainer.forward, trainer.model.triton, trainer.model.frequency
+        )
         self.count, self.pool = count, pool or "pool"
         if isinstance(self.took.get(self.way), Exception):
             raise self.took[self.way]
@@ -500,6 +569,7 @@ BROKEN = RuntimeError("no compiler\nand more about it")
     [
         ({Way(True, True): 1.0, Way(True, False): 2.0}, Way(True, True), 0),
         ({Way(True, True): 2.0, Way(True, False): 1.0}, Way(True, False), 0),
+        ({Way(True, True): 2.0, Way(True, True, True): 1.0}, Way(True, True, True), 0),
         ({Way(True, True): BROKEN, Way(True, False): 3.0}, Way(True, False), 1),
         (
             {Way(True, True): BROKEN, Way(True, False): BROKEN, Way(False, True): 3.0}

@@ -282,7 +282,9 @@ def test_the_way_on_a_gpu_is_not_measured_then(monkeypatch, broken):
 
     class Steps:
         def __init__(self, trainer, *_):
-            self.way = graph.Way(trainer.compute != trainer.forward, trainer.model.triton)
+            self.way = graph.Way(
+                trainer.compute != trainer.forward, trainer.model.triton, trainer.model.frequency
+            )
             self.pool = None
             tried.append(self.way)
             if self.way in broken:

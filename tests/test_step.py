@@ -1,6 +1,8 @@
 """Schedule, Adam, device and precision."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,3 +139,29 @@ def test_the_gpu_is_used_and_computes_the_same():
         batch = Batch(*(t.to(device) for t in (images, torch.arange(8)[:, None], images[:, None])))
         losses.append([trainer.step(batch, step).losses.total.item() for step in range(10)])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept():
+    """Page faults of a large tensor that is made, filled and freed a second time."""
+    script = """
+import ctypes, resource, sys, torch
+from capsrun.training.step import keep_freed_memory
+if not hasattr(ctypes.CDLL(None), "mallopt"):
+    sys.exit("no glibc")
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+faults = []
+for _ in range(3):
+    torch.ones(25_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[2] - faults[1])
+"""
+    counts = {}
+    for kind in ("kept", "given back"):
+        command = [sys.executable, "-c", script, kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.stderr == "no glibc\n":
+            pytest.skip("another C library than glibc")
+        counts[kind] = int(done.stdout)
+    assert counts["kept"] < 100 < counts["given back"]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capsrun.config import CapsNetConfig, RoutingConfig
-from capsrun.models import routing_cpu
+from capsrun.models import frequency_conv, routing_cpu
 from capsrun.models.initialisation import initialise_as_authors
+from capsrun.models.patch_conv import patch_conv2d
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 from capsrun.models.strided_conv import relu_strided_conv2d
 
@@ -71,6 +72,12 @@ class CapsNet(nn.Module):
 
     fast = False
     """Whether to compute the same numbers, to rounding, in the fastest way that is known here."""
+    direct = False
+    """Whether a fast network on a CPU convolves directly all the same, and makes its capsules with
+    PyTorch's operations; `capsrun bench` compares with this."""
+    frequency = False
+    """Whether PrimaryCaps is `frequency_conv2d` of PyTorch's operations in training: on a GPU if it
+    is faster there, which was not measured yet."""
     triton = False
     """Whether a fast network routes with Triton kernels on a GPU, not with PyTorch's operations."""
 
@@ -157,20 +164,47 @@ class CapsNet(nn.Module):
         """
         seen_BCHW = images_BCHW[..., : self.seen_px, : self.seen_px]
         if self.config.padding == "same":
-            maps = F.pad(self.conv1(F.pad(seen_BCHW, 2 * self.conv1_pads)), 2 * self.primary_pads)
+            maps = F.pad(self._conv1(F.pad(seen_BCHW, 2 * self.conv1_pads)), 2 * self.primary_pads)
         else:
-            maps = self.conv1(seen_BCHW)
-        # What is exported consists of PyTorch's operations only.
-        if self.fast and maps.device.type == "cpu" and not torch.compiler.is_exporting():
-            maps = relu_strided_conv2d(maps, self.primarycaps.weight, stride=2)
-        else:
-            maps = F.conv2d(F.relu(maps), self.primarycaps.weight, stride=2)
+            maps = self._conv1(seen_BCHW)
         # Capsules compute in the precision of their weights (float32), whatever autocast does.
-        maps = maps.to(self.digitcaps_weight.dtype) * self.primary_scale
-        assert self.primarycaps.bias is not None
-        maps = maps + self.primarycaps.bias[:, None, None]
+        maps = self._relu_primary_conv(maps).to(self.digitcaps_weight.dtype)
+        bias = self.primarycaps.bias
+        assert bias is not None
+        if self._on_fast_cpu(maps) and not self.direct:
+            poses = routing_cpu.squash_fused(maps, bias, self.primary_scale, self.digitcaps_weight)
+            if poses is not None:
+                return poses
+        maps = maps * self.primary_scale + bias[:, None, None]
         maps_BTKHW = maps.unflatten(1, (self.config.primary_types, self.config.primary_dimensions))
         return squash(maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3))
+
+    def _conv1(self, images_BCHW: Tensor) -> Tensor:
+        """Conv1 without its ReLU."""
+        weight, bias = self.conv1.weight, self.conv1.bias
+        training = (
+            torch.is_grad_enabled() and weight.requires_grad and not images_BCHW.requires_grad
+        )
+        if training and self._on_fast_cpu(images_BCHW) and not self.direct:
+            assert bias is not None
+            return patch_conv2d(images_BCHW, weight, bias)
+        return self.conv1(images_BCHW)
+
+    def _on_fast_cpu(self, tensor: Tensor) -> bool:
+        # What is exported consists of PyTorch's operations only.
+        return self.fast and tensor.device.type == "cpu" and not torch.compiler.is_exporting()
+
+    def _relu_primary_conv(self, maps_BCHW: Tensor) -> Tensor:
+        """ReLU and the PrimaryCaps convolution, in the fastest way that there is for them here."""
+        weight = self.primarycaps.weight
+        if self.frequency and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            return frequency_conv.frequency_conv2d(F.relu(maps_BCHW), weight, stride=2)
+        if not self._on_fast_cpu(maps_BCHW):
+            return F.conv2d(F.relu(maps_BCHW), weight, stride=2)
+        found = None
+        if not self.direct and frequency_conv.is_faster(len(maps_BCHW)):
+            found = frequency_conv.relu_frequency_conv2d(maps_BCHW, weight, stride=2)
+        return relu_strided_conv2d(maps_BCHW, weight, stride=2) if found is None else found
 
     @property
     def primary_scale(self) -> float:

@@ -16,6 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -38,6 +42,8 @@ static inline vec bounded(vec x) {
   x = x > most ? most : x;  // written so that NaN stays NaN
   return x < -most ? -most : x;
 }
+
+static inline float bound(float x) { return x > 2e17f ? 2e17f : x < -2e17f ? -2e17f : x; }
 
 static inline vec square_root(vec x) {
   vec y;
@@ -63,22 +69,64 @@ static inline vec exponential(vec x) {
   return p * (vec)power;
 }
 
+static inline vec load(const float *from) {
+  vec x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
 static inline vec *allocate(size_t vectors) {
   return (vec *)aligned_alloc(64, (vectors * sizeof(vec) + 63) / 64 * 64);
 }
 
+// Transpose LANES × LANES numbers: blocks of `step` change places, from the largest to single ones.
+static inline void transpose(vec *rows) {
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step > 0; step /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if (i & step) continue;
+      vec upper = rows[i], lower = rows[i + step];
+#ifdef __AVX512F__
+      const int_vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const int_vec left = lane + (lane & step) / step * (LANES - step), right = left + step;
+      rows[i] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)left, (__m512)lower);
+      rows[i + step] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)right, (__m512)lower);
+#else
+      for (int lane = 0; lane < LANES; lane++) {
+        rows[i][lane] = lane & step ? lower[lane - step] : upper[lane];
+        rows[i + step][lane] = lane & step ? lower[lane] : upper[lane + step];
+      }
+#endif
+    }
+}
+
 // Copy `width` numbers of each image, `stride` apart from image to image, into lanes, and back.
+// LANES numbers at a time: the images' rows often share their few lines of the cache.
 static void pack(const float *rows, size_t stride, int images, size_t width, vec *packed) {
-  for (size_t n = 0; n < width; n++) {
-    vec x = {};
-    for (int lane = 0; lane < images; lane++) x[lane] = rows[lane * stride + n];
-    packed[n] = x;
+  for (size_t n = 0; n < width; n += LANES) {
+    size_t count = width - n < LANES ? width - n : LANES;
+    vec block[LANES] = {};
+    for (int lane = 0; lane < images; lane++) {
+      if (count == LANES) block[lane] = load(rows + lane * stride + n);
+      else memcpy(block + lane, rows + lane * stride + n, count * sizeof(float));
+    }
+    transpose(block);
+    for (size_t i = 0; i < count; i++) packed[n + i] = block[i];
   }
 }
 
 static void unpack(const vec *packed, size_t stride, int images, size_t width, float *rows) {
-  for (int lane = 0; lane < images; lane++)
-    for (size_t n = 0; n < width; n++) rows[lane * stride + n] = packed[n][lane];
+  for (size_t n = 0; n < width; n += LANES) {
+    size_t count = width - n < LANES ? width - n : LANES;
+    vec block[LANES] = {};
+    for (size_t i = 0; i < count; i++) block[i] = packed[n + i];
+    transpose(block);
+    for (int lane = 0; lane < images; lane++) {
+      if (count == LANES) memcpy(rows + lane * stride + n, block + lane, sizeof(vec));
+      else memcpy(rows + lane * stride + n, block + lane, count * sizeof(float));
+    }
+  }
 }
 
 // v = s |s| / (1 + |s|²)
@@ -106,22 +154,24 @@ static inline void squash_backward(const vec *s, const vec *dv, vec *ds) {
   }
 }
 
-// The votes of one input capsule, Eq. 2.
-static inline void votes_of(const vec *u, const float *weights, vec *votes) {
-  vec mine[K];
-  for (int k = 0; k < K; k++) mine[k] = u[k];
-  for (int n = 0; n < N; n++) {
-    vec sum = mine[0] * weights[n];
-    for (int k = 1; k < K; k++) sum += mine[k] * weights[k * N + n];
-    votes[n] = sum;
-  }
+// One number of the votes of one input capsule, Eq. 2.
+static inline vec vote(const vec *u, const float *weights, int n) {
+  vec sum = u[0] * weights[n];
+  for (int k = 1; k < K; k++) sum += u[k] * weights[k * N + n];
+  return sum;
 }
 
-// products[j] = sum over d of votes[j][d] * vectors[j][d]
-static inline void dot_products(const vec *votes, const vec *vectors, vec *products) {
+// The votes of one input capsule, and products[j] = sum over d of votes[j][d] * vectors[j][d].
+static inline void votes_and_products(const vec *u, const float *weights, const vec *vectors, vec *votes,
+                                      vec *products) {
+  vec mine[K];
+  for (int k = 0; k < K; k++) mine[k] = u[k];
   for (int j = 0; j < J; j++) {
     vec sum = {};
-    for (int d = 0; d < D; d++) sum += votes[j * D + d] * vectors[j * D + d];
+    for (int n = j * D; n < (j + 1) * D; n++) {
+      votes[n] = vote(mine, weights, n);
+      sum += votes[n] * vectors[n];
+    }
     products[j] = sum;
   }
 }
@@ -137,7 +187,45 @@ static inline void softmax(const vec *b, int leaky, vec *c) {
   for (int j = 0; j < J; j++) highest = larger(b[j], highest);
   vec total = leaky ? exponential(-highest) : (vec){};
   for (int j = 0; j < J; j++) total += c[j] = exponential(b[j] - highest);
-  for (int j = 0; j < J; j++) c[j] /= total;
+  vec share = 1.0f / total;
+  for (int j = 0; j < J; j++) c[j] *= share;
+}
+
+// The input capsules u [B][T][P][K] = squash(maps [B][P][T][K] * scale + bias [T][K]) of P places.
+extern "C" void poses_forward(const float *maps, const float *bias, float scale, int B, int P, int T,
+                              int threads, float *u) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+  for (int image = 0; image < B; image++)
+    for (int place = 0; place < P; place++)
+      for (int t = 0; t < T; t++) {
+        const float *from = maps + (((size_t)image * P + place) * T + t) * K;
+        float *to = u + (((size_t)image * T + t) * P + place) * K;
+        float s[K], square = 0;
+        for (int k = 0; k < K; k++) s[k] = bound(from[k] * scale + bias[t * K + k]);
+        for (int k = 0; k < K; k++) square += s[k] * s[k];
+        float factor = sqrtf(square) / (1 + square);
+        for (int k = 0; k < K; k++) to[k] = s[k] * factor;
+      }
+}
+
+// From du to dmaps, see squash_backward.
+extern "C" void poses_backward(const float *maps, const float *bias, float scale, const float *du,
+                               int B, int P, int T, int threads, float *dmaps) {
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+  for (int image = 0; image < B; image++)
+    for (int place = 0; place < P; place++)
+      for (int t = 0; t < T; t++) {
+        size_t at = (((size_t)image * P + place) * T + t) * K;
+        const float *from = du + (((size_t)image * T + t) * P + place) * K;
+        float s[K], square = 0, product = 0;
+        for (int k = 0; k < K; k++) s[k] = bound(maps[at + k] * scale + bias[t * K + k]);
+        for (int k = 0; k < K; k++) square += s[k] * s[k];
+        for (int k = 0; k < K; k++) product += s[k] * from[k];
+        float norm = sqrtf(square), below = 1 + square;
+        float along = product * (1 - square) / ((norm == 0 ? 1 : norm) * below * below);
+        if (square > 1e8f) along = -product / norm / below;
+        for (int k = 0; k < K; k++) dmaps[at + k] = (from[k] * norm / below + s[k] * along) * scale;
+      }
 }
 
 extern "C" int lanes() { return LANES; }
@@ -160,12 +248,13 @@ extern "C" void route_forward(const float *u, const float *weights, const float 
       vec *kept = couplings && r ? (vec *)couplings + ((size_t)g * (R - 1) + r - 1) * I * J : 0;
       for (int n = 0; n < N; n++) s[n] = (vec){};
       for (int i = 0; i < I; i++) {
-        votes_of(inputs + (size_t)i * K, weights + (size_t)i * K * N, votes);
+        const vec *mine = inputs + (size_t)i * K;
+        const float *matrix = weights + (size_t)i * K * N;
         if (r == 0) {
-          for (int n = 0; n < N; n++) s[n] += votes[n];
+          for (int n = 0; n < N; n++) s[n] += vote(mine, matrix, n);
           continue;
         }
-        dot_products(votes, capsules, b);
+        votes_and_products(mine, matrix, capsules, votes, b);
         for (int j = 0; j < J; j++) {
           if (r > 1) b[j] += logits[i * J + j];
           logits[i * J + j] = b[j];
@@ -195,7 +284,8 @@ extern "C" void route_forward(const float *u, const float *weights, const float 
 // each ds_r, then each v_(r-1)), and db of every iteration but the first in `dlogits` (as couplings).
 //
 // Inputs: those of the forward pass, what it kept, and dv [B][J][D].
-// Outputs: du, dweights, dsums [B][R][J][D]; terms and dlogits are working space.
+// Outputs: du, dweights, dsums [B][R][J][D]; terms, with room for LANES more, and dlogits are working
+// space.
 extern "C" void route_backward(const float *u, const float *weights, const float *sums,
                                const float *couplings, const float *dv, int B, int I, int R,
                                int leaky, int threads, float *dlogits, float *terms, float *du,
@@ -227,8 +317,8 @@ extern "C" void route_backward(const float *u, const float *weights, const float
       const vec *later_db = r < R - 1 ? my_db + (size_t)I * J : 0;
       for (int n = 0; n < N; n++) dcapsules[n] = (vec){};
       for (int i = 0; i < I; i++, c += J) {
-        votes_of(inputs + (size_t)i * K, weights + (size_t)i * K * N, votes);
-        dot_products(votes, ds, db);  // now it is dc
+        // Of the products with ds, which are dc, those of the logits' gradients are made.
+        votes_and_products(inputs + (size_t)i * K, weights + (size_t)i * K * N, ds, votes, db);
         vec mean = {};
         for (int j = 0; j < J; j++) mean += c[j] * db[j];
         for (int j = 0; j < J; j++) {
@@ -263,32 +353,29 @@ extern "C" void route_backward(const float *u, const float *weights, const float
     free(dinputs);
     free(vectors);
   }
-  // Then the gradient of the weights, a sum over images; here a vector register holds d, not images.
-  enum { TOGETHER = 4 };  // images added at once, so that a sum is loaded and stored less often
+  // Then the gradient of the weights, a sum over images that stays in registers, with D in their
+  // lanes; `terms` for one j and all images stay in the cache while some input capsules pass.
+  enum { CHUNK = 16 };
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int i = 0; i < I; i++) {
-    float sum[K][N] __attribute__((aligned(64))) = {};
-    for (int first = 0; first < B; first += TOGETHER) {
-      float dvotes[TOGETHER][N] __attribute__((aligned(64))) = {}, inputs[TOGETHER][K] = {};
-      for (int n = 0; n < TOGETHER && first + n < B; n++) {
-        size_t image = first + n;
-        const float *vectors = terms + image * count * N;
-        memcpy(inputs[n], u + (image * I + i) * K, sizeof inputs[n]);
-        memcpy(dvotes[n], vectors, sizeof dvotes[n]);
-        for (int r = 1; r < R; r++)
-          for (int j = 0; j < J; j++) {
-            size_t row = (image / LANES * (R - 1) + r - 1) * I + i;
-            size_t at = (row * J + j) * LANES + image % LANES;
-            const float *ds = vectors + r * N + j * D, *before = ds + (R - 1) * N;
-            float c = couplings[at], db = dlogits[at];
-            for (int d = 0; d < D; d++) dvotes[n][j * D + d] += c * ds[d] + db * before[d];
+  for (int first = 0; first < I; first += CHUNK)
+    for (int j = 0; j < J; j++)
+      for (int d = 0; d < D; d += LANES)
+        for (int i = first; i < first + CHUNK && i < I; i++) {
+          vec sum[K] = {};
+          for (int image = 0; image < B; image++) {
+            const float *vectors = terms + (size_t)image * count * N + j * D + d;
+            vec dvotes = load(vectors);
+            for (int r = 1; r < R; r++) {
+              size_t row = ((size_t)(image / LANES) * (R - 1) + r - 1) * I + i;
+              size_t at = (row * J + j) * LANES + image % LANES;
+              dvotes += couplings[at] * load(vectors + r * N);
+              dvotes += dlogits[at] * load(vectors + (R - 1 + r) * N);
+            }
+            const float *inputs = u + ((size_t)image * I + i) * K;
+            for (int k = 0; k < K; k++) sum[k] += inputs[k] * dvotes;
           }
-      }
-      for (int k = 0; k < K; k++)
-        for (int n = 0; n < N; n++)
-          sum[k][n] += inputs[0][k] * dvotes[0][n] + inputs[1][k] * dvotes[1][n] +
-                       inputs[2][k] * dvotes[2][n] + inputs[3][k] * dvotes[3][n];
-    }
-    memcpy(dweights + (size_t)i * K * N, sum, sizeof sum);
-  }
+          size_t width = D - d < LANES ? D - d : LANES;
+          for (int k = 0; k < K; k++)
+            memcpy(dweights + ((size_t)i * K + k) * N + j * D + d, sum + k, width * sizeof(float));
+        }
 }

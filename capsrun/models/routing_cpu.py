@@ -9,13 +9,6 @@ R routing iterations.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from capsrun.errors import notice
+from capsrun.models.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # A thread has vectors of K and of J · D numbers for 16 images on its stack, and the K · J · D
@@ -41,6 +35,29 @@ def route_fused(
     kernel does not take these tensors.
     """
     tensors = [inputs_BIK, weights_IKJD] + ([] if bias_JD is None else [bias_JD])
+    kernels = _kernels_for(weights_IKJD, *tensors)
+    if kernels is None:
+        return None
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return _Route.apply(inputs_BIK, weights_IKJD, bias_JD, iterations, leaky, kernels, keep)
+
+
+def squash_fused(
+    maps_BCHW: Tensor, bias_C: Tensor, scale: float, weights_IKJD: Tensor
+) -> Tensor | None:
+    """PrimaryCaps' outputs to its capsules, `squash(maps * scale + bias)`; (B, I, K).
+
+    Input capsules are in the order of types, rows and columns. weights: those of the votes.
+    None as in `route_fused`.
+    """
+    kernels = _kernels_for(weights_IKJD, maps_BCHW, bias_C)
+    if kernels is None:
+        return None
+    return _Squash.apply(maps_BCHW, bias_C, scale, weights_IKJD.shape[1], kernels)
+
+
+def _kernels_for(weights_IKJD: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels for the votes' weights, if they take them, and all tensors."""
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None  # nothing that a user could mend: checks in double precision, say
     _, dimensions, outputs, output_dimensions = weights_IKJD.shape
@@ -55,11 +72,44 @@ def route_fused(
             "too large for the fast way, so it takes ten times longer"
         )
         return None
-    kernels = load_kernels(dimensions, outputs, output_dimensions)
-    if kernels is None:
-        return None
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _Route.apply(inputs_BIK, weights_IKJD, bias_JD, iterations, leaky, kernels, keep)
+    return load_kernels(dimensions, outputs, output_dimensions)
+
+
+class _Squash(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        maps_BCHW: Tensor,
+        bias_C: Tensor,
+        scale: float,
+        dimensions: int,
+        kernels: ctypes.CDLL,
+    ) -> Tensor:
+        maps_BCHW = maps_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = maps_BCHW.shape
+        sizes = batch, height * width, channels // dimensions
+        inputs_BIK = maps_BCHW.new_empty(batch, sizes[1] * sizes[2], dimensions)
+        kernels.poses_forward(
+            *map(address, (maps_BCHW, bias_C)),
+            *(scale, *sizes, torch.get_num_threads()),
+            address(inputs_BIK),
+        )
+        ctx.save_for_backward(maps_BCHW, bias_C)
+        ctx.scale, ctx.sizes, ctx.kernels = scale, sizes, kernels
+        return inputs_BIK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        maps_BCHW, bias_C = ctx.saved_tensors
+        to_inputs_BIK = gradients[0].contiguous()
+        to_maps_BCHW = torch.empty_like(maps_BCHW)
+        ctx.kernels.poses_backward(
+            *map(address, (maps_BCHW, bias_C)),
+            *(ctx.scale, address(to_inputs_BIK), *ctx.sizes, torch.get_num_threads()),
+            address(to_maps_BCHW),
+        )
+        return to_maps_BCHW, to_maps_BCHW.sum((0, 2, 3)) / ctx.scale, None, None, None
 
 
 class _Route(torch.autograd.Function):
@@ -87,9 +137,9 @@ class _Route(torch.autograd.Function):
             sums_BRJD = inputs_BIK.new_empty(batch, iterations, outputs, dimensions)
             couplings = inputs_BIK.new_empty(groups, iterations - 1, count, outputs, lanes)
         kernels.route_forward(
-            *map(_address, (inputs_BIK, weights_IKJD, bias_JD)),
+            *map(address, (inputs_BIK, weights_IKJD, bias_JD)),
             *(batch, count, iterations, int(leaky), torch.get_num_threads()),
-            *map(_address, (capsules_BJD, sums_BRJD, couplings)),
+            *map(address, (capsules_BJD, sums_BRJD, couplings)),
         )
         ctx.save_for_backward(inputs_BIK, weights_IKJD, sums_BRJD, couplings)
         ctx.iterations, ctx.leaky, ctx.kernels = iterations, leaky, kernels
@@ -103,96 +153,39 @@ class _Route(torch.autograd.Function):
         outputs, dimensions = weights_IKJD.shape[2:]
         to_capsules_BJD = gradients[0].contiguous()
         to_couplings = torch.empty_like(couplings)
-        terms = inputs_BIK.new_empty(batch, 2 * ctx.iterations - 1, outputs, dimensions)
+        numbers = batch * (2 * ctx.iterations - 1) * outputs * dimensions
+        terms = inputs_BIK.new_empty(numbers + ctx.kernels.lanes())
         to_inputs_BIK, to_weights_IKJD = (
             torch.empty_like(inputs_BIK),
             torch.empty_like(weights_IKJD),
         )
         to_sums_BRJD = torch.empty_like(sums_BRJD)
         ctx.kernels.route_backward(
-            *map(_address, (inputs_BIK, weights_IKJD, sums_BRJD, couplings, to_capsules_BJD)),
+            *map(address, (inputs_BIK, weights_IKJD, sums_BRJD, couplings, to_capsules_BJD)),
             *(batch, count, ctx.iterations, int(ctx.leaky), torch.get_num_threads()),
-            *map(_address, (to_couplings, terms, to_inputs_BIK, to_weights_IKJD, to_sums_BRJD)),
+            *map(address, (to_couplings, terms, to_inputs_BIK, to_weights_IKJD, to_sums_BRJD)),
         )
         to_bias_JD = to_sums_BRJD.sum((0, 1)) if ctx.needs_input_grad[2] else None
         return to_inputs_BIK, to_weights_IKJD, to_bias_JD, None, None, None, None
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 @functools.cache
 def load_kernels(dimensions: int, outputs: int, output_dimensions: int) -> ctypes.CDLL | None:
-    """Build the kernels for these sizes (K, J, D), or take them from the cache; None without them.
-
-    Says once why there are none.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(
-        filter(None, [shutil.which("g++") or shutil.which("clang++")])
-    )
-    if not compiler:
-        notice(
-            "no C++ compiler (g++ or clang++) here, so routing takes ten times longer; install g++ "
-            "for the fast way"
-        )
-        return None
-    sizes = [f"-DK={dimensions}", f"-DJ={outputs}", f"-DD={output_dimensions}"]
-    try:
-        kernels = ctypes.CDLL(str(_build(compiler, sizes)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        reason = next(iter(said.strip().splitlines()), type(error).__name__)
-        notice(
-            f"the fast routing could not be built with {compiler[0]} ({reason}), so routing takes "
-            "ten times longer; install g++, or name another compiler in the variable CXX"
-        )
+    """The kernels for these sizes (K, J, D); None, having said why once, where there are none."""
+    kernels = load_library(SOURCE, {"K": dimensions, "J": outputs, "D": output_dimensions})
+    if kernels is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernels.route_forward.argtypes = [pointer] * 3 + [number] * 5 + [pointer] * 3
     kernels.route_backward.argtypes = [pointer] * 5 + [number] * 5 + [pointer] * 5
+    kernels.poses_forward.argtypes = [pointer] * 2 + [ctypes.c_float] + [number] * 4 + [pointer]
+    kernels.poses_backward.argtypes = [
+        *[pointer] * 2,
+        ctypes.c_float,
+        pointer,
+        *[number] * 4,
+        pointer,
+    ]
+    kernels.poses_forward.restype = kernels.poses_backward.restype = None
     kernels.route_forward.restype = kernels.route_backward.restype = None
     return kernels
-
-
-def _build(compiler: list[str], sizes: list[str]) -> Path:
-    """Compile the kernels into the cache folder, unless they are there; returns the library."""
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", *sizes]
-    # Two OpenMP runtimes in one process would fight for the cores, so PyTorch's own is linked.
-    openmp = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
-    version = _run(*compiler, "--version")
-    key = "\n".join([SOURCE.read_text(), *compiler, version, *flags, *openmp, _cpu()])
-    library = _cache_dir() / f"routing-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            # Built aside and renamed: another process never loads half a library.
-            compiled, linked = Path(folder) / "routing.o", Path(folder) / "routing.so"
-            _run(*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled))
-            _run(*compiler, "-shared", str(compiled), "-o", str(linked), *(openmp or ["-fopenmp"]))
-            linked.replace(library)
-    return library
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-def _cache_dir() -> Path:
-    """The user's cache folder, or where it cannot be written one for this process alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsrun"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="capsrun-"))
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on, for a cache folder that several machines share."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {features}"

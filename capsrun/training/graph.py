@@ -31,12 +31,19 @@ class Way(NamedTuple):
     """Whether the forward and backward pass go through `torch.compile`."""
     triton: bool
     """Whether votes and routing are the Triton kernels of `models/routing_gpu.py`."""
+    frequency: bool = False
+    """Whether PrimaryCaps is `frequency_conv2d`; how fast that is there was not measured yet."""
 
     def __str__(self) -> str:
-        return ("compiled" if self.compiled else "eager") + (", Triton routing" * self.triton)
+        parts = ["compiled" if self.compiled else "eager"]
+        parts += ["Triton routing"] * self.triton + ["frequency domain"] * self.frequency
+        return ", ".join(parts)
 
 
-WAYS = (Way(True, True), Way(True, False), Way(False, True), Way(False, False))
+WAYS = (
+    *(Way(True, True), Way(True, True, True), Way(True, False)),
+    *(Way(False, True), Way(False, True, True), Way(False, False)),
+)
 # Neither is chosen by a measurement: a compiler tries kernels that add in different orders, and the
 # fastest way is not always the same one. Of these the first that works here is taken.
 DETERMINISTIC_WAYS = (Way(False, True), Way(False, False))
@@ -81,8 +88,8 @@ class GraphedSteps:
         for way in DETERMINISTIC_WAYS if self._deterministic else WAYS:
             if self._deterministic and self.seconds:
                 break
-            if way.triton and not isinstance(self._trainer.model, CapsNet):
-                continue  # nothing is routed
+            if (way.triton or way.frequency) and not isinstance(self._trainer.model, CapsNet):
+                continue  # nothing is routed, and there are no primary capsules
             if not way.compiled and any(known.compiled for known in self.seconds):
                 break  # what is compiled works, and is faster
             try:
@@ -91,6 +98,8 @@ class GraphedSteps:
                 torch.testing.assert_close(outcome, reference, rtol=0.05, atol=1e-6)
                 self.seconds[way] = CapturedSteps(self._trainer, batches, self._rates, 1).seconds()
             except Exception as error:  # whatever a compiler or a driver finds wrong
+                if way.frequency:
+                    continue  # never needed
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 notice(
                     f"the training step cannot be captured {way} ({reason}), so it may be slower"
@@ -114,7 +123,7 @@ class GraphedSteps:
 
     def _use(self, way: Way) -> None:
         trainer = self._trainer
-        trainer.model.triton = way.triton
+        trainer.model.triton, trainer.model.frequency = way.triton, way.frequency
         # One compilation, for one shape: a batch is always full.
         forward = trainer.forward
         trainer.compute = torch.compile(forward, dynamic=False) if way.compiled else forward

@@ -12,6 +12,7 @@ from torch import Tensor
 from capsrun.data import Split
 from capsrun.data.batches import in_class_order
 from capsrun.models import Model
+from capsrun.models.frequency_conv import weights_stay
 from capsrun.training.losses import class_presence
 from capsrun.training.step import Progress, autocast
 
@@ -76,6 +77,7 @@ def predicted_classes(scores_BJ: Tensor, digits: int) -> Tensor:
 
 
 @torch.inference_mode()
+@weights_stay()
 def score_split(
     models: Model | Sequence[Model],
     split: Split,

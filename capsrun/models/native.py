@@ -1,0 +1,101 @@
+"""C++ kernels that are compiled where they are used, for its processor and the sizes at hand.
+
+It takes a C++ compiler and seconds; the result is kept in the user's cache folder.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from capsrun.errors import notice
+
+
+def load_library(source: Path, constants: Mapping[str, int | None]) -> ctypes.CDLL | None:
+    """Build `source`, or take it from the cache, with these constants; None where that fails.
+
+    Says once why it failed, and that it makes steps slower.
+    """
+    compiler = find_compiler()
+    if not compiler:
+        notice(
+            "no C++ compiler (g++ or clang++) here, so a step takes several times longer; install "
+            "g++ for the fast way"
+        )
+        return None
+    defines = [
+        f"-D{name}" + ("" if value is None else f"={value}") for name, value in constants.items()
+    ]
+    try:
+        return ctypes.CDLL(str(_build(source, compiler, defines)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        reason = next(iter(said.strip().splitlines()), type(error).__name__)
+        notice(
+            f"the fast kernels could not be built with {compiler[0]} ({reason}), so a step takes "
+            "several times longer; install g++, or name another compiler in the variable CXX"
+        )
+        return None
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler; empty where there is none."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    return shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, for a kernel's pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _build(source: Path, compiler: list[str], defines: list[str]) -> Path:
+    """Compile the kernels into the cache folder, unless they are there; returns the library."""
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi", *defines]
+    # Two OpenMP runtimes in one process would fight for the cores, so PyTorch's own is linked.
+    openmp = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
+    version = _run(*compiler, "--version")
+    key = "\n".join([source.read_text(), *compiler, version, *flags, *openmp, _cpu()])
+    library = _cache_dir() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            # Built aside and renamed: another process never loads half a library.
+            compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+            _run(*compiler, *flags, "-c", str(source), "-o", str(compiled))
+            _run(*compiler, "-shared", str(compiled), "-o", str(linked), *(openmp or ["-fopenmp"]))
+            linked.replace(library)
+    return library
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def _cache_dir() -> Path:
+    """The user's cache folder, or where it cannot be written one for this process alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsrun"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="capsrun-"))
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on, for a cache folder that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {features}"

@@ -1,0 +1,335 @@
+"""PrimaryCaps in the frequency domain is the convolution: values, gradients, rounding, any size."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from conftest import needs_compiler, train_config
+from torch.nn import functional as F
+
+from capsrun.models import build_model, frequency_conv, native
+from capsrun.models.frequency_conv import (
+    frequency_conv2d,
+    load_kernels,
+    relu_frequency_conv2d,
+    weights_stay,
+)
+
+# Batch, channels, outputs, pixels, kernel, stride.
+SIZES = [
+    (3, 4, 6, 19, 9, 2),  # 27 px: capsules' grid 6, the paper's sizes
+    (1, 1, 1, 9, 9, 2),  # 17 px, the smallest image: one place
+    (2, 3, 5, 20, 9, 2),  # a last row and column that reach no output
+    (127, 5, 3, 11, 9, 2),
+    (2, 17, 33, 13, 9, 2),  # tiles that are not full
+    (2, 4, 4, 37, 9, 2),  # 45 px, an odd number of samples
+    (2, 3, 2, 12, 4, 3),
+    (2, 3, 2, 9, 3, 1),
+    (2, 2, 3, 8, 2, 3),  # a kernel smaller than the stride
+    (2, 2, 3, 3, 1, 1),
+]
+
+
+def relative_error(ours, exact):
+    """L2, in float64."""
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def draw(sizes):
+    """Maps, kernel and a gradient of the outputs, in float64."""
+    batch, channels, outputs, px, kernel_px, stride = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    maps, weight = normal(batch, channels, px, px), normal(outputs, channels, kernel_px, kernel_px)
+    grid_px = (px - kernel_px) // stride + 1
+    return maps, weight / kernel_px, normal(batch, outputs, grid_px, grid_px)
+
+
+def with_gradients(convolve, maps, weight, gradient, stride):
+    """The outputs, and the gradients of maps and kernel."""
+    maps, weight = maps.clone().requires_grad_(), weight.clone().requires_grad_()
+    outputs = convolve(maps, weight, stride)
+    outputs.backward(gradient.to(outputs.dtype))
+    return [outputs.detach(), maps.grad, weight.grad]
+
+
+def direct(maps, weight, stride):
+    return F.conv2d(F.relu(maps), weight.to(maps.dtype), stride=stride)
+
+
+def plain(maps, weight, stride):
+    return frequency_conv2d(F.relu(maps), weight, stride)
+
+
+def spied(monkeypatch):
+    """Grows by whether the kernels did it, with each call from a network."""
+    found, original = [], frequency_conv.relu_frequency_conv2d
+
+    def spy(*arguments, **settings):
+        value = original(*arguments, **settings)
+        found.append(value is not None)
+        return value
+
+    monkeypatch.setattr(frequency_conv, "relu_frequency_conv2d", spy)
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_of_spectra_are_a_convolution(sizes):
+    maps, weight, gradient = draw(sizes)
+    exact = with_gradients(direct, maps, weight, gradient, sizes[-1])
+    ours = with_gradients(plain, maps, weight, gradient, sizes[-1])
+    for a, b in zip(ours, exact):
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 1e-12
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", SIZES)
+def test_kernels_are_the_convolution_in_float32(sizes):
+    maps, weight, gradient = draw(sizes)
+    exact = with_gradients(
+        direct, maps.float().double(), weight.float().double(), gradient, sizes[-1]
+    )
+    ours = with_gradients(relu_frequency_conv2d, maps.float(), weight.float(), gradient, sizes[-1])
+    for a, b in zip(ours, exact):
+        assert a.dtype == torch.float32
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(16, 64, 64, 19, 9, 2), (16, 32, 48, 27, 9, 2), SIZES[5]])
+def test_bfloat16_is_about_as_exact_as_a_direct_convolution(sizes):
+    maps, weight, gradient = draw(sizes)
+    exact = with_gradients(direct, maps, weight, gradient, sizes[-1])
+    errors = []
+    for convolve in (direct, relu_frequency_conv2d, plain):
+        values = with_gradients(convolve, maps.bfloat16(), weight.float(), gradient, sizes[-1])
+        errors.append([relative_error(a, b) for a, b in zip(values, exact)])
+    for theirs, ours, without_kernels in zip(*errors):
+        assert max(ours, without_kernels) < 2 * theirs
+        assert 1e-3 < ours < 1e-2, "products are of bfloat16"
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_batch_mates_matter(dtype):
+    maps, weight, gradient = draw((37, 20, 24, 19, 9, 2))
+    maps, weight, gradient = maps.to(dtype), weight.float(), gradient.float()
+    threads = torch.get_num_threads()
+    values = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        values.append(with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*values))
+    some = with_gradients(relu_frequency_conv2d, maps[7:20], weight, gradient[7:20], 2)
+    assert all(torch.equal(a, b[7:20]) for a, b in zip(some[:2], values[0][:2]))
+
+
+@needs_compiler
+def test_the_relu_passes_what_pytorchs_passes():
+    """Nothing at 0 and below, and NaN, of which no other image hears."""
+    maps, weight, gradient = (t.float() for t in draw((3, 2, 2, 9, 3, 2)))
+    maps[0, 0, :4] = 0
+    maps[1, 1, 2, 3] = float("nan")
+    exact = with_gradients(direct, maps, weight, gradient, 2)
+    ours = with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2)
+    assert ours[0][1].isnan().any()
+    for image in (0, 2):
+        for a, b in zip(ours[:2], exact[:2]):
+            torch.testing.assert_close(a[image], b[image], rtol=1e-4, atol=1e-5)
+    assert (ours[1][0, 0, :4] == 0).all()
+
+
+@needs_compiler
+def test_a_backward_pass_after_another_batch():
+    """The spectra of a batch are made again where another one has taken their memory."""
+    maps, weight, gradient = (t.float() for t in draw((4, 3, 5, 11, 9, 2)))
+    expected = with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2)
+    first, second = maps.clone().requires_grad_(), (maps[:2] + 1).requires_grad_()
+    kernel = weight.clone().requires_grad_()
+    outputs = relu_frequency_conv2d(first, kernel, 2)
+    relu_frequency_conv2d(second, kernel * 2, 2)
+    given = torch.autograd.grad(outputs, [first, kernel], gradient, retain_graph=True)
+    again = torch.autograd.grad(outputs, [first, kernel], gradient)
+    for values in (given, again):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected[1:]))
+
+
+@needs_compiler
+def test_only_what_is_asked_for_is_computed():
+    maps, weight, gradient = (t.float() for t in draw((4, 3, 5, 11, 9, 2)))
+    _, to_maps, to_weight = with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2)
+    maps.requires_grad_()
+    (alone,) = torch.autograd.grad(relu_frequency_conv2d(maps, weight, 2), [maps], gradient)
+    assert torch.equal(alone, to_maps)
+    maps, weight = maps.detach(), weight.requires_grad_()
+    (alone,) = torch.autograd.grad(relu_frequency_conv2d(maps, weight, 2), [weight], gradient)
+    assert torch.equal(alone, to_weight)
+
+
+@needs_compiler
+def test_threads_do_not_share_memory():
+    maps, weight, _ = (t.float() for t in draw((32, 32, 32, 19, 9, 2)))
+    expected = [relu_frequency_conv2d(maps * scale, weight, 2) for scale in (1, 2, 3)]
+    found = {}
+
+    def convolve(number):
+        for _ in range(5):
+            found[number] = relu_frequency_conv2d(maps * (number + 1), weight, 2)
+
+    threads = [threading.Thread(target=convolve, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[number], expected[number]) for number in range(3))
+
+
+@needs_compiler
+def test_while_weights_stay_the_kernel_is_transformed_once(monkeypatch):
+    maps, weight, _ = (t.float() for t in draw((4, 3, 5, 11, 9, 2)))
+    kernels = load_kernels(6, 5)
+    counted = []
+
+    def count(*arguments):
+        counted.append(arguments[9])  # with_kernel
+        kernels_forward(*arguments)
+
+    kernels_forward = kernels.forward[torch.float32]
+    monkeypatch.setitem(kernels.forward, torch.float32, count)
+    double = weight * 2
+    with torch.inference_mode():
+        expected = [relu_frequency_conv2d(maps, w, 2) for w in (weight, double)]
+        assert counted == [1, 1]
+        del counted[:]
+        with weights_stay():
+            values = [relu_frequency_conv2d(maps, w, 2) for w in (weight, weight, double, weight)]
+        assert counted == [1, 0, 1, 1]
+        for value, number in zip(values, (0, 0, 1, 0)):
+            assert torch.equal(value, expected[number])
+        del counted[:]
+        relu_frequency_conv2d(maps, weight, 2)
+        assert counted == [1], "afterwards they may change again"
+
+
+@needs_compiler
+def test_a_change_of_the_weights_is_seen_even_then():
+    maps, weight, _ = (t.float() for t in draw((4, 3, 5, 11, 9, 2)))
+    weight = torch.nn.Parameter(weight)
+    with weights_stay(), torch.no_grad():
+        before = relu_frequency_conv2d(maps, weight, 2)
+        weight.mul_(2)
+        torch.testing.assert_close(relu_frequency_conv2d(maps, weight, 2), 2 * before)
+
+
+@needs_compiler
+def test_memory_is_taken_once(monkeypatch):
+    monkeypatch.setattr(frequency_conv, "_buffers", frequency_conv._Buffers())
+    maps, weight, gradient = (t.float() for t in draw((8, 16, 16, 19, 9, 2)))
+    with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2)
+    before = dict(frequency_conv._buffers.memory)
+    for size in (8, 3, 8):
+        with_gradients(relu_frequency_conv2d, maps[:size], weight, gradient[:size], 2)
+    after = frequency_conv._buffers.memory
+    assert all(after[name] is memory for name, memory in before.items())
+
+
+def test_what_the_kernels_do_not_take():
+    maps, weight, _ = draw((1, 1, 1, 9, 3, 1))
+    assert relu_frequency_conv2d(maps, weight, 1) is None, "double precision"
+    large = torch.zeros(1, 1, 40, 40)
+    assert relu_frequency_conv2d(large, weight.float(), 1) is None, "too many samples"
+    for wrong in (torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 2, 2)):
+        with pytest.raises(ValueError, match="square"):
+            relu_frequency_conv2d(wrong, weight.float(), 1)
+
+
+@needs_compiler
+def test_without_leave_to_use_the_tile_registers_others_are_used(monkeypatch):
+    """Linux may refuse them; the same library without them then gives the same numbers."""
+    maps, weight, gradient = draw((5, 20, 24, 11, 9, 2))
+    values = [with_gradients(relu_frequency_conv2d, maps.bfloat16(), weight.float(), gradient, 2)]
+    original, asked = native.load_library, []
+
+    def refusing(source, constants):
+        kernels = original(source, constants)
+        asked.append(dict(constants))
+        kernels.ready = lambda: "NO_AMX" in constants
+        return kernels
+
+    monkeypatch.setattr(frequency_conv, "load_library", refusing)
+    load_kernels.cache_clear()
+    try:
+        values.append(
+            with_gradients(relu_frequency_conv2d, maps.bfloat16(), weight.float(), gradient, 2)
+        )
+    finally:
+        load_kernels.cache_clear()
+    assert asked == [{"N": 6, "T": 5}, {"N": 6, "T": 5, "NO_AMX": None}]
+    assert all(relative_error(a, b.double()) < 3e-3 for a, b in zip(*values))
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512bf16 -mno-amx-tile"])
+def test_on_processors_with_less(flags, monkeypatch):
+    """Vectors of 256 bits, and bfloat16 in software: what is there is left out by the compiler."""
+    compiler = native.find_compiler()
+    monkeypatch.setenv("CXX", f"{' '.join(compiler)} {flags}")
+    load_kernels.cache_clear()
+    try:
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 7e-3)):
+            maps, weight, gradient = draw((5, 20, 24, 11, 9, 2))
+            exact = with_gradients(direct, maps, weight, gradient, 2)
+            ours = with_gradients(
+                relu_frequency_conv2d, maps.to(dtype), weight.float(), gradient, 2
+            )
+            assert all(relative_error(a, b) < tolerance for a, b in zip(ours, exact))
+    finally:
+        load_kernels.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("px", [17, 18, 23, 28, 33, 45])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_a_network_of_any_size(monkeypatch, px, padding, channels):
+    config = train_config(
+        *(f"dataset.image_px={px}", f"dataset.channels={channels}", f"model.padding={padding}"),
+        *("model.conv1_channels=8", "model.primary_types=3", "model.decoder_widths=[16]"),
+    )
+    monkeypatch.setattr(frequency_conv, "is_faster", lambda *_, **__: True)
+    found = spied(monkeypatch)
+    images = torch.rand(5, channels, px, px, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5)[:, None]
+    values = []
+    for fast in (False, True):
+        model = build_model(config.model, config.routing, config.dataset)
+        model.fast = fast
+        output = model(images, labels)
+        (output.lengths_BJ.sum() + output.reconstructions_BTCHW.square().sum()).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        values.append([output.lengths_BJ.detach(), *gradients])
+    assert found == [True]
+    for ours, exact in zip(values[1], values[0]):
+        assert relative_error(ours, exact.double()) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("images", "enabled", "used"), [(3, True, 0), (4, True, 1), (31, False, 0), (32, False, 1)]
+)
+def test_few_images_are_convolved_directly(monkeypatch, images, enabled, used):
+    config = train_config("model.conv1_channels=8", "model.primary_types=2")
+    model = build_model(config.model, config.routing, config.dataset)
+    model.fast = True
+    found = spied(monkeypatch)
+    with contextlib.nullcontext() if enabled else torch.no_grad():
+        model(torch.zeros(images, 1, 28, 28))
+    assert found == [True] * used
