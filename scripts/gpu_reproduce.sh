@@ -39,7 +39,7 @@ work() {
   timeout $((6 * minutes)) "$python" -m capsrun "${plan[@]}" ||
     capsrun "${plan[@]}" timing=false || return
   if [ ! -e runs/bench-mnist/bench.json ] && [ "$(left)" -gt 0 ]; then
-    timeout "$(left)" "$python" -m capsrun bench "device=$device" rounds=5 memory=false
+    timeout "$(left)" "$python" -m capsrun bench "device=$device" rounds=5
   fi
   cp runs/bench-mnist/bench.json "$out/" 2>/dev/null
   if [ "$(left)" -gt 0 ]; then

@@ -1,6 +1,7 @@
 """`capsrun bench`: what it times, what it says, and when it refuses to say it."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from capsrun.commands import bench as bench_command
 from capsrun.commands.bench import bench
 from capsrun.config import BenchConfig, from_dict
 from capsrun.errors import Noisy
-from capsrun.models import build_model
+from capsrun.models import build_model, frequency_conv, routing_cpu
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -26,7 +27,6 @@ SMALL = [
     "rounds=3",
     "turn_seconds=0.001",
     "spread_percent=1000",
-    "memory=false",
 ]
 
 
@@ -39,10 +39,24 @@ def full_size():
     return build_model(config.model, config.routing, config.dataset)
 
 
+class InThisProcess:
+    """Steps that do not need a process of their own."""
+
+    def __init__(self, config, name):
+        self.advance = tasks.training_steps(config, CPU, name, capture=True)
+
+    def __call__(self, count):
+        self.advance(count)
+
+    def finish(self):
+        return 0.5
+
+
 @pytest.fixture
 def few_images(monkeypatch):
     monkeypatch.setattr(tasks, "TRAINING_IMAGES", 100)
     monkeypatch.setattr(tasks, "TEST_IMAGES", 50)
+    monkeypatch.setattr(tasks, "OwnProcess", InThisProcess)
 
 
 def test_tasks_take_turns():
@@ -125,9 +139,11 @@ def test_what_bench_writes(tmp_path, few_images, capsys, precision):
     result = bench(bench_config(f"out_dir={tmp_path}", f"precision={precision}", "profile=true"))
     assert json.loads((tmp_path / "bench.json").read_text()) == result
     assert (tmp_path / "bench.png").stat().st_size > 5000
-    names = ["textbook fp32", "plain fp32", "fast fp32"]
+    names = ["textbook fp32", "plain fp32", "direct fp32", "fast fp32"]
     if precision == "bf16":
-        names[2:] = ["plain bf16", "fast fp32", "fast bf16"]
+        names = names[:1] + [
+            f"{k} {p}" for k in ("plain", "direct", "fast") for p in ("fp32", "bf16")
+        ]
     assert list(result["steps"]) == names
     assert result["steps"]["textbook fp32"]["times_textbook"] == 1
     for name, row in result["steps"].items():
@@ -136,7 +152,10 @@ def test_what_bench_writes(tmp_path, few_images, capsys, precision):
         share = 100 * result["step_gflop"] / (row["median_ms"] / 1e3) / rate
         assert row["percent_of_matrix_rate"] == pytest.approx(share)
         assert len(row["turns_ms"]) == 3
-    assert {"routing plain", "routing fast", "testing", "copy"} <= result["others"].keys()
+        assert (row["times_direct"] == 1) == name.startswith("direct")
+        assert row["memory_gb"] == 0.5
+    expected = {"routing plain", "routing fast", "testing", "testing, direct", "copy"}
+    assert expected <= result["others"].keys()
     assert {"device", "versions", "date", "cpu_features", "config"} <= result.keys()
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in names)
@@ -174,9 +193,10 @@ def test_noise_is_a_fault_of_the_machine(monkeypatch, capsys):
     assert capsys.readouterr().err == "capsrun bench: too noisy to be quoted: everything\n"
 
 
-def test_the_profile_names_what_takes_time(few_images):
+@pytest.mark.parametrize("kind", ["plain", "direct", "fast"])
+def test_the_profile_names_what_takes_time(few_images, kind):
     config = bench_config("model.conv1_channels=64", "recipe.batch_size=64")
-    steps = tasks.training_steps(config, CPU, "fast fp32", capture=False)
+    steps = tasks.training_steps(config, CPU, f"{kind} fp32", capture=False)
     found = breakdown_ms(steps, 2, CPU)
     parts = found["parts_ms"]
     for part in (
@@ -191,14 +211,38 @@ def test_the_profile_names_what_takes_time(few_images):
         REST,
     ):
         assert parts[part] > 0, part
-    assert parts["convolutions, backward"] > parts["convolutions, forward"]
+    if kind != "fast":  # there the kernel's transform is part of the forward pass
+        assert parts["convolutions, backward"] > parts["convolutions, forward"]
     assert sum(parts.values()) >= sum(found["operations_ms"].values())
 
 
-def test_memory_is_that_of_the_variant_alone(few_images):
-    """A big process asks a fresh one."""
+def test_the_direct_variant_is_the_fast_one_without_the_frequency_domain(few_images, monkeypatch):
+    seen = []
+    for module, name in ((frequency_conv, "relu_frequency_conv2d"), (routing_cpu, "squash_fused")):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, o=original, n=name, **k: seen.append(n) or o(*a, **k)
+        )
+    for kind, used in (
+        ("direct", set()),
+        ("fast", {"relu_frequency_conv2d", "squash_fused"}),
+        ("plain", set()),
+    ):
+        tasks.training_steps(bench_config(), CPU, f"{kind} fp32", capture=False)(1)
+        assert set(seen) == used
+        del seen[:]
+    assert "direct fp32" not in tasks.variant_names("fp32", torch.device("cuda"))
+
+
+def test_steps_in_a_process_of_their_own():
+    """Whose memory is not that of a big process."""
     ballast = torch.ones(2**28)  # 1 GB
-    assert tasks.memory_alone(bench_config("device=cpu"), "fast fp32") < 0.9
+    steps = tasks.OwnProcess(bench_config("device=cpu"), "fast fp32")
+    steps(1)
+    began = time.perf_counter()
+    steps(20)
+    assert time.perf_counter() - began > 0.02, "it is waited for"
+    assert 0.1 < steps.finish() < 0.9
     assert ballast[0] == 1
 
 

@@ -45,7 +45,7 @@ def test_training_ends_with_a_page(run):
     assert len(embedded(run / "index.html")) == 4
     assert 'src="pictures' not in text
     for name in ("mnist5k", "capsnet", result["device"].split(",")[0], "conv1_channels: 8"):
-        assert name in text
+        assert name in html.unescape(text)
     confusion = result["confusion"]
     true, guess = max(
         ((t, g) for t in range(10) for g in range(10) if t != g),

@@ -245,7 +245,7 @@ def test_bench_makes_pairs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "TEST_IMAGES", 16)
     small = ["model.conv1_channels=8", "model.primary_types=2", "recipe.batch_size=8"]
     arguments = ["bench", "dataset=multimnist", *small, "rounds=3", "turn_seconds=0.01"]
-    cli.main([*arguments, "memory=false", "spread_percent=1000", f"out_dir={tmp_path}"])
+    cli.main([*arguments, "spread_percent=1000", f"out_dir={tmp_path}"])
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["others"]["making a batch"]["percent_of_step"] > 0
     assert result["dataset"] == "multimnist"

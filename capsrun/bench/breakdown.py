@@ -15,8 +15,13 @@ PARTS = {
     "data": ("capsrun::batch",),
     "votes and routing, backward": ("_RouteBackward", "BmmBackward", "SoftmaxBackward"),
     "votes and routing, forward": ("_Route", "aten::bmm", "aten::einsum", "aten::softmax"),
-    "convolutions, backward": ("_ReluStridedConvBackward", "ConvolutionBackward"),
-    "convolutions, forward": ("_ReluStridedConv", "aten::conv2d"),
+    "convolutions, backward": (
+        *("_ReluFrequencyConvBackward", "_SquashBackward", "_PatchConvBackward"),
+        *("_ReluStridedConvBackward", "ConvolutionBackward"),
+    ),
+    "convolutions, forward": (
+        *("_ReluFrequencyConv", "_Squash", "_PatchConv", "_ReluStridedConv", "aten::conv2d"),
+    ),
     "decoder, backward": ("AddmmBackward", "SigmoidBackward"),
     "decoder, forward": ("aten::linear", "aten::sigmoid"),
 }

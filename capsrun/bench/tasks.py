@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
 from capsrun.bench.textbook import textbook_steps
-from capsrun.bench.timing import captured
+from capsrun.bench.timing import captured, wait_for
 from capsrun.config import BenchConfig, DatasetConfig, TrainConfig
 from capsrun.data import known
 from capsrun.data.files import RawData
@@ -31,10 +32,11 @@ STEPS = 200_000  # of a run that is timed in its first half, again and again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def variant_names(precision: str) -> list[str]:
+def variant_names(precision: str, device: torch.device) -> list[str]:
     """The kinds of training step that are compared, each with its precision."""
     precisions = ["fp32"] if precision == "fp32" else ["fp32", "bf16"]
-    return ["textbook fp32"] + [f"{kind} {p}" for kind in ("plain", "fast") for p in precisions]
+    kinds = ("plain", "direct", "fast") if device.type == "cpu" else ("plain", "fast")
+    return ["textbook fp32"] + [f"{kind} {p}" for kind in kinds for p in precisions]
 
 
 def make_model(config: BenchConfig, device: torch.device, fast: bool) -> CapsNet:
@@ -75,6 +77,8 @@ def batches_alone(config: BenchConfig, device: torch.device) -> Run:
 def training_steps(config: BenchConfig, device: torch.device, name: str, capture: bool) -> Run:
     """Training steps of a variant, batches included.
 
+    The direct variant, on CPUs, is the fast one without what is in `models/frequency_conv.py` and
+    comes with it: the fused routing and a direct convolution.
     capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
     """
     kind, precision = name.split()
@@ -86,7 +90,8 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
         return textbook_steps(like, images, labels, config.dataset, size, device)
     split = random_split(config.dataset, TRAINING_IMAGES, device)
     model = make_model(config, torch.device("cpu"), False)
-    fast = kind == "fast" and (capture or device.type == "cpu")
+    model.direct = kind == "direct"
+    fast = kind in ("direct", "fast") and (capture or device.type == "cpu")
     trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     batches = TrainingBatches(split, 0, size)
     made = 0
@@ -140,9 +145,10 @@ def routing_alone(
     return captured(once, device)
 
 
-def testing(config: BenchConfig, device: torch.device, precision: str) -> Run:
-    """Classify as many images as MNIST has for testing."""
+def testing(config: BenchConfig, device: torch.device, precision: str, direct: bool) -> Run:
+    """Classify as many images as MNIST has for testing. direct: see `CapsNet.direct`."""
     model = make_model(config, device, fast=True)
+    model.direct = direct
     split = random_split(config.dataset, TRAINING_IMAGES, device)
 
     def run(count: int) -> None:
@@ -202,13 +208,41 @@ def step_flop(model: CapsNet, batch_size: int, digits: int) -> float:
     return 3.0 * 2 * multiplications * batch_size
 
 
-def memory_alone(config: BenchConfig, name: str) -> float:
-    """Most memory that training with a variant holds, in 10⁹ bytes, in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_memory_of_steps, config, name).result()
+class OwnProcess:
+    """Training steps of a variant in a process of its own.
+
+    So the variants do not share how a process allocates memory, which changes their speed (see
+    `keep_freed_memory`), and the memory of each can be told.
+    """
+
+    def __init__(self, config: BenchConfig, name: str) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=_begin, initargs=(config, name)
+        )
+
+    def __call__(self, count: int) -> None:
+        """Make so many steps, and wait for them."""
+        self._pool.submit(_advance, count).result()
+
+    def finish(self) -> float:
+        """End the process; returns the most memory that it held, in 10⁹ bytes."""
+        memory = self._pool.submit(_memory).result()
+        self._pool.shutdown()
+        return memory
 
 
-def _memory_of_steps(config: BenchConfig, name: str) -> float:
-    device = resolve_device(config.device)
-    training_steps(config, device, name, capture=True)(3)
-    return memory_gb(device)
+_here: dict[str, Any] = {}  # of an OwnProcess
+
+
+def _begin(config: BenchConfig, name: str) -> None:
+    _here["device"] = resolve_device(config.device)
+    _here["run"] = training_steps(config, _here["device"], name, capture=True)
+
+
+def _advance(count: int) -> None:
+    _here["run"](count)
+    wait_for(_here["device"])
+
+
+def _memory() -> float:
+    return memory_gb(_here["device"])

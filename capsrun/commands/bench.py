@@ -41,10 +41,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")
     record.make_folder(out_dir)
     load_before = os.getloadavg()[0]
-    variants = tasks.variant_names(precision)
+    variants = tasks.variant_names(precision, device)
     print(f"{config.rounds} turns each on {record.describe_device(device)}: {', '.join(variants)}")
 
-    steps = {n: Task(tasks.training_steps(config, device, n, capture=True)) for n in variants}
+    processes = {name: tasks.OwnProcess(config, name) for name in variants}
+    steps = {name: Task(run) for name, run in processes.items()}
     products = {
         name: tasks.matrix_product(device, tasks.DTYPES[name])
         for name in dict.fromkeys(("fp32", precision))
@@ -60,9 +61,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         for name, task in bar(everything.items(), "task", "building")
     }
     time_in_turns(everything, config.rounds, device, bar)
-    others["testing"] = Task(tasks.testing(config, device, precision))
-    warm_up(others["testing"], config.turn_seconds, device)
-    time_in_turns({"testing": others["testing"]}, TESTING_ROUNDS, device, bar)
+    memory = {name: process.finish() for name, process in processes.items()}
+    for name in ["testing"] + ["testing, direct"] * (device.type == "cpu"):
+        others[name] = Task(tasks.testing(config, device, precision, direct="direct" in name))
+        warm_up(others[name], config.turn_seconds, device)
+    testing = {name: task for name, task in others.items() if name.startswith("testing")}
+    time_in_turns(testing, TESTING_ROUNDS, device, bar)
 
     flop = tasks.step_flop(
         tasks.make_model(config, device, fast=False),
@@ -83,7 +87,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "step_gflop": flop / 1e9,
         "load_before": load_before,
         "matrix_gflops": gflops,
-        "steps": step_rows(config, steps, flop, gflops, first_seconds),
+        "steps": step_rows(config, steps, flop, gflops, first_seconds, memory),
         "others": other_rows(config, others, gflops, copied_bytes, step_seconds),
         "notes": list(errors.notices),
     }
@@ -122,20 +126,24 @@ def step_rows(
     flop: float,
     gflops: dict[str, float],
     first_seconds: dict[str, float],
+    memory: dict[str, float],
 ) -> dict[str, dict[str, Any]]:
     """The figures of each kind of training step.
 
-    flop: of one step. gflops: 10⁹ a second of a large matrix product, by precision.
+    flop: of one step. gflops: 10⁹ a second of a large matrix product, by precision. memory: 10⁹
+    bytes, of each kind.
     """
     textbook, rows = next(iter(steps.values())), {}
     for name, task in steps.items():
+        direct = f"direct {name.split()[1]}"
         arithmetic_seconds = flop / (1e9 * gflops[name.split()[1]])
         rows[name] = timing(task, config) | {
             "times_textbook": ratio(textbook, task),
+            "times_direct": ratio(steps[direct], task) if direct in steps else None,
             "images_per_second": config.recipe.batch_size / task.median_seconds,
             "percent_of_matrix_rate": 100 * arithmetic_seconds / task.median_seconds,
             "first_seconds": first_seconds[name],
-            "memory_gb": tasks.memory_alone(config, name) if config.memory else None,
+            "memory_gb": memory[name],
         }
     return rows
 
@@ -195,6 +203,7 @@ COLUMNS = (
     ("spread %", "spread_percent", ".1f"),
     ("images/s", "images_per_second", ",.0f"),
     ("× textbook", "times_textbook", ".1f"),
+    ("× direct", "times_direct", ".2f"),
     ("% of matrix", "percent_of_matrix_rate", ".3g"),
     ("memory GB", "memory_gb", ".2f"),
 )
@@ -208,6 +217,8 @@ def quoted(result: dict[str, Any], name: str, key: str, form: str) -> str:
     noisy = row["noisy"] and key not in ("spread_percent", "memory_gb")
     if key == "times_textbook":
         noisy = noisy or next(iter(result["steps"].values()))["noisy"]
+    if key == "times_direct":
+        noisy = noisy or result["steps"][f"direct {name.split()[1]}"]["noisy"]
     if key == "percent_of_matrix_rate":
         noisy = noisy or result["others"][f"matrix product {name.split()[1]}"]["noisy"]
     return "noisy" if noisy else format(row[key], form)
@@ -235,8 +246,10 @@ def print_table(result: dict[str, Any]) -> None:
         share = result["others"]["making a batch"]["percent_of_step"]
         print(f"\nmaking a batch is {share:.2g} % of a step ({last})")
     print(
-        "\nms: median of the turns; spread: of their middle half; × textbook: median over rounds, "
-        f"each\nof which compares its own turns. testing: {tasks.TEST_IMAGES:,} images.\n"
+        "\nms: median of the turns; spread: of their middle half; × textbook, × direct: "
+        "medians over\nrounds, each of which compares its own turns. % of matrix: of the rate of "
+        "large matrix products,\nif the convolutions were direct. testing: "
+        f"{tasks.TEST_IMAGES:,} images.\n"
     )
 
 
