@@ -25,7 +25,7 @@ PARTS = {
     "decoder, backward": ("AddmmBackward", "SigmoidBackward"),
     "decoder, forward": ("aten::linear", "aten::sigmoid"),
 }
-REST = "the rest (squash, losses, casts)"
+REST = "the rest (losses, casts)"
 
 
 def part_of(event: FunctionEvent) -> str:

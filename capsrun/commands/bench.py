@@ -46,10 +46,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     processes = {name: tasks.OwnProcess(config, name) for name in variants}
     steps = {name: Task(run) for name, run in processes.items()}
-    products = {
-        name: tasks.matrix_product(device, tasks.DTYPES[name])
-        for name in dict.fromkeys(("fp32", precision))
-    }
+    precisions = dict.fromkeys(("fp32", precision))
+    products = {name: tasks.matrix_product(device, tasks.DTYPES[name]) for name in precisions}
     copying, copied_bytes = tasks.large_copy(device)
     others = {f"matrix product {name}": Task(run) for name, (run, _) in products.items()}
     others["copy"] = Task(copying)
@@ -62,11 +60,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     }
     time_in_turns(everything, config.rounds, device, bar)
     memory = {name: process.finish() for name, process in processes.items()}
-    for name in ["testing"] + ["testing, direct"] * (device.type == "cpu"):
-        others[name] = Task(tasks.testing(config, device, precision, direct="direct" in name))
-        warm_up(others[name], config.turn_seconds, device)
-    testing = {name: task for name, task in others.items() if name.startswith("testing")}
-    time_in_turns(testing, TESTING_ROUNDS, device, bar)
+    others |= time_testing(config, device, precision)
 
     flop = tasks.step_flop(
         tasks.make_model(config, device, fast=False),
@@ -98,6 +92,19 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         result["profile"] = {"of": name} | breakdown_ms(profiled, PROFILED_STEPS, device)
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
+
+
+def time_testing(config: BenchConfig, device: torch.device, precision: str) -> dict[str, Task]:
+    """Testing in turns, on a CPU beside testing with a direct convolution."""
+    kinds = {"testing": False} | ({"testing, direct": True} if device.type == "cpu" else {})
+    timed = {
+        name: Task(tasks.testing(config, device, precision, direct))
+        for name, direct in kinds.items()
+    }
+    for task in timed.values():
+        warm_up(task, config.turn_seconds, device)
+    time_in_turns(timed, TESTING_ROUNDS, device, bar)
+    return timed
 
 
 def other_rows(

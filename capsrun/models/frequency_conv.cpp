@@ -44,6 +44,8 @@ struct bf16 {
   uint16_t value;
 };
 
+#include "transpose.h"
+
 // ---- Numbers in memory ----
 
 static inline vec load(const float *from) {
@@ -91,8 +93,9 @@ template <class E> static inline void store(vec x, E *to, int count) {
   memcpy(to, some, count * sizeof(E));
 }
 
-// Write 64 aligned bytes past the caches (the barrier at the end of a parallel loop waits for them): what is written whole need not be read first, and large
-// matrices would not stay there in any case. Three to eight times as fast for spectra.
+// Write 64 aligned bytes past the caches: what is written whole need not be read first, and large
+// matrices would not stay there in any case. Three to eight times as fast for spectra. Other threads
+// see it after the barrier of libgomp, whose locked instructions wait for such writes too.
 static inline void stream(vec x, void *to) {
 #ifdef __AVX512F__
   _mm512_stream_ps((float *)to, (__m512)x);
@@ -420,32 +423,6 @@ static void synthesise(const float *spectra, int B, int O, int threads, float *o
         store(value, to, O - block * LANES);
       });
     }
-}
-
-// Transpose 16 × 16 numbers: blocks of STEP × STEP change places, from the largest to single ones.
-template <int STEP> static inline void exchange(vec *rows) {
-  for (int i = 0; i < LANES; i++) {
-    if (i & STEP) continue;
-    vec upper = rows[i], lower = rows[i + STEP];
-#ifdef __AVX512F__
-    const bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const bits left = lane + (lane & STEP) / STEP * (LANES - STEP), right = left + STEP;
-    rows[i] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)left, (__m512)lower);
-    rows[i + STEP] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)right, (__m512)lower);
-#else
-    for (int lane = 0; lane < LANES; lane++) {
-      rows[i][lane] = lane & STEP ? lower[lane - STEP] : upper[lane];
-      rows[i + STEP][lane] = lane & STEP ? lower[lane] : upper[lane + STEP];
-    }
-#endif
-  }
-}
-
-static inline void transpose(vec *rows) {
-  exchange<8>(rows);
-  exchange<4>(rows);
-  exchange<2>(rows);
-  exchange<1>(rows);
 }
 
 // Gradients of outputs [B][G][G][O] to those of their spectra, as left factors of products, so with

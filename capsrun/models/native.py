@@ -64,7 +64,8 @@ def _build(source: Path, compiler: list[str], defines: list[str]) -> Path:
     # Two OpenMP runtimes in one process would fight for the cores, so PyTorch's own is linked.
     openmp = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
     version = _run(*compiler, "--version")
-    key = "\n".join([source.read_text(), *compiler, version, *flags, *openmp, _cpu()])
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    key = "\n".join([source.read_text(), *headers, *compiler, version, *flags, *openmp, _cpu()])
     library = _cache_dir() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:

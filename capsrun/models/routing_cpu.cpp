@@ -1,4 +1,5 @@
-// Votes and routing by agreement on a CPU, forward and backward, in float32.
+// The capsules of PrimaryCaps, their votes, and routing by agreement on a CPU, forward and backward, in
+// float32.
 //
 // Votes are never written to memory: wherever one is needed it is computed again from the weights,
 // K multiplications that cost less than reading it would. Images are routed in groups of LANES, one
@@ -15,10 +16,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -79,27 +76,7 @@ static inline vec *allocate(size_t vectors) {
   return (vec *)aligned_alloc(64, (vectors * sizeof(vec) + 63) / 64 * 64);
 }
 
-// Transpose LANES × LANES numbers: blocks of `step` change places, from the largest to single ones.
-static inline void transpose(vec *rows) {
-#pragma GCC unroll 4
-  for (int step = LANES / 2; step > 0; step /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-      if (i & step) continue;
-      vec upper = rows[i], lower = rows[i + step];
-#ifdef __AVX512F__
-      const int_vec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      const int_vec left = lane + (lane & step) / step * (LANES - step), right = left + step;
-      rows[i] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)left, (__m512)lower);
-      rows[i + step] = (vec)_mm512_permutex2var_ps((__m512)upper, (__m512i)right, (__m512)lower);
-#else
-      for (int lane = 0; lane < LANES; lane++) {
-        rows[i][lane] = lane & step ? lower[lane - step] : upper[lane];
-        rows[i + step][lane] = lane & step ? lower[lane] : upper[lane + step];
-      }
-#endif
-    }
-}
+#include "transpose.h"
 
 // Copy `width` numbers of each image, `stride` apart from image to image, into lanes, and back.
 // LANES numbers at a time: the images' rows often share their few lines of the cache.

@@ -1,4 +1,4 @@
-"""Votes and routing on a CPU as one kernel (`routing_cpu.cpp`), compiled where it is used.
+"""PrimaryCaps' capsules, votes and routing on a CPU as kernels of `routing_cpu.cpp`.
 
 Ten times faster than the operations of `routing.py`, which it equals to float32 rounding. It needs
 a C++ compiler and takes a second to build; the result is kept in the user's cache folder.
@@ -20,8 +20,9 @@ from capsrun.errors import notice
 from capsrun.models.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# A thread has vectors of K and of J · D numbers for 16 images on its stack, and the K · J · D
-# weights of an input capsule: with these limits about a megabyte.
+# A thread has vectors of K and of J · D numbers for 16 images on its stack: with these limits about
+# a megabyte. The K · J · D weights of an input capsule, read for each group of images, stay in a
+# cache.
 LARGEST_INPUT, LARGEST_OUTPUT, LARGEST_WEIGHT = 1024, 2048, 2**17
 
 
