@@ -311,8 +311,31 @@ def test_a_network_uses_triton_where_it_is_told_to(monkeypatch):
     assert model._fused_routing(CPU) is routing_cpu.route_fused
     model.triton = True
     assert model._fused_routing(gpu) is routing_gpu.route_fused
+    # PyTorch 2.11 takes what it compiles for an export, and a GPU's step is compiled.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert model._fused_routing(gpu) is routing_gpu.route_fused
+    assert model._fused_routing(CPU) is None
     model.routing.detach = True
-    assert model._fused_routing(gpu) is model._fused_routing(CPU) is None
+    assert model._fused_routing(gpu) is None
+
+
+@pytest.mark.parametrize("exporting", [False, True])
+def test_a_network_uses_the_frequency_domain_where_it_is_told_to(monkeypatch, exporting):
+    """Compiled, too, which PyTorch 2.11 takes for an export."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: exporting)
+    config = train_config(*TINY)
+    model = build_model(config.model, config.routing, config.dataset)
+    seen = []
+    original = frequency_conv.frequency_conv2d
+    monkeypatch.setattr(
+        frequency_conv, "frequency_conv2d", lambda *a, **k: seen.append(1) or original(*a, **k)
+    )
+    images = torch.rand(2, 1, 28, 28)
+    direct = model.primary_poses(images)
+    assert not seen
+    model.frequency = True
+    torch.testing.assert_close(model.primary_poses(images), direct, rtol=1e-4, atol=1e-5)
+    assert seen
 
 
 @pytest.fixture

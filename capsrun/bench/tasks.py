@@ -93,15 +93,18 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     model.direct = kind == "direct"
     fast = kind in ("direct", "fast") and (capture or device.type == "cpu")
     trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
-    batches = TrainingBatches(split, 0, size)
-    made = 0
+    return Steps(trainer, TrainingBatches(split, 0, size))
 
-    def advance(count: int) -> None:
-        nonlocal made
-        trainer.advance(batches, made % (STEPS // 2), count)
-        made += count
 
-    return advance
+class Steps:
+    """A trainer's updates, from one call to the next."""
+
+    def __init__(self, trainer: Trainer, batches: TrainingBatches) -> None:
+        self.trainer, self._batches, self._made = trainer, batches, 0
+
+    def __call__(self, count: int) -> None:
+        self.trainer.advance(self._batches, self._made % (STEPS // 2), count)
+        self._made += count
 
 
 def step_seconds(config: TrainConfig, device: torch.device, precision: str) -> float:
@@ -224,11 +227,14 @@ class OwnProcess:
         """Make so many steps, and wait for them."""
         self._pool.submit(_advance, count).result()
 
-    def finish(self) -> float:
-        """End the process; returns the most memory that it held, in 10⁹ bytes."""
-        memory = self._pool.submit(_memory).result()
+    def finish(self) -> dict[str, Any]:
+        """End the process; returns what was found there, as `bench.json` holds it.
+
+        memory_gb: the most memory that it held, in 10⁹ bytes. ways_ms: see `Trainer.ways_ms`.
+        """
+        found = self._pool.submit(_found).result()
         self._pool.shutdown()
-        return memory
+        return found
 
 
 _here: dict[str, Any] = {}  # of an OwnProcess
@@ -244,5 +250,7 @@ def _advance(count: int) -> None:
     wait_for(_here["device"])
 
 
-def _memory() -> float:
-    return memory_gb(_here["device"])
+def _found() -> dict[str, Any]:
+    run = _here["run"]
+    ways_ms = run.trainer.ways_ms if isinstance(run, Steps) else {}
+    return {"memory_gb": memory_gb(_here["device"]), "ways_ms": ways_ms}

@@ -59,7 +59,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         for name, task in bar(everything.items(), "task", "building")
     }
     time_in_turns(everything, config.rounds, device, bar)
-    memory = {name: process.finish() for name, process in processes.items()}
+    found = {name: process.finish() for name, process in processes.items()}
     others |= time_testing(config, device, precision)
 
     flop = tasks.step_flop(
@@ -81,7 +81,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "step_gflop": flop / 1e9,
         "load_before": load_before,
         "matrix_gflops": gflops,
-        "steps": step_rows(config, steps, flop, gflops, first_seconds, memory),
+        "steps": step_rows(config, steps, flop, gflops, first_seconds, found),
         "others": other_rows(config, others, gflops, copied_bytes, step_seconds),
         "notes": list(errors.notices),
     }
@@ -133,12 +133,12 @@ def step_rows(
     flop: float,
     gflops: dict[str, float],
     first_seconds: dict[str, float],
-    memory: dict[str, float],
+    found: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """The figures of each kind of training step.
 
-    flop: of one step. gflops: 10⁹ a second of a large matrix product, by precision. memory: 10⁹
-    bytes, of each kind.
+    flop: of one step. gflops: 10⁹ a second of a large matrix product, by precision. found: what
+    each kind's `OwnProcess` returned.
     """
     textbook, rows = next(iter(steps.values())), {}
     for name, task in steps.items():
@@ -150,7 +150,7 @@ def step_rows(
             "images_per_second": config.recipe.batch_size / task.median_seconds,
             "percent_of_matrix_rate": 100 * arithmetic_seconds / task.median_seconds,
             "first_seconds": first_seconds[name],
-            "memory_gb": memory[name],
+            **found[name],
         }
     return rows
 
@@ -244,6 +244,9 @@ def print_table(result: dict[str, Any]) -> None:
     for name in result["steps"]:
         cells = (quoted(result, name, key, form) for _, key, form in COLUMNS)
         print(f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells))
+    for name, row in result["steps"].items():
+        ways = ", ".join(f"{way} {ms:.2f} ms" for way, ms in row["ways_ms"].items())
+        print(f"{name}, captured: {ways}\n" * bool(ways), end="")
     print()
     for name in result["others"]:
         cells = (quoted(result, name, key, form) for _, key, form in COLUMNS[:2])

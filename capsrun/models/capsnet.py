@@ -171,7 +171,7 @@ class CapsNet(nn.Module):
         maps = self._relu_primary_conv(maps).to(self.digitcaps_weight.dtype)
         bias = self.primarycaps.bias
         assert bias is not None
-        if self._on_fast_cpu(maps) and not self.direct:
+        if self._on_fast_cpu(maps.device) and not self.direct:
             poses = routing_cpu.squash_fused(maps, bias, self.primary_scale, self.digitcaps_weight)
             if poses is not None:
                 return poses
@@ -185,21 +185,21 @@ class CapsNet(nn.Module):
         training = (
             torch.is_grad_enabled() and weight.requires_grad and not images_BCHW.requires_grad
         )
-        if training and self._on_fast_cpu(images_BCHW) and not self.direct:
+        if training and self._on_fast_cpu(images_BCHW.device) and not self.direct:
             assert bias is not None
             return patch_conv2d(images_BCHW, weight, bias)
         return self.conv1(images_BCHW)
 
-    def _on_fast_cpu(self, tensor: Tensor) -> bool:
+    def _on_fast_cpu(self, device: torch.device) -> bool:
         # What is exported consists of PyTorch's operations only.
-        return self.fast and tensor.device.type == "cpu" and not torch.compiler.is_exporting()
+        return self.fast and device.type == "cpu" and not torch.compiler.is_exporting()
 
     def _relu_primary_conv(self, maps_BCHW: Tensor) -> Tensor:
         """ReLU and the PrimaryCaps convolution, in the fastest way that there is for them here."""
         weight = self.primarycaps.weight
-        if self.frequency and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if self.frequency and torch.is_grad_enabled():
             return frequency_conv.frequency_conv2d(F.relu(maps_BCHW), weight, stride=2)
-        if not self._on_fast_cpu(maps_BCHW):
+        if not self._on_fast_cpu(maps_BCHW.device):
             return F.conv2d(F.relu(maps_BCHW), weight, stride=2)
         found = None
         if not self.direct and frequency_conv.is_faster(len(maps_BCHW)):
@@ -247,11 +247,10 @@ class CapsNet(nn.Module):
         """Votes and routing as one function, where there is one for the device."""
         if self.routing.detach:
             return None  # a gradient that only the plain functions can leave out
-        if torch.compiler.is_exporting():
-            return None
-        if self.fast and device.type == "cpu":
+        if self._on_fast_cpu(device):
             return routing_cpu.route_fused
-        if self.fast and self.triton:
+        # Not asked here whether this is an export: PyTorch 2.11 says so of what it compiles, too.
+        if self.fast and self.triton and device.type == "cuda":
             from capsrun.models import routing_gpu  # not everywhere is there a Triton to import
 
             return routing_gpu.route_fused

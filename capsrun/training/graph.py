@@ -70,7 +70,8 @@ class GraphedSteps:
         What it returns is overwritten by the next call. Nothing is waited for.
         """
         if not self._captured:
-            self._choose_way(batches)
+            with own_stream(self._trainer.device):
+                self._choose_way(batches)
         if self.failed:
             return self._trainer.advance(batches, step, count)
         while count:
@@ -109,6 +110,9 @@ class GraphedSteps:
             self._use(Way(False, False))
             return
         self._use(min(self.seconds, key=lambda way: self.seconds[way]))
+        if self._trainer.device.type == "cuda":  # what was tried has no part in the memory of a run
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         pool = None  # one working memory for both
         for size in (1, STEPS_PER_REPLAY):
             steps = CapturedSteps(self._trainer, batches, self._rates, size, pool)
@@ -194,19 +198,32 @@ class CapturedSteps:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with unchanged(self._trainer):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                # Adam finds it strange that it is told of graphs, but not captured yet.
-                warnings.filterwarnings("ignore", message=".*capturable")
-                for _ in range(WARM_UPS):
-                    self._run()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self.pool):
+        with unchanged(self._trainer), warnings.catch_warnings():
+            # Adam finds it strange that it is told of graphs, but not captured yet.
+            warnings.filterwarnings("ignore", message=".*capturable")
+            for _ in range(WARM_UPS):
+                self._run()
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 self._update = self._run()
         self.pool = graph.pool()
         return graph
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Have a GPU work on a stream that can be captured.
+
+    Backward passes keep to the stream on which autograd first met a weight, so all of them belong
+    here, those before the capture too.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    outer, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
 
 
 @contextmanager

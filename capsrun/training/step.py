@@ -237,6 +237,12 @@ class Trainer:
         """How many updates `advance` makes best in one call."""
         return 1 if self._graphs is None or self._graphs.failed else STEPS_PER_REPLAY
 
+    @property
+    def ways_ms(self) -> dict[str, float]:
+        """Milliseconds of an update in each way that works on this GPU, once steps were made."""
+        seconds = {} if self._graphs is None else self._graphs.seconds
+        return {str(way): 1e3 * value for way, value in seconds.items()}
+
     def set_rate(self, rate: float | Tensor) -> None:
         """Tell Adam the rate of the next update; see `adam_rate`."""
         group = self.optimizer.param_groups[0]
