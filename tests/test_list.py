@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from omegaconf import OmegaConf
 from capsrun import cli
 from capsrun.lock import locked
 
+NOW = time.time()
+
 
 @pytest.fixture
-def runs(in_tmp) -> Path:
-    """The folder in which runs are looked for."""
+def runs(in_tmp, monkeypatch) -> Path:
+    """The folder in which runs are looked for, while the clock stands still."""
+    monkeypatch.setattr("capsrun.commands.list.time", types.SimpleNamespace(time=lambda: NOW))
     return in_tmp / "runs"
 
 
@@ -34,7 +38,7 @@ def write(folder, age_seconds, **files):
         name = name.replace("_", ".")
         text = json.dumps(content) if isinstance(content, dict) else content
         (folder / name).write_text(text)
-        when = time.time() - age_seconds
+        when = NOW - age_seconds
         os.utime(folder / name, (when, when))
 
 

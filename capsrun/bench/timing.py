@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from capsrun.training.graph import capture, own_stream
+
 
 @dataclass
 class Task:
@@ -82,16 +84,8 @@ def captured(once: Callable[[], Any], device: torch.device) -> Callable[[int], N
     """Repeat some work; on a GPU as a captured graph, so that the host's time does not count."""
     repeat: Callable[[], Any] = once
     if device.type == "cuda":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                once()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            once()
-        repeat = graph.replay
+        with own_stream(device):
+            repeat = capture(once).replay
 
     def run(count: int) -> None:
         for _ in range(count):

@@ -245,8 +245,9 @@ def print_table(result: dict[str, Any]) -> None:
         cells = (quoted(result, name, key, form) for _, key, form in COLUMNS)
         print(f"{name:<24}" + "".join(f"{cell:>13}" for cell in cells))
     for name, row in result["steps"].items():
-        ways = ", ".join(f"{way} {ms:.2f} ms" for way, ms in row["ways_ms"].items())
-        print(f"{name}, captured: {ways}\n" * bool(ways), end="")
+        if row["ways_ms"]:
+            ways = (f"{way} {ms:.2f} ms" for way, ms in row["ways_ms"].items())
+            print(f"{name}, captured: {', '.join(ways)}")
     print()
     for name in result["others"]:
         cells = (quoted(result, name, key, form) for _, key, form in COLUMNS[:2])

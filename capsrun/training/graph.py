@@ -6,7 +6,7 @@ Shapes: B batch, S steps of one graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,16 +197,25 @@ class CapturedSteps:
         return start.elapsed_time(end) / 1e3 / replays
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        def run() -> None:
+            self._update = self._run()
+
         with unchanged(self._trainer), warnings.catch_warnings():
             # Adam finds it strange that it is told of graphs, but not captured yet.
             warnings.filterwarnings("ignore", message=".*capturable")
-            for _ in range(WARM_UPS):
-                self._run()
-            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
-                self._update = self._run()
+            graph = capture(run, self.pool)
         self.pool = graph.pool()
         return graph
+
+
+def capture(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Some work of a GPU as a graph; to be called in `own_stream`. pool: see `CapturedSteps`."""
+    for _ in range(WARM_UPS):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        run()
+    return graph
 
 
 @contextmanager
