@@ -323,9 +323,16 @@ def test_a_network_of_any_size(monkeypatch, px, padding, channels):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("images", "enabled", "used"), [(3, True, 0), (4, True, 1), (31, False, 0), (32, False, 1)]
+    ("features", "images", "enabled", "used"),
+    [
+        *(("avx512f", 3, True, 0), ("avx512f", 4, True, 1)),
+        *(("avx512f", 31, False, 0), ("avx512f", 32, False, 1)),
+        *(("avx2", 128, True, 0), ("avx2", 128, False, 0)),
+    ],
 )
-def test_few_images_are_convolved_directly(monkeypatch, images, enabled, used):
+def test_it_is_used_where_it_is_faster(monkeypatch, features, images, enabled, used):
+    """Not for few images, nor where its vectors fit no register."""
+    monkeypatch.setattr(frequency_conv, "cpu_features", lambda: {features})
     config = train_config("model.conv1_channels=8", "model.primary_types=2")
     model = build_model(config.model, config.routing, config.dataset)
     model.fast = True

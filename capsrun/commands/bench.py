@@ -14,9 +14,10 @@ from capsrun.bench.timing import Task, ratio, time_in_turns, warm_up
 from capsrun.config import BenchConfig, CapsNetConfig
 from capsrun.data import known
 from capsrun.errors import Noisy, UserError
+from capsrun.models.native import cpu_features
 from capsrun.runs import figures, record
 from capsrun.runs.progress import bar
-from capsrun.training.step import cpu_features, resolve_device, resolve_precision
+from capsrun.training.step import resolve_device, resolve_precision
 
 # Features of a CPU that decide how fast its matrix products can be.
 MATRIX_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

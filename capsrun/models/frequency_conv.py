@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from capsrun.models.native import address, load_library
+from capsrun.models.native import address, cpu_features, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MOST_SAMPLES = 32  # an axis; with more the transforms, N³, weigh more than what they save
@@ -109,9 +109,12 @@ class Sizes(NamedTuple):
 def is_faster(images: int) -> bool:
     """Whether so many are convolved faster here than directly (in training if gradients are on).
 
-    A rule, not a measurement, so that a run that goes on computes as it did before.
+    A rule, not a measurement, so that a run that goes on computes as it did before. Without
+    AVX-512 a vector of the kernels, 16 numbers, fits no register, and g++ keeps it in memory: six
+    times slower than a direct convolution (`benchmarks/notes.md`).
     """
-    return images >= (LEAST_IN_TRAINING if torch.is_grad_enabled() else LEAST_IN_TESTING)
+    least = LEAST_IN_TRAINING if torch.is_grad_enabled() else LEAST_IN_TESTING
+    return images >= least and "avx512f" in cpu_features()
 
 
 def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor | None:

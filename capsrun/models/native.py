@@ -4,6 +4,7 @@ It takes a C++ compiler and seconds; the result is kept in the user's cache fold
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -92,11 +93,18 @@ def _cache_dir() -> Path:
         return Path(tempfile.mkdtemp(prefix="capsrun-"))
 
 
-def _cpu() -> str:
-    """What `-march=native` depends on, for a cache folder that several machines share."""
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What Linux says the CPU can do; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {features}"
+        return frozenset()
+    # Every core has a line; "Features" on Arm.
+    names = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(names.split())
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on, for a cache folder that several machines share."""
+    return " ".join([platform.machine(), platform.processor(), *sorted(cpu_features())])

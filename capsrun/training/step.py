@@ -20,6 +20,7 @@ from capsrun.data.batches import Batch
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import Model, Output
+from capsrun.models.native import cpu_features
 from capsrun.training.distributed import ALONE, Ranks, peers
 from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
 from capsrun.training.losses import Losses, model_losses
@@ -80,15 +81,6 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if {"avx512_bf16", "amx_bf16"} & cpu_features() else "fp32"
-
-
-def cpu_features() -> set[str]:
-    """What Linux says the CPU can do; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 def keep_freed_memory() -> bool:
