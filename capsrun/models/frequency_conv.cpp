@@ -9,11 +9,11 @@
 // compiler. Real samples have conjugate-symmetric spectra, so half of the frequencies are kept:
 // (N² + 4) / 2 of them for an even N, (N² + 1) / 2 for an odd one.
 //
-// Spectra lie in matrices [F][row blocks][column blocks][16 rows][16 columns] of complex numbers
-// (see Matrix). Sixteen complex numbers are a line: in float32 16 real parts and 16 imaginary ones, in
-// bfloat16 16 pairs, which is what the instructions for bfloat16 multiply. A 16 × 16 tile of lines
-// is a matrix of 16 × 32 real numbers on the left of a product and of 32 × 16 on its right, and a
-// complex product (a + bi)(c + di) is two real ones: of (a, -b) and of (b, a) with (c, d).
+// Spectra lie in matrices [F][row blocks][column blocks][L rows][L columns] of complex numbers (see
+// Matrix), with L = LANES. L complex numbers are a line: in float32 L real parts and L imaginary ones,
+// in bfloat16 L pairs, which is what the instructions for bfloat16 multiply. A tile of L lines is a
+// matrix of L × 2L real numbers on the left of a product and of 2L × L on its right, and a complex
+// product (a + bi)(c + di) is two real ones: of (a, -b) and of (b, a) with (c, d).
 //
 // Sums are in float32. No sum depends on the number of threads, nor an image's on other images.
 
@@ -21,11 +21,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__) && \
     !defined(NO_AMX)
 #define AMX
@@ -34,25 +32,16 @@
 #endif
 #define UNROLLED _Pragma("GCC unroll 32")
 
-enum { LANES = 16, LINE = 2 * LANES, TILE = LANES * LINE };
+enum { LINE = 2 * LANES, TILE = LANES * LINE };
 enum { G = N - T + 1, HALF = N / 2, ODD = (N - 1) / 2, F = N % 2 ? (N * N + 1) / 2 : (N * N + 4) / 2 };
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_bits __attribute__((vector_size(2 * LANES)));
 struct bf16 {
   uint16_t value;
 };
 
-#include "transpose.h"
-
 // ---- Numbers in memory ----
-
-static inline vec load(const float *from) {
-  vec x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
 
 static inline vec load(const bf16 *from) {
   half_bits half;
@@ -93,12 +82,14 @@ template <class E> static inline void store(vec x, E *to, int count) {
   memcpy(to, some, count * sizeof(E));
 }
 
-// Write 64 aligned bytes past the caches: what is written whole need not be read first, and large
+// Write an aligned vector past the caches: what is written whole need not be read first, and large
 // matrices would not stay there in any case. Three to eight times as fast for spectra. Other threads
 // see it after the barrier of libgomp, whose locked instructions wait for such writes too.
 static inline void stream(vec x, void *to) {
 #ifdef __AVX512F__
   _mm512_stream_ps((float *)to, (__m512)x);
+#elif defined(__AVX__)
+  _mm256_stream_ps((float *)to, (__m256)x);
 #else
   memcpy(to, &x, sizeof x);
 #endif
@@ -156,7 +147,7 @@ struct Ahead {
   }
 };
 
-// ---- Transforms of N samples an axis, 16 channels at a time ----
+// ---- Transforms of N samples an axis, LANES channels at a time ----
 
 static float COS[N][N], SIN[N][N];
 // What a frequency counts for in the inverse transform: those whose conjugates are left out twice.
@@ -303,10 +294,12 @@ struct Maps {  // [B][H][W][C]
   }
 };
 
-// Bit by bit which of 16 numbers pass a ReLU, as NaN does, and these of 16 numbers.
+// Bit by bit which of a vector's numbers pass a ReLU, as NaN does, and these of a vector.
 static inline uint16_t positive(vec x) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NLE_UQ));
 #else
   uint16_t mask = 0;
   for (int lane = 0; lane < LANES; lane++) mask |= !(x[lane] <= 0.0f) << lane;
@@ -318,8 +311,9 @@ static inline vec select(uint16_t mask, vec x) {
 #ifdef __AVX512F__
   return (vec)_mm512_maskz_mov_ps(mask, (__m512)x);
 #else
-  for (int lane = 0; lane < LANES; lane++) x[lane] = mask >> lane & 1 ? x[lane] : 0.0f;
-  return x;
+  bits lane;
+  for (int i = 0; i < LANES; i++) lane[i] = 1u << i;
+  return (lane & mask) != 0 ? x : (vec){};
 #endif
 }
 
@@ -353,7 +347,7 @@ static void analyse(const In *maps, Maps m, uint16_t *masks, int threads, Out *s
       }
 }
 
-// Two halves of 64 bytes of bfloat16, or a vector of float32, past the caches; see `stream`.
+// Two halves of a vector of bfloat16, or two vectors of float32, past the caches; see `stream`.
 static inline void stream_pair(vec first, vec second, bf16 *to) {
   half_bits both[2] = {__builtin_convertvector(rounded(first), half_bits),
                        __builtin_convertvector(rounded(second), half_bits)};
@@ -492,9 +486,9 @@ struct TileRegisters {
   ~TileRegisters() { _tile_loadconfig(&found); }
 };
 
-// products[i][j] = sum over k of left i times right j, of 16 × 16 real numbers each.
+// products[i][j] = sum over k of left i times right j, LANES × LANES real numbers each.
 static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead &ahead, int lines,
-                            float products[2][2][256]) {
+                            float products[2][2][LANES * LANES]) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -524,10 +518,10 @@ struct TileRegisters {
 #ifdef __AVX512F__
 enum { TOGETHER = 8 };  // rows whose sums are in registers
 #else
-enum { TOGETHER = 2 };
+enum { TOGETHER = 4 };
 #endif
 
-// What the k-th column of 16 rows on the left and the k-th row on the right add to their product.
+// What the k-th column of a row on the left and the k-th row on the right add to their product.
 static inline vec multiply_add(vec sum, const float *left, const float *right, int k) {
   return sum + left[k] * load(right + k % LANES * LINE + k / LANES * LANES);
 }
@@ -548,26 +542,33 @@ static inline vec multiply_add(vec sum, const bf16 *left, const bf16 *right, int
 
 template <class E>
 static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead, int lines,
-                            float products[2][2][256]) {
-  enum { DEPTH = sizeof(E) == 4 ? LINE : LANES };
-  for (int i = 0; i < 2; i++)
-    for (int row = 0; row < LANES; row += TOGETHER) {
-      vec first[TOGETHER] = {}, second[TOGETHER] = {};
-      const E *rows = (i ? left.second : left.first) + row * LINE;
-      for (int k = 0; k < K; k++) {
-        ahead.fetch((lines + 3) / 4);
-        const E *a = rows + k * left.step;
-        for (int l = 0; l < DEPTH; l++)
-          UNROLLED for (int r = 0; r < TOGETHER; r++) {
-            first[r] = multiply_add(first[r], a + r * LINE, right.first + k * right.step, l);
-            second[r] = multiply_add(second[r], a + r * LINE, right.second + k * right.step, l);
-          }
+                            float products[2][2][LANES * LANES]) {
+  // So many tiles on the right, which each group of rows needs again, stay in the first cache.
+  enum { DEPTH = sizeof(E) == 4 ? LINE : LANES, CHUNK = 16384 / (2 * TILE * sizeof(E)) };
+  for (int start = 0; start < K; start += CHUNK)
+    for (int i = 0; i < 2; i++)
+      for (int row = 0; row < LANES; row += TOGETHER) {
+        vec first[TOGETHER] = {}, second[TOGETHER] = {};
+        float *sums = products[i][0] + row * LANES, *more = products[i][1] + row * LANES;
+        for (int r = 0; r < TOGETHER && start; r++) {
+          first[r] = load(sums + r * LANES);
+          second[r] = load(more + r * LANES);
+        }
+        const E *rows = (i ? left.second : left.first) + row * LINE;
+        for (int k = start; k < start + CHUNK && k < K; k++) {
+          ahead.fetch((lines + 3) / 4);
+          const E *a = rows + k * left.step;
+          for (int l = 0; l < DEPTH; l++)
+            UNROLLED for (int r = 0; r < TOGETHER; r++) {
+              first[r] = multiply_add(first[r], a + r * LINE, right.first + k * right.step, l);
+              second[r] = multiply_add(second[r], a + r * LINE, right.second + k * right.step, l);
+            }
+        }
+        for (int r = 0; r < TOGETHER; r++) {
+          store(first[r], sums + r * LANES);
+          store(second[r], more + r * LANES);
+        }
       }
-      for (int r = 0; r < TOGETHER; r++) {
-        store(first[r], products[i][0] + (row + r) * LANES);
-        store(second[r], products[i][1] + (row + r) * LANES);
-      }
-    }
 }
 
 template <class E> static inline void stream_tile(const float *re, const float *im, E *to) {
@@ -608,7 +609,7 @@ static void multiply_adjoint(const E *x, const E *w, int B, int O, int K, int th
 #pragma omp parallel num_threads(threads)
   {
     E *panel = (E *)aligned_alloc(64, sizeof(E) * 2 * TILE * K);
-    float products[2][2][256] __attribute__((aligned(64)));
+    float products[2][2][LANES * LANES] __attribute__((aligned(64)));
 #pragma omp for collapse(2) schedule(static)
     for (int f = 0; f < F; f++)
       for (int block = 0; block < blocks(O); block++) {
@@ -644,7 +645,7 @@ static void multiply(const E *a, const E *b, int rows, int K, int columns, int t
   for (int f = 0; f < F; f++)
     for (int pair = 0; pair < pairs; pair++) {
       TileRegisters registers;
-      float products[2][2][256] __attribute__((aligned(64)));
+      float products[2][2][LANES * LANES] __attribute__((aligned(64)));
       const int count = columns - 2 * pair < 2 ? 1 : 2;
       const E *from = b + f * bs.frequency_step + (size_t)pair * 2 * TILE;
       Factor<E> right = {from, from + (count - 1) * TILE, bs.row_step};
@@ -662,6 +663,8 @@ static void multiply(const E *a, const E *b, int rows, int K, int columns, int t
 }
 
 // ---- What Python calls; C, K and O as above, pixels of maps in E, kernels and outputs in float32 ----
+
+extern "C" int lanes() { return LANES; }
 
 extern "C" int ready() {
 #ifdef AMX

@@ -33,7 +33,6 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 MOST_SAMPLES = 32  # an axis; with more the transforms, N³, weigh more than what they save
 # With fewer images the kernel's transforms weigh more than what they save (`benchmarks/notes.md`).
 LEAST_IN_TRAINING, LEAST_IN_TESTING = 4, 32
-TILE = 16  # rows and columns of what the kernels multiply at once
 
 
 def frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor:
@@ -109,12 +108,11 @@ class Sizes(NamedTuple):
 def is_faster(images: int) -> bool:
     """Whether so many are convolved faster here than directly (in training if gradients are on).
 
-    A rule, not a measurement, so that a run that goes on computes as it did before. Without
-    AVX-512 a vector of the kernels, 16 numbers, fits no register, and g++ keeps it in memory: six
-    times slower than a direct convolution (`benchmarks/notes.md`).
+    A rule, not a measurement, so that a run that goes on computes as it did before. It has been
+    measured with AVX2 and with AVX-512 (`benchmarks/notes.md`).
     """
     least = LEAST_IN_TRAINING if torch.is_grad_enabled() else LEAST_IN_TESTING
-    return images >= least and "avx512f" in cpu_features()
+    return images >= least and "avx2" in cpu_features()
 
 
 def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor | None:
@@ -162,7 +160,7 @@ class _ReluFrequencyConv(torch.autograd.Function):
         to_weight = None
         if ctx.needs_input_grad[1]:
             to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
-        batch, outputs, depth = _blocks(sizes)
+        batch, outputs, depth = _blocks(sizes, kernels.lanes)
         size, dtype = kernels.matrix_size, maps_BCHW.dtype
         products = max(size(batch, depth), size(outputs, depth))
         kernels.backward[dtype](
@@ -188,7 +186,7 @@ def _transform(
 ) -> object:
     """Write the spectra of maps and kernel, and the outputs when asked; returns a mark of these."""
     buffers, dtype = _buffers, maps_BCHW.dtype
-    batch, outputs, depth = _blocks(sizes)
+    batch, outputs, depth = _blocks(sizes, kernels.lanes)
     # Tensors of inference mode do not count their changes.
     version = object() if weight_OCMN.is_inference() else weight_OCMN._version
     weight = (weight_OCMN.data_ptr(), version, sizes[2:], sizes.samples, dtype)
@@ -200,7 +198,7 @@ def _transform(
         *_numbers(sizes),
         int(not known),
         torch.get_num_threads(),
-        buffers.take("masks", TILE * batch * depth * sizes.samples**2, torch.int16),
+        buffers.take("masks", kernels.lanes * batch * depth * sizes.samples**2, torch.int16),
         buffers.take("maps", kernels.matrix_size(batch, depth), dtype),
         buffers.take("weight", kernels.matrix_size(outputs, depth), dtype),
         buffers.take("outputs", kernels.matrix_size(batch, outputs), torch.float32),
@@ -214,10 +212,12 @@ def _numbers(sizes: Sizes) -> tuple[int, ...]:
     return (sizes.batch, sizes.px, sizes.px, sizes.channels, sizes.outputs, *sizes[4:])
 
 
-def _blocks(sizes: Sizes) -> tuple[int, int, int]:
-    """Tiles that hold the batch, the outputs, and channels and phases."""
-    channels = -(-sizes.channels // TILE)
-    return -(-sizes.batch // TILE), -(-sizes.outputs // TILE), sizes.stride**2 * channels
+def _blocks(sizes: Sizes, lanes: int) -> tuple[int, int, int]:
+    """Vectors of so many lanes that hold the batch, the outputs, and channels and phases."""
+    batch, outputs, channels = (
+        -(-count // lanes) for count in (sizes.batch, sizes.outputs, sizes.channels)
+    )
+    return batch, outputs, sizes.stride**2 * channels
 
 
 class _Buffers(threading.local):
@@ -262,6 +262,7 @@ def weights_stay() -> Iterator[None]:
 class Kernels(NamedTuple):
     """The functions of `frequency_conv.cpp`; those of a type by that type."""
 
+    lanes: int
     matrix_size: Callable[[int, int], int]
     forward: dict[torch.dtype, Callable[..., None]]
     backward: dict[torch.dtype, Callable[..., None]]
@@ -278,7 +279,7 @@ def load_kernels(samples: int, taps: int) -> Kernels | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.matrix_size.argtypes, library.matrix_size.restype = [number] * 2, ctypes.c_size_t
-    kernels = Kernels(library.matrix_size, {}, {})
+    kernels = Kernels(library.lanes(), library.matrix_size, {}, {})
     for dtype, suffix in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         forward, backward = (library[f"{name}_{suffix}"] for name in ("forward", "backward"))
         forward.argtypes = [pointer] * 2 + [number] * 9 + [pointer] * 5

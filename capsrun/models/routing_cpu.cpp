@@ -15,17 +15,9 @@
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
+#include "vectors.h"
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int int_vec __attribute__((vector_size(LANES * sizeof(int))));
 
 enum { N = J * D };
@@ -66,17 +58,9 @@ static inline vec exponential(vec x) {
   return p * (vec)power;
 }
 
-static inline vec load(const float *from) {
-  vec x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
 static inline vec *allocate(size_t vectors) {
   return (vec *)aligned_alloc(64, (vectors * sizeof(vec) + 63) / 64 * 64);
 }
-
-#include "transpose.h"
 
 // Copy `width` numbers of each image, `stride` apart from image to image, into lanes, and back.
 // LANES numbers at a time: the images' rows often share their few lines of the cache.
