@@ -1,13 +1,16 @@
 """PrimaryCaps in the frequency domain is the convolution: values, gradients, rounding, any size."""
 
 import contextlib
+import copy
 import threading
 
 import pytest
 import torch
-from conftest import needs_compiler, train_config
+from conftest import TINY, needs_compiler, train_config
 from torch.nn import functional as F
 
+from capsrun.data import load_dataset
+from capsrun.data.splits import TrainingBatches
 from capsrun.models import build_model, frequency_conv, native
 from capsrun.models.frequency_conv import (
     frequency_conv2d,
@@ -15,6 +18,9 @@ from capsrun.models.frequency_conv import (
     relu_frequency_conv2d,
     weights_stay,
 )
+from capsrun.training.step import Trainer
+
+CPU = torch.device("cpu")
 
 # Batch, channels, outputs, pixels, kernel, stride.
 SIZES = [
@@ -23,6 +29,8 @@ SIZES = [
     (2, 3, 5, 20, 9, 2),  # a last row and column that reach no output
     (127, 5, 3, 11, 9, 2),
     (2, 17, 33, 13, 9, 2),  # tiles that are not full
+    (2, 72, 84, 9, 9, 2),  # more than one piece of the products' depth, the last one not full
+    (2, 32, 8, 11, 9, 2),  # channels that fill cache lines
     (2, 4, 4, 37, 9, 2),  # 45 px, an odd number of samples
     (2, 3, 2, 12, 4, 3),
     (2, 3, 2, 9, 3, 1),
@@ -123,10 +131,12 @@ def test_neither_threads_nor_batch_mates_matter(dtype):
     maps, weight, gradient = maps.to(dtype), weight.float(), gradient.float()
     threads = torch.get_num_threads()
     values = []
-    for number in (1, 3):
-        torch.set_num_threads(number)
-        values.append(with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2))
-    torch.set_num_threads(threads)
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            values.append(with_gradients(relu_frequency_conv2d, maps, weight, gradient, 2))
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*values))
     some = with_gradients(relu_frequency_conv2d, maps[7:20], weight, gradient[7:20], 2)
     assert all(torch.equal(a, b[7:20]) for a, b in zip(some[:2], values[0][:2]))
@@ -199,7 +209,7 @@ def test_while_weights_stay_the_kernel_is_transformed_once(monkeypatch):
     counted = []
 
     def count(*arguments):
-        counted.append(arguments[9])  # with_kernel
+        counted.append(arguments[8])  # with_kernel
         kernels_forward(*arguments)
 
     kernels_forward = kernels.forward[torch.float32]
@@ -277,20 +287,25 @@ def test_without_leave_to_use_the_tile_registers_others_are_used(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", ["-mno-avx512bf16 -mno-amx-tile", "-mno-avx512f", "-mno-avx"])
-def test_on_processors_with_less(flags, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "most_lanes"),
+    [("-mno-avx512bf16 -mno-amx-tile", 16), ("-mno-avx512f", 8), ("-mno-avx", 4)],
+)
+def test_on_processors_with_less(flags, most_lanes, monkeypatch):
     """bfloat16 in software, vectors of 8 and of 4: what is there is left out by the compiler."""
     compiler = native.find_compiler()
     monkeypatch.setenv("CXX", f"{' '.join(compiler)} {flags}")
     load_kernels.cache_clear()
     try:
-        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 7e-3)):
-            maps, weight, gradient = draw((5, 20, 24, 11, 9, 2))
+        for sizes in ((5, 20, 24, 11, 9, 2), (2, 72, 84, 9, 9, 2), (2, 32, 8, 11, 9, 2)):
+            maps, weight, gradient = draw(sizes)
             exact = with_gradients(direct, maps, weight, gradient, 2)
-            ours = with_gradients(
-                relu_frequency_conv2d, maps.to(dtype), weight.float(), gradient, 2
-            )
-            assert all(relative_error(a, b) < tolerance for a, b in zip(ours, exact))
+            for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 7e-3)):
+                ours = with_gradients(
+                    relu_frequency_conv2d, maps.to(dtype), weight.float(), gradient, 2
+                )
+                assert all(relative_error(a, b) < tolerance for a, b in zip(ours, exact))
+        assert load_kernels(6, 5).lanes <= most_lanes
     finally:
         load_kernels.cache_clear()
 
@@ -323,20 +338,49 @@ def test_a_network_of_any_size(monkeypatch, px, padding, channels):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("features", "images", "enabled", "used"),
+    ("features", "images", "kernel_px", "enabled", "used"),
     [
-        *(("avx2", 3, True, 0), ("avx2", 4, True, 1)),
-        *(("avx2", 31, False, 0), ("avx2", 32, False, 1)),
-        *(("avx", 128, True, 0), ("avx", 128, False, 0)),
+        *(("avx2", 3, 9, True, 0), ("avx2", 4, 9, True, 1)),
+        *(("avx2", 31, 9, False, 0), ("avx2", 32, 9, False, 1)),
+        *(("avx2", 4, 4, True, 0), ("avx2", 4, 5, True, 1)),
+        *(("avx", 128, 9, True, 0), ("avx", 128, 9, False, 0)),
     ],
 )
-def test_it_is_used_where_it_is_faster(monkeypatch, features, images, enabled, used):
-    """Not for few images, nor on processors where it was never measured."""
+def test_it_is_used_where_it_is_faster(monkeypatch, features, images, kernel_px, enabled, used):
+    """Not for few images or small kernels, nor on processors where it was never measured."""
     monkeypatch.setattr(frequency_conv, "cpu_features", lambda: {features})
-    config = train_config("model.conv1_channels=8", "model.primary_types=2")
+    config = train_config(
+        *("model.conv1_channels=8", "model.primary_types=2", f"model.kernel_px={kernel_px}")
+    )
     model = build_model(config.model, config.routing, config.dataset)
     model.fast = True
     found = spied(monkeypatch)
     with contextlib.nullcontext() if enabled else torch.no_grad():
         model(torch.zeros(images, 1, 28, 28))
     assert found == [True] * used
+
+
+@needs_compiler
+def test_training_that_goes_on_is_bit_for_bit_as_without_a_break(monkeypatch):
+    """Also where something else was convolved in between, as in testing."""
+    monkeypatch.setattr(frequency_conv, "cpu_features", lambda: {"avx2"})
+    config = train_config(*TINY, "dataset.image_px=28", "recipe.batch_size=8")
+    digits = load_dataset(config.dataset, CPU).train
+    batches = TrainingBatches(digits, 0, 8)
+    found = spied(monkeypatch)
+
+    def trainer():
+        model = build_model(config.model, config.routing, config.dataset)
+        return Trainer(model, config.loss, config.recipe, 6, CPU, "fp32", True)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    whole.advance(batches, 0, 4)
+    first.advance(batches, 0, 2)
+    with torch.no_grad():
+        first.model(torch.rand(40, 1, 28, 28))
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_optimizer(copy.deepcopy(first.optimizer.state_dict()))
+    second.advance(batches, 2, 2)
+    assert found == [True] * 9
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)

@@ -77,8 +77,9 @@ def batches_alone(config: BenchConfig, device: torch.device) -> Run:
 def training_steps(config: BenchConfig, device: torch.device, name: str, capture: bool) -> Run:
     """Training steps of a variant, batches included.
 
-    The direct variant, on CPUs, is the fast one without what is in `models/frequency_conv.py` and
-    comes with it: the fused routing and a direct convolution.
+    The direct variant, on CPUs, is the fast one without `models/frequency_conv.py` and what came
+    with it: it convolves directly, Conv1 too, squashes with PyTorch's operations, and gives freed
+    memory back; votes and routing are the fast ones.
     capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
     """
     kind, precision = name.split()

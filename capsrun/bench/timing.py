@@ -57,6 +57,8 @@ def timed(run: Callable[[int], None], repeats: int, device: torch.device) -> flo
 def warm_up(task: Task, turn_seconds: float, device: torch.device) -> float:
     """Choose how often a turn does the work; returns the seconds of doing it for the first time."""
     first = timed(task.run, 1, device)
+    if first > 10 * turn_seconds:  # what the start added is little, and waiting is long
+        return first
     for _ in range(2):  # the first guess may still hold something of the start
         once = timed(task.run, task.repeats, device)
         task.repeats = max(1, round(turn_seconds / once))

@@ -5,7 +5,7 @@
 // circle of N = G + T - 1 samples an axis these give the G outputs exactly. There a convolution is a
 // product of spectra: for each of F frequencies a complex matrix product over channels and phases.
 //
-// Sizes: B images, H × W pixels, C channels of the maps, O of the outputs; N and T are given to the
+// Sizes: B images of px × px pixels, C channels of the maps, O of the outputs; N and T are given to the
 // compiler. Real samples have conjugate-symmetric spectra, so half of the frequencies are kept:
 // (N² + 4) / 2 of them for an even N, (N² + 1) / 2 for an odd one.
 //
@@ -138,8 +138,8 @@ extern "C" size_t matrix_size(int row_blocks, int column_blocks) {
 struct Ahead {
   const char *at;
   size_t chunk, step, done;
-  inline void fetch(int lines) {
-    for (int i = 0; i < lines; i++) {
+  inline void fetch(int cache_lines) {
+    for (int i = 0; i < cache_lines; i++) {
       __builtin_prefetch(at + done, 0, 2);
       done += 64;
       if (done == chunk) at += step, done = 0;
@@ -284,13 +284,13 @@ static inline void dft_transposed(const vec *re, const vec *im, Put put) {
 
 // ---- Between maps (or kernels, whose "images" are the output channels) and spectra ----
 
-struct Maps {  // [B][H][W][C]
-  int images, height, width, channels, stride;
+struct Maps {  // [B][px][px][C]
+  int images, px, channels, stride;
   size_t task(int image, int block, int phase) const {
     return ((size_t)image * blocks(channels) + block) * stride * stride + phase;
   }
   size_t at(int image, int row, int column, int block) const {
-    return (((size_t)image * height + row) * width + column) * channels + block * LANES;
+    return (((size_t)image * px + row) * px + column) * channels + block * LANES;
   }
 };
 
@@ -324,20 +324,20 @@ static void analyse(const In *maps, Maps m, uint16_t *masks, int threads, Out *s
   const int S = m.stride, per_phase = blocks(m.channels);
   const Matrix matrix(blocks(m.images), S * S * per_phase);
   const size_t image_bytes = m.at(1, 0, 0, 0) * sizeof(In);
-  const int lines = image_bytes / 64 / (per_phase * S * S * COUNT) + 1;
+  const int cache_lines = image_bytes / 64 / (per_phase * S * S * COUNT) + 1;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int image = 0; image < blocks(m.images) * LANES; image++)
     for (int block = 0; block < per_phase; block++)
       for (int phase = 0; phase < S * S; phase++) {
         vec re[F], im[F];
-        size_t part = ((size_t)block * S * S + phase) * COUNT * lines * 64;
+        size_t part = ((size_t)block * S * S + phase) * COUNT * cache_lines * 64;
         uint16_t *mask = masks ? masks + m.task(image, block, phase) * COUNT * COUNT : 0;
         Ahead ahead = {(const char *)maps + (image + 1) * image_bytes + part, image_bytes, 0, 0};
         dft<COUNT>(
             [&](int y, int x) {
-              if (x == 0) ahead.fetch(lines);
+              if (x == 0) ahead.fetch(cache_lines);
               int row = y * S + phase / S, column = x * S + phase % S;
-              if (image >= m.images || row >= m.height || column >= m.width) return (vec){};
+              if (image >= m.images || row >= m.px || column >= m.px) return (vec){};
               vec sample = load(maps + m.at(image, row, column, block), m.channels - block * LANES);
               return mask ? select(mask[y * COUNT + x] = positive(sample), sample) : sample;
             },
@@ -378,7 +378,8 @@ static void analyse_backward(const In *spectra, Maps m, const uint16_t *masks, i
         for (int f = 0; f < F; f++)
           for (int half = 0; half < count; half++)
             for (int i = 0; i < LANES; i++)
-              memcpy(lines[half][i][f], from + f * matrix.frequency_step + half * TILE + i * LINE, sizeof(In) * LINE);
+              memcpy(lines[half][i][f], from + f * matrix.frequency_step + half * TILE + i * LINE,
+                     sizeof(In) * LINE);
         for (int i = 0; i < LANES && group * LANES + i < m.images; i++) {
           int image = group * LANES + i;
           vec re[F], im[F], first_half[COUNT][COUNT];
@@ -388,7 +389,7 @@ static void analyse_backward(const In *spectra, Maps m, const uint16_t *masks, i
             for (int f = 0; f < F; f++) load_line(lines[half][i][f], re[f], im[f]);
             dft_transposed<COUNT>(re, im, [&](int y, int x, vec value) {
               int row = y * S + phase / S, column = x * S + phase % S;
-              if (row >= m.height || column >= m.width) return;
+              if (row >= m.px || column >= m.px) return;
               size_t at = m.at(image, row, column, block);
               if (mask) value = select(mask[y * COUNT + x], value);
               if (!whole_lines) store(value, maps + at, m.channels - block * LANES);
@@ -487,7 +488,7 @@ struct TileRegisters {
 };
 
 // products[i][j] = sum over k of left i times right j, LANES × LANES real numbers each.
-static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead &ahead, int lines,
+static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead &ahead, int cache_lines,
                             float products[2][2][LANES * LANES]) {
   _tile_zero(0);
   _tile_zero(1);
@@ -498,7 +499,7 @@ static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead 
     _tile_loadd(6, right.first + k * right.step, 2 * LINE);
     _tile_loadd(5, left.second + k * left.step, 2 * LINE);
     _tile_loadd(7, right.second + k * right.step, 2 * LINE);
-    ahead.fetch(lines);
+    ahead.fetch(cache_lines);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -541,10 +542,10 @@ static inline vec multiply_add(vec sum, const bf16 *left, const bf16 *right, int
 }
 
 template <class E>
-static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead, int lines,
+static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead, int cache_lines,
                             float products[2][2][LANES * LANES]) {
-  // So many tiles on the right, which each group of rows needs again, stay in the first cache.
-  enum { DEPTH = sizeof(E) == 4 ? LINE : LANES, CHUNK = 16384 / (2 * TILE * sizeof(E)) };
+  // So many tiles on the right, which each group of rows needs again, stay in the L1 cache.
+  enum { DEPTH = LINE * sizeof(E) / 4, CHUNK = 16384 / (2 * TILE * sizeof(E)) };
   for (int start = 0; start < K; start += CHUNK)
     for (int i = 0; i < 2; i++)
       for (int row = 0; row < LANES; row += TOGETHER) {
@@ -556,7 +557,7 @@ static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead
         }
         const E *rows = (i ? left.second : left.first) + row * LINE;
         for (int k = start; k < start + CHUNK && k < K; k++) {
-          ahead.fetch((lines + 3) / 4);
+          ahead.fetch((cache_lines + 3) / 4);
           const E *a = rows + k * left.step;
           for (int l = 0; l < DEPTH; l++)
             UNROLLED for (int r = 0; r < TOGETHER; r++) {
@@ -620,12 +621,12 @@ static void multiply_adjoint(const E *x, const E *w, int B, int O, int K, int th
         bool last_block = block + 1 == blocks(O);
         const E *next = last_block ? w + (f + 1) * ws.frequency_step : from + ws.row_step;
         Ahead ahead = {(const char *)next, sizeof(E) * TILE * K, 0, 0};
-        int lines = (sizeof(E) * TILE / 64 + pairs - 1) / pairs;
+        int cache_lines = (sizeof(E) * TILE / 64 + pairs - 1) / pairs;
         for (int pair = 0; pair < pairs; pair++) {
           const E *rows = x + f * xs.frequency_step + 2 * pair * xs.row_step;
           int count = blocks(B) - 2 * pair < 2 ? 1 : 2;
           Factor<E> left = {rows, rows + (count - 1) * xs.row_step, TILE};
-          multiply(left, right, K, ahead, lines, products);
+          multiply(left, right, K, ahead, cache_lines, products);
           float *to = y + f * ys.frequency_step + 2 * pair * ys.row_step + (size_t)block * TILE;
           for (int i = 0; i < count; i++)
             stream_tile(products[i][0], products[i][1], to + i * ys.row_step);
@@ -651,10 +652,10 @@ static void multiply(const E *a, const E *b, int rows, int K, int columns, int t
       Factor<E> right = {from, from + (count - 1) * TILE, bs.row_step};
       const E *next = pair + 1 == pairs ? b + (f + 1) * bs.frequency_step : from + 2 * TILE;
       Ahead ahead = {(const char *)next, sizeof(E) * 2 * TILE, sizeof(E) * bs.row_step, 0};
-      int lines = (sizeof(E) * 2 * TILE / 64 + rows - 1) / rows;
+      int cache_lines = (sizeof(E) * 2 * TILE / 64 + rows - 1) / rows;
       for (int row = 0; row < rows; row++) {
         const E *mine = a + f * as.frequency_step + row * as.row_step;
-        multiply(Factor<E>{mine, mine + TILE, 2 * TILE}, right, K, ahead, lines, products);
+        multiply(Factor<E>{mine, mine + TILE, 2 * TILE}, right, K, ahead, cache_lines, products);
         E *to = c + f * cs.frequency_step + row * cs.row_step + (size_t)pair * 2 * TILE;
         for (int j = 0; j < count; j++)
           stream_tile(products[0][j], products[1][j], to + j * TILE);
@@ -675,44 +676,44 @@ extern "C" int ready() {
 }
 
 template <class E>
-static void forward(const E *maps, const float *kernel, int B, int H, int W, int C, int O, int size,
+static void forward(const E *maps, const float *kernel, int B, int px, int C, int O, int size,
                     int S, int with_kernel, int threads, uint16_t *masks, E *x, E *w, float *y,
                     float *outputs) {
-  analyse<N>(maps, Maps{B, H, W, C, S}, masks, threads, x);
-  if (with_kernel) analyse<T>(kernel, Maps{O, size, size, C, S}, 0, threads, w);
+  analyse<N>(maps, Maps{B, px, C, S}, masks, threads, x);
+  if (with_kernel) analyse<T>(kernel, Maps{O, size, C, S}, 0, threads, w);
   if (!outputs) return;
   multiply_adjoint(x, w, B, O, S * S * blocks(C), threads, y);
   synthesise(y, B, O, threads, outputs);
 }
 
 template <class E>
-static void backward(const float *outputs, const uint16_t *masks, int B, int H, int W, int C, int O, int size,
-                     int S, int threads, const E *x, const E *w, E *g, E *g_adjoint, E *products,
-                     E *to_maps, float *to_kernel) {
+static void backward(const float *outputs, const uint16_t *masks, int B, int px, int C, int O,
+                     int size, int S, int threads, const E *x, const E *w, E *g, E *g_adjoint,
+                     E *products, E *to_maps, float *to_kernel) {
   const int K = S * S * blocks(C);
   synthesise_backward(outputs, B, O, threads, g, g_adjoint);
   if (to_maps) {
     multiply(g, w, blocks(B), blocks(O), K, threads, products);
-    analyse_backward<N>(products, Maps{B, H, W, C, S}, masks, threads, to_maps);
+    analyse_backward<N>(products, Maps{B, px, C, S}, masks, threads, to_maps);
   }
   if (to_kernel) {
     multiply(g_adjoint, x, blocks(O), blocks(B), K, threads, products);
-    analyse_backward<T>(products, Maps{O, size, size, C, S}, 0, threads, to_kernel);
+    analyse_backward<T>(products, Maps{O, size, C, S}, 0, threads, to_kernel);
   }
 }
 
 #define EXPORT(SUFFIX, E)                                                                           \
-  extern "C" void forward_##SUFFIX(const E *maps, const float *kernel, int B, int H, int W, int C,  \
-                                   int O, int size, int S, int with_kernel, int threads,            \
-                                   uint16_t *masks, E *x, E *w, float *y, float *outputs) {         \
-    forward(maps, kernel, B, H, W, C, O, size, S, with_kernel, threads, masks, x, w, y, outputs);   \
+  extern "C" void forward_##SUFFIX(const E *maps, const float *kernel, int B, int px, int C, int O, \
+                                   int size, int S, int with_kernel, int threads, uint16_t *masks,  \
+                                   E *x, E *w, float *y, float *outputs) {                          \
+    forward(maps, kernel, B, px, C, O, size, S, with_kernel, threads, masks, x, w, y, outputs);     \
   }                                                                                                 \
-  extern "C" void backward_##SUFFIX(const float *outputs, const uint16_t *masks, int B, int H,      \
-                                    int W, int C, int O, int size, int S, int threads, const E *x,  \
+  extern "C" void backward_##SUFFIX(const float *outputs, const uint16_t *masks, int B, int px,     \
+                                    int C, int O, int size, int S, int threads, const E *x,         \
                                     const E *w, E *g, E *g_adjoint, E *products, E *to_maps,        \
                                     float *to_kernel) {                                             \
-    backward(outputs, masks, B, H, W, C, O, size, S, threads, x, w, g, g_adjoint, products,         \
-             to_maps, to_kernel);                                                                   \
+    backward(outputs, masks, B, px, C, O, size, S, threads, x, w, g, g_adjoint, products, to_maps,  \
+             to_kernel);                                                                            \
   }
 EXPORT(fp32, float)
 EXPORT(bf16, bf16)

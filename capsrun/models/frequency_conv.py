@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from capsrun.models.native import address, cpu_features, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-MOST_SAMPLES = 32  # an axis; with more the transforms, N³, weigh more than what they save
-# With fewer images the kernel's transforms weigh more than what they save (`benchmarks/notes.md`).
-LEAST_IN_TRAINING, LEAST_IN_TESTING = 4, 32
+MOST_SAMPLES = 32  # an axis; kernels for more take long to build, and were never measured
+# With fewer images the kernel's transforms weigh more than what they save, and with fewer taps an
+# axis there is little to save (`benchmarks/notes.md`).
+LEAST_IN_TRAINING, LEAST_IN_TESTING, LEAST_TAPS = 4, 32, 3
 
 
 def frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor:
@@ -105,14 +106,15 @@ class Sizes(NamedTuple):
         return self.grid_px + self.taps - 1
 
 
-def is_faster(images: int) -> bool:
+def is_faster(images: int, kernel_px: int, stride: int) -> bool:
     """Whether so many are convolved faster here than directly (in training if gradients are on).
 
-    A rule, not a measurement, so that a run that goes on computes as it did before. It has been
-    measured with AVX2 and with AVX-512 (`benchmarks/notes.md`).
+    A rule, not a measurement, so that a run that goes on computes as it did before. What backs it
+    was measured with AMX and with AVX2 alone (`benchmarks/notes.md`).
     """
     least = LEAST_IN_TRAINING if torch.is_grad_enabled() else LEAST_IN_TESTING
-    return images >= least and "avx2" in cpu_features()
+    taps = math.ceil(kernel_px / stride)
+    return images >= least and taps >= LEAST_TAPS and "avx2" in cpu_features()
 
 
 def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor | None:
@@ -121,7 +123,10 @@ def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -
     Products are of the type of `maps_BCHW`, float32 or bfloat16; transforms and sums are float32.
     None where the kernels cannot be built (which is said once), or do not take these tensors.
     """
-    if maps_BCHW.dtype not in (torch.float32, torch.bfloat16) or weight_OCMN.dtype != torch.float32:
+    types = (torch.float32, torch.bfloat16)
+    if maps_BCHW.device.type != "cpu" or maps_BCHW.dtype not in types:
+        return None
+    if weight_OCMN.dtype != torch.float32:
         return None
     sizes = Sizes.of(maps_BCHW, weight_OCMN, stride)
     if sizes.samples > MOST_SAMPLES or sizes.batch == 0:
@@ -166,7 +171,7 @@ class _ReluFrequencyConv(torch.autograd.Function):
         kernels.backward[dtype](
             address(gradient),
             buffers.take("masks", 0, torch.int16),
-            *_numbers(sizes),
+            *sizes,
             torch.get_num_threads(),
             *(buffers.take(name, 0, dtype) for name in ("maps", "weight")),
             buffers.take("gradient", size(batch, 2 * outputs), dtype),
@@ -195,7 +200,7 @@ def _transform(
     kernel = weight_OCMN.contiguous(memory_format=torch.channels_last)
     kernels.forward[dtype](
         *map(address, (maps_BCHW, kernel)),
-        *_numbers(sizes),
+        *sizes,
         int(not known),
         torch.get_num_threads(),
         buffers.take("masks", kernels.lanes * batch * depth * sizes.samples**2, torch.int16),
@@ -206,10 +211,6 @@ def _transform(
     )
     buffers.weight, buffers.written = weight, object()
     return buffers.written
-
-
-def _numbers(sizes: Sizes) -> tuple[int, ...]:
-    return (sizes.batch, sizes.px, sizes.px, sizes.channels, sizes.outputs, *sizes[4:])
 
 
 def _blocks(sizes: Sizes, lanes: int) -> tuple[int, int, int]:
@@ -282,8 +283,8 @@ def load_kernels(samples: int, taps: int) -> Kernels | None:
     kernels = Kernels(library.lanes(), library.matrix_size, {}, {})
     for dtype, suffix in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         forward, backward = (library[f"{name}_{suffix}"] for name in ("forward", "backward"))
-        forward.argtypes = [pointer] * 2 + [number] * 9 + [pointer] * 5
-        backward.argtypes = [pointer] * 2 + [number] * 8 + [pointer] * 7
+        forward.argtypes = [pointer] * 2 + [number] * 8 + [pointer] * 5
+        backward.argtypes = [pointer] * 2 + [number] * 7 + [pointer] * 7
         forward.restype = backward.restype = None
         kernels.forward[dtype], kernels.backward[dtype] = forward, backward
     return kernels

@@ -20,9 +20,9 @@ from capsrun.errors import notice
 from capsrun.models.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# A thread has vectors of K and of J · D numbers for 16 images on its stack: with these limits about
-# a megabyte. The K · J · D weights of an input capsule, read for each group of images, stay in a
-# cache.
+# A thread has vectors of K and of J · D numbers for up to 16 images on its stack: with these limits
+# about a megabyte. The K · J · D weights of an input capsule, read for each group of images, stay
+# in a cache.
 LARGEST_INPUT, LARGEST_OUTPUT, LARGEST_WEIGHT = 1024, 2048, 2**17
 
 
