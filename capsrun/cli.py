@@ -357,7 +357,7 @@ def stopped_at_once(arguments: Sequence[str], number: int) -> int:
     """Say so, and return the exit code."""
     again = shlex.join(["capsrun", *arguments])
     if process_rank()[0] == 0:
-        say(f"stopped at once; the same command goes on after what is saved, if anything: {again}")
+        say(f"stopped at once; the same command goes on after what is saved, or anew: {again}")
     return 128 + number
 
 

@@ -90,7 +90,12 @@ def _cache_dir() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="capsrun-"))
+        return Path(_folder_of_this_process().name)
+
+
+@functools.cache
+def _folder_of_this_process() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="capsrun-")  # removed when the process ends
 
 
 @functools.cache
