@@ -86,6 +86,13 @@ def test_short_work_is_repeated():
     assert task.repeats > 100
 
 
+def test_what_takes_long_is_not_done_again_before_it_is_timed():
+    counts = []
+    task = Task(lambda count: (counts.append(count), time.sleep(0.02)))
+    assert warm_up(task, 0.001, CPU) >= 0.02
+    assert counts == [1] == [task.repeats]
+
+
 def test_the_arithmetic_of_a_step():
     """156 GFLOP with the last row and column of Conv1, which reach no capsule; 155 without."""
     model = full_size()

@@ -122,7 +122,7 @@ def test_forward_and_gradients(name, dtype, fast):
         assert load_kernels(*model.digitcaps_weight.shape[1:]) is not None
         maps, weight = model.conv1(batch.images_BCHW), model.primarycaps.weight
         assert relu_frequency_conv2d(maps, weight, stride=2) is not None
-        assert frequency_conv.is_faster(len(maps), kernel_px=9, stride=2)
+        assert frequency_conv.is_faster(maps, weight, stride=2)
     poses = model.primary_poses(batch.images_BCHW)
     votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps_weight)
     output = model(batch.images_BCHW, batch.labels_BT)

@@ -202,7 +202,7 @@ class CapsNet(nn.Module):
         if not self._on_fast_cpu(maps_BCHW.device):
             return F.conv2d(F.relu(maps_BCHW), weight, stride=2)
         found = None
-        if not self.direct and frequency_conv.is_faster(len(maps_BCHW), weight.shape[-1], 2):
+        if not self.direct and frequency_conv.is_faster(maps_BCHW, weight, stride=2):
             found = frequency_conv.relu_frequency_conv2d(maps_BCHW, weight, stride=2)
         return relu_strided_conv2d(maps_BCHW, weight, stride=2) if found is None else found
 

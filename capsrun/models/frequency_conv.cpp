@@ -488,8 +488,8 @@ struct TileRegisters {
 };
 
 // products[i][j] = sum over k of left i times right j, LANES × LANES real numbers each.
-static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead &ahead, int cache_lines,
-                            float products[2][2][LANES * LANES]) {
+static inline void multiply(Factor<bf16> left, Factor<bf16> right, int K, Ahead &ahead,
+                            int cache_lines, float products[2][2][LANES * LANES]) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -546,6 +546,7 @@ static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead
                             float products[2][2][LANES * LANES]) {
   // So many tiles on the right, which each group of rows needs again, stay in the L1 cache.
   enum { DEPTH = LINE * sizeof(E) / 4, CHUNK = 16384 / (2 * TILE * sizeof(E)) };
+  enum { GROUPS = 2 * LANES / TOGETHER };
   for (int start = 0; start < K; start += CHUNK)
     for (int i = 0; i < 2; i++)
       for (int row = 0; row < LANES; row += TOGETHER) {
@@ -557,7 +558,7 @@ static inline void multiply(Factor<E> left, Factor<E> right, int K, Ahead &ahead
         }
         const E *rows = (i ? left.second : left.first) + row * LINE;
         for (int k = start; k < start + CHUNK && k < K; k++) {
-          ahead.fetch((cache_lines + 3) / 4);
+          ahead.fetch((cache_lines + GROUPS - 1) / GROUPS);
           const E *a = rows + k * left.step;
           for (int l = 0; l < DEPTH; l++)
             UNROLLED for (int r = 0; r < TOGETHER; r++) {

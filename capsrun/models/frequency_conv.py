@@ -106,15 +106,16 @@ class Sizes(NamedTuple):
         return self.grid_px + self.taps - 1
 
 
-def is_faster(images: int, kernel_px: int, stride: int) -> bool:
-    """Whether so many are convolved faster here than directly (in training if gradients are on).
+def is_faster(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> bool:
+    """Whether these are convolved faster here than directly (in training if gradients are on).
 
     A rule, not a measurement, so that a run that goes on computes as it did before. What backs it
     was measured with AMX and with AVX2 alone (`benchmarks/notes.md`).
     """
     least = LEAST_IN_TRAINING if torch.is_grad_enabled() else LEAST_IN_TESTING
-    taps = math.ceil(kernel_px / stride)
-    return images >= least and taps >= LEAST_TAPS and "avx2" in cpu_features()
+    sizes = Sizes.of(maps_BCHW, weight_OCMN, stride)
+    enough = sizes.batch >= least and sizes.taps >= LEAST_TAPS
+    return enough and "avx2" in cpu_features()
 
 
 def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor | None:
