@@ -163,18 +163,25 @@ class RecipeConfig:
     epochs: float | None = setting(above=0)
     """Length in passes over the training images; exactly one of `steps` and `epochs` is set."""
     batch_size: int = setting(minimum=1)
+    order: str = setting(choices=("uniform", "authors"))
+    """How the training images are shuffled; see `data/batches.py`."""
     learning_rate: float = setting(above=0)
     learning_rate_floor: float = setting(minimum=0)
+    decay_shape: str = setting(choices=("exponential", "linear"))
+    """By factors of `decay_rate`, or in a straight line to 0 at the end of the run."""
     decay_rate: float = setting(above=0, maximum=1)
     decay_steps: float | None = setting(above=0)
     decay_periods: float | None = setting(above=0)
-    """How often the whole run decays; exactly one of `decay_steps` and `decay_periods` is set."""
+    """How often the whole run decays; exactly one of `decay_steps` and `decay_periods` is set, and
+    neither for a linear decay."""
     hold_fraction: float = setting(minimum=0, maximum=0.99)
     """Share of the run during which the learning rate does not decay yet."""
     adam_form: str = setting(choices=("tensorflow", "pytorch"))
     adam_beta1: float = setting(minimum=0, maximum=0.999999)
     adam_beta2: float = setting(minimum=0, maximum=0.9999999)
     adam_epsilon: float = setting(above=0)
+    average: float | None = setting(above=0, maximum=0.9999999)
+    """Decay per step of a moving average of the weights, tested beside them; None: no average."""
 
 
 @dataclass(kw_only=True)
@@ -256,6 +263,8 @@ class EvalConfig(CheckpointConfig):
     images: int | None = setting(minimum=1)
     """How many of the images, from the first, are tested; None: all."""
     mask: str = setting(choices=("label", "longest"))
+    weights: str = setting(choices=("last", "averaged"))
+    """The weights after the last step, or their moving average (`recipe.average`)."""
     pictures: int = setting(minimum=1, maximum=100)
     """How many hits, and at most how many failures, are drawn."""
     routing_images: list[int] = setting(minimum=0)
@@ -487,6 +496,7 @@ LATER_SETTINGS: dict[str, Any] = {
         "standardise": False,
     },
     "model": {"padding": "valid"},
+    "recipe": {"order": "uniform", "decay_shape": "exponential", "average": None},
     "record": {
         "evaluate_images": 10_000,
         "tensorboard_points": 2000,
@@ -637,8 +647,14 @@ def _check_training(config: TrainConfig) -> None:
     recipe = config.recipe
     if (recipe.steps is None) == (recipe.epochs is None):
         raise UserError("set exactly one of recipe.steps and recipe.epochs (the other to null)")
-    if (recipe.decay_steps is None) == (recipe.decay_periods is None):
+    decays = [recipe.decay_steps, recipe.decay_periods].count(None)
+    if recipe.decay_shape == "exponential" and decays != 1:
         raise UserError("set exactly one of recipe.decay_steps and recipe.decay_periods")
+    if recipe.decay_shape == "linear" and decays != 2:
+        raise UserError(
+            "recipe.decay_shape=linear ends with the run: set recipe.decay_steps and "
+            "recipe.decay_periods to null"
+        )
     check_kinds(config.model, config.routing, config.loss)
     if isinstance(config.model, CNNConfig):
         model = config.model

@@ -9,6 +9,7 @@ from capsrun.data.batches import (
     batch_indices,
     epoch_order,
     place,
+    queue_order,
     random_bits,
     random_integers,
 )
@@ -67,6 +68,47 @@ def test_batches_follow_the_epochs_without_a_gap(count, batch_size):
     for epoch in range(len(seen) // count):
         part = seen[epoch * count : (epoch + 1) * count]
         assert torch.equal(part, epoch_order(5, epoch, count, CPU))
+
+
+@pytest.mark.parametrize(("shift_px", "digits_in_window"), [(2, 200), (6, 30)])
+def test_the_authors_order_comes_from_neighbouring_digits(shift_px, digits_in_window):
+    """5,000 records of a queue hold 200 digits with 25 shifts each, or 30 with 169."""
+    labels = torch.arange(10_000)  # of each digit its number
+    split = stored(torch.zeros(10_000, 1, 16, 16, dtype=torch.uint8), labels, shift_px)
+    batches = TrainingBatches(split, 0, 128, order="authors")
+    expected = digits_in_window * (1 - (1 - 1 / digits_in_window) ** 128)
+    different = []
+    for step in range(0, 100, 5):
+        digits = batches.batch(step).labels_BT[:, 0]
+        different.append(len(digits.unique()))
+        assert digits.max() - digits.min() <= digits_in_window + 128 // (2 * shift_px + 1) ** 2 + 1
+    assert torch.tensor(different).float().mean() == pytest.approx(expected, abs=3)
+
+
+def test_a_pass_of_the_authors_order_has_every_shift_of_every_digit_once():
+    """1.5 million records of MNIST last 11,718.75 steps: 300,000 are 25.6 passes."""
+    images, labels = one_pixel_images(300)
+    split = stored(images, labels)
+    assert split.records == 7500
+    batches = TrainingBatches(split, 4, 75, order="authors")
+    for first in (0, 100):
+        records, _ = batches.draw(first, 100)
+        assert torch.equal(records.sort().values, torch.arange(7500))
+    seen = sum(batches.batch(step).images_BCHW.sum((0, 1)) for step in range(100))
+    assert torch.equal(seen[2:7, 2:7], torch.full((5, 5), 300.0))
+
+
+def test_the_authors_order_is_a_pure_function_of_seed_and_pass():
+    images, labels = one_pixel_images(300)
+
+    def batch(seed, step):
+        return TrainingBatches(stored(images, labels), seed, 16, order="authors").batch(step)
+
+    first = batch(3, 7)
+    batch(3, 500)
+    assert all(torch.equal(a, b) for a, b in zip(first, batch(3, 7)))
+    assert not torch.equal(first.images_BCHW, batch(4, 7).images_BCHW)
+    assert not torch.equal(queue_order(0, 0, 7500, CPU), queue_order(0, 1, 7500, CPU))
 
 
 def test_several_steps_are_drawn_as_one_by_one():

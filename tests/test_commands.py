@@ -57,6 +57,18 @@ def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, capsys)
     assert result["trained"]["routing"]["iterations"] == 3
 
 
+def test_averaged_weights_are_tested_apart(tmp_path, capsys):
+    """With the numbers that training found for them."""
+    run = tmp_path / "run" / "seed0"
+    config = cli.training_config(cli.compose("train", [*TINY, "name=run", "recipe.average=0.8"]))
+    scores = train(config, run)["scores"]
+    for weights, name in (("last", "test"), ("averaged", "test_averaged")):
+        _, result = evaluate(capsys, run, tmp_path / name, f"weights={weights}")
+        assert result["errors"] == scores[name]["errors"]
+    last, averaged = (load_checkpoint(run, averaged=a).model.state_dict() for a in (False, True))
+    assert not torch.equal(last["conv1.weight"], averaged["conv1.weight"])
+
+
 def test_eval_draws_hits_failures_and_confusion(tiny_run, tmp_path, capsys):
     evaluate(capsys, tiny_run, tmp_path, "pictures=5")
     names = {path.stem for path in (tmp_path / "pictures").glob("*.png")}

@@ -28,6 +28,7 @@ OF_THE_MACHINE = ("images_per_second", "memory_gb", "routing_logit_change")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 FP32 = ["precision=fp32", "record.evaluate_images=200"]
 FIFTY = [*TINY, *FP32, "recipe.steps=50", "recipe.batch_size=15", "record.log_every_steps=1"]
+FIFTY += ["recipe.order=authors", "recipe.average=0.9"]
 
 
 def torchrun(processes: int, *arguments: str, cwd: Path) -> subprocess.Popen:
@@ -59,9 +60,10 @@ def assert_close(folder: Path, other: Path) -> None:
     assert len(ours) == len(theirs)
     for row, expected in zip(ours, theirs):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6), row["step"]
-    ours, theirs = (read_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
-    assert list(ours) == list(theirs), "names of the weights are those of one process"
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
+    for weights in ("model", "averaged"):
+        ours, theirs = (read_checkpoint(f / "checkpoint.pt")[weights] for f in (folder, other))
+        assert list(ours or ()) == list(theirs or ()), "names are those of one process"
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
 
 
 def test_shares_are_the_batch():

@@ -465,7 +465,7 @@ def test_the_frequency_domain_in_pytorchs_operations_is_the_same_network():
 def trained(config, steps, fast, precision="fp32"):
     """A trainer after some steps on real digits, and its losses."""
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits, 0, config.recipe.batch_size)
+    batches = TrainingBatches(digits, 0, config.recipe.batch_size, order=config.recipe.order)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, steps, CPU, precision, fast)
     losses = [trainer.advance(batches, s, 1).losses.total.item() for s in range(steps)]
@@ -526,6 +526,7 @@ KINDS = {
     "mnist_padded": ["dataset=mnist_padded", "dataset.source=mnist5k"],
     "multimnist": ["dataset=multimnist", "dataset.source=mnist5k"],
     "cnn": ["model=cnn_baseline", *SMALL_CNN],
+    "averaged, in the authors' order": ["recipe.average=0.8", "recipe.order=authors"],
 }
 
 
@@ -541,7 +542,7 @@ def test_steps_from_buffers_are_the_steps(kind):
     config = config_of(kind)
     reference, losses = trained(config, 12, False)
     digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits, 0, 16)
+    batches = TrainingBatches(digits, 0, 16, order=config.recipe.order)
     model = build_model(config.model, config.routing, config.dataset)
     trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
     rates = torch.tensor(
@@ -552,7 +553,8 @@ def test_steps_from_buffers_are_the_steps(kind):
     seen = [s.replay(step).losses.total.item() for s, step in ((several, 0), (several, 5))]
     seen += [single.replay(step).losses.total.item() for step in (10, 11)]
     torch.testing.assert_close(torch.tensor(seen), losses[[4, 9, 10, 11]], rtol=1e-6, atol=0)
-    for ours, theirs in zip(model.parameters(), reference.model.parameters()):
+    pairs = zip(trainer.changing_tensors(), reference.changing_tensors(), strict=True)
+    for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
@@ -674,7 +676,7 @@ def test_captured_training_is_plain_training(kind):
     config = config_of(kind)
     gpu = torch.device("cuda")
     digits = load_dataset(config.dataset, gpu).train
-    batches = TrainingBatches(digits, 0, 16)
+    batches = TrainingBatches(digits, 0, 16, order=config.recipe.order)
 
     def losses(fast, ways=graph.WAYS):
         with pytest.MonkeyPatch.context() as patch:

@@ -50,6 +50,35 @@ def test_the_quick_schedule_holds_the_rate_before_it_decays():
     assert learning_rate(recipe, 510, 1000) == pytest.approx(rate * 0.96 ** (10 * 100 / 500))
 
 
+def test_a_linear_schedule_ends_at_nothing():
+    words = ["recipe.decay_shape=linear", "recipe.decay_periods=null", "recipe.hold_fraction=0.2"]
+    recipe = train_config(*words).recipe
+    assert learning_rate(recipe, 200, 1000) == recipe.learning_rate
+    assert learning_rate(recipe, 600, 1000) == pytest.approx(recipe.learning_rate / 2)
+    assert learning_rate(recipe, 999, 1000) == pytest.approx(recipe.learning_rate / 800)
+    assert learning_rate(recipe, 1000, 1000) == recipe.learning_rate_floor
+
+
+def test_a_schedule_that_contradicts_itself_is_refused():
+    with pytest.raises(UserError, match="set exactly one of recipe.decay_steps"):
+        train_config("recipe.decay_periods=null")
+    with pytest.raises(UserError, match="decay_shape=linear ends with the run"):
+        train_config("recipe.decay_shape=linear")
+
+
+@torch.no_grad()
+def test_averaged_weights_by_hand():
+    """a ← 0.75 a + 0.25 w, from the initial weights on."""
+    recipe = train_config("recipe.average=0.75").recipe
+    weight = nn.Parameter(torch.tensor([8.0]))
+    trainer = Trainer(nn.ParameterList([weight]), None, recipe, 10, CPU, "fp32", False)
+    for value in (4.0, 0.0):
+        weight.fill_(value)
+        trainer._average()
+    assert trainer.averaged[0].item() == (8 * 0.75 + 4 * 0.25) * 0.75
+    assert trainer.averaged[0] is not weight
+
+
 def test_epochs_may_be_fractions():
     recipe = train_config("recipe.epochs=0.5").recipe
     assert total_steps(recipe, 60_000) == 235

@@ -152,6 +152,34 @@ def test_other_models_and_data_are_resumed_bit_for_bit_too(dataset, tmp_path, mo
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
 
 
+def test_the_order_and_the_average_are_resumed_bit_for_bit_too(tmp_path, monkeypatch):
+    config = train_config(*TINY, "name=run", "recipe.order=authors", "recipe.average=0.8")
+    result = train(config, tmp_path / "straight")
+    for steps in (5, 4):
+        with monkeypatch.context() as patch:
+            StopAfter(patch, steps)
+            with pytest.raises(Stopped):
+                train(config, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    ours, theirs = (read_checkpoint(tmp_path / f / "checkpoint.pt") for f in ("resumed", "straight"))
+    assert all(torch.equal(ours["averaged"][k], w) for k, w in theirs["averaged"].items())
+    assert {"test", "test_averaged"} == result["scores"].keys()
+    assert result["scores"]["test"]["errors"] == result["errors"]
+
+
+def test_without_averaged_weights_there_are_none(tiny_run):
+    with pytest.raises(UserError, match="holds no averaged weights; train with recipe.average="):
+        load_checkpoint(tiny_run, averaged=True)
+
+
+def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(tmp_path):
+    config = train_config("dataset=multimnist", "dataset.source=mnist5k", "recipe.order=authors")
+    with pytest.raises(UserError, match="recipe.order=authors needs single images"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     overrides = ["train", *TINY, "recipe.steps=100000", "name=long"]
     process = subprocess.Popen(
@@ -329,6 +357,7 @@ def test_the_last_step_is_reported_not_the_best(tmp_path, monkeypatch):
     result = train(train_config(*TINY, "record.evaluate_every_steps=3"), tmp_path)
     assert len(seen) == 4
     assert result["errors"] == 4
+    assert result["best_on_test"] == {"error_percent": 0.1, "step": 3, "evaluations": 4}
 
 
 def test_validation_images_are_scored_apart(tmp_path):

@@ -108,6 +108,7 @@ def about(config: EvalConfig, ensemble: list[Trained]) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "split": config.split,
         "mask": config.mask,
+        "weights": config.weights,
         "model": trained.config.model.name,
         "seed": trained.config.seed,
         "steps": trained.step,
@@ -120,7 +121,7 @@ def about(config: EvalConfig, ensemble: list[Trained]) -> dict[str, Any]:
 
 def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
     """The models of some checkpoints. Raises UserError for what they cannot do (together)."""
-    ensemble = [load_checkpoint(path) for path in paths]
+    ensemble = [load_checkpoint(path, averaged=config.weights == "averaged") for path in paths]
     first = ensemble[0]
     for member in ensemble:
         check_dataset(config.dataset, member.config, config.split)
@@ -141,6 +142,7 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     name += "-all" if known(dataset.name).sampled and dataset.test == "all" else ""
     name += f"-first{config.images}" if config.images is not None else ""
     name += "-longest" if config.mask == "longest" else ""
+    name += "-averaged" if config.weights == "averaged" else ""
     if others:
         digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
         name += f"-ensemble{1 + len(others)}-{digest.hexdigest()[:6]}"

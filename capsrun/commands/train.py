@@ -32,11 +32,13 @@ from capsrun.runs.progress import (
     stop_requests,
     stoppable,
 )
+from capsrun.runs.results import best_on_test, read_metrics
 from capsrun.runs.run_page import NAME as PAGE
 from capsrun.runs.run_page import refresh_run_page, write_run_page
 from capsrun.runs.scores import (
     almost_line,
     answer,
+    counts,
     reconstruction_grid,
     score_figures,
     score_summary,
@@ -69,6 +71,8 @@ class Run:
     config: TrainConfig
     folder: record.RunFolder
     dataset: Dataset
+    batches: TrainingBatches
+    """This process's share of what is trained on."""
     trainer: Trainer
     ranks: Ranks
     """The processes that train the model together."""
@@ -188,9 +192,6 @@ def training_loop(run: Run, stop: StopRequest) -> None:
     saved, when that is asked for, and FloatingPointError for a loss or a weight that is not finite.
     """
     config, ranks = run.config, run.ranks
-    batch_size = config.recipe.batch_size
-    share = ranks.share(batch_size)
-    batches = TrainingBatches(run.dataset.train, config.seed, batch_size, share)
     evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
@@ -202,7 +203,7 @@ def training_loop(run: Run, stop: StopRequest) -> None:
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
         count = min(stop_at - run.step, run.trainer.steps_at_once)
-        update = run.trainer.advance(batches, run.step, count)
+        update = run.trainer.advance(run.batches, run.step, count)
         run.step += count
         run.progress.advance(count)
         if run.step == log_at:
@@ -264,6 +265,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     device = ranks.together(lambda: resolve_device(config.device))
     precision = ranks.from_first(lambda: resolve_precision(config.precision, device))
     dataset = ranks.together(lambda: load_dataset(config.dataset, device))
+    batches = ranks.together(lambda: training_batches(config, dataset, ranks))
     steps = total_steps(config.recipe, dataset.train.epoch_images)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     ranks.from_first(folder.make)
@@ -281,6 +283,8 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
             reached = step < steps
         else:
             load_optimizer(trainer, checkpoint["optimizer"], folder.checkpoint)
+        if trainer.averaged is not None:
+            load_weights(trainer.averaged, checkpoint.get("averaged"), folder.checkpoint)
     where = f"{precision} on {record.describe_device(device)}"
     where += f", {ranks.count} processes" if ranks.count > 1 else ""
     print(
@@ -299,6 +303,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         config,
         folder,
         dataset,
+        batches,
         trainer,
         ranks,
         recorder,
@@ -312,6 +317,13 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         tested_before=step if checkpoint and "event_bytes" not in checkpoint else 0,
         reached=reached,
     )
+
+
+def training_batches(config: TrainConfig, dataset: Dataset, ranks: Ranks) -> TrainingBatches:
+    """A process's share of the batches of a run. Raises UserError for an order they cannot have."""
+    recipe = config.recipe
+    share = ranks.share(recipe.batch_size)
+    return TrainingBatches(dataset.train, config.seed, recipe.batch_size, share, recipe.order)
 
 
 def load_optimizer(trainer: Trainer, state: Any, path: Path) -> None:
@@ -423,29 +435,31 @@ def test_model(run: Run, stop: StopRequest, most: int | None) -> dict[str, Score
     """
     assert run.recorder is not None  # only the first process tests
     values, scores = {}, {}
-    model = run.trainer.model
-    for name, split in (("test", run.dataset.test), ("validation", run.dataset.validation)):
-        if len(split):
-            limit = most if name == "test" else None
-            scores[name] = score_split(
-                model,
-                split,
-                run.trainer.precision,
-                mask="label",
-                progress=lambda batches: stoppable(bar(batches, doing="testing"), stop),
-                most=limit,
-            )
-            values[f"error_percent/{name}"] = scores[name].error_percent
-            if split.digits > 1:
-                almost = 100 * scores[name].almost_correct / scores[name].count
-                values[f"almost_correct_percent/{name}"] = almost
+    model, averaged = run.trainer.model, run.trainer.averaged
+    splits = {"test": run.dataset.test, "validation": run.dataset.validation}
+    tested = [(name, model, split) for name, split in splits.items() if len(split)]
+    if averaged is not None:
+        tested += [(f"{name}_averaged", averaged, split) for name, _, split in tested]
+    for name, tested_model, split in tested:
+        scores[name] = score_split(
+            tested_model,
+            split,
+            run.trainer.precision,
+            mask="label",
+            progress=lambda batches: stoppable(bar(batches, doing="testing"), stop),
+            most=most if split is run.dataset.test else None,
+        )
+        values[f"error_percent/{name}"] = scores[name].error_percent
+        if split.digits > 1:
+            almost = 100 * scores[name].almost_correct / scores[name].count
+            values[f"almost_correct_percent/{name}"] = almost
     run.recorder.numbers(run.step, values)
     if isinstance(model, CapsNet) and model.decoder is not None and draws_reconstructions(run):
         grid = reconstruction_grid(model, run.dataset.test, run.dataset.class_names)
         run.recorder.picture(run.step, "reconstructions", grid)
     run.recorder.flush()
     shown = ", ".join(answer(name, result.errors, result.count) for name, result in scores.items())
-    run.progress.say(f"after {run.step:,} steps: {shown}")
+    run.progress.say(f"after {run.step:,} steps: {shown.replace('_', ' ')}")
     return scores
 
 
@@ -461,6 +475,7 @@ def save(run: Run, finished: bool = False) -> None:
     Raises FloatingPointError, and keeps the last checkpoint, for a weight that is not finite.
     """
     assert run.recorder is not None  # only the first process writes; all have the same weights
+    averaged = run.trainer.averaged
     weights = run.trainer.model.state_dict()
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
         raise FloatingPointError("a weight is not finite")
@@ -469,6 +484,7 @@ def save(run: Run, finished: bool = False) -> None:
         run.folder.config,
         run.step,
         model=weights,
+        averaged=None if averaged is None else averaged.state_dict(),
         optimizer=None if finished else run.trainer.optimizer.state_dict(),
         precision=run.trainer.precision,
         train_seconds=run.clock.seconds,
@@ -515,6 +531,8 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
         "seed": config.seed,
         "steps": run.step,
         **score_summary(final, dataset.class_names),
+        "scores": {name: counts(score) for name, score in scores.items()},
+        "best_on_test": best_on_test(read_metrics(run.folder.path)),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": run.clock.seconds,
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,

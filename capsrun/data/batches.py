@@ -3,6 +3,7 @@
 Shapes: N images of the data set, B batch, T digits in one image, C channels, H and W pixels.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 # One number for each thing that is drawn, so that they do not depend on each other.
-ORDER, SHIFT, SPLIT, NOISE, LIGHT, PLACE, PARTNER, WARP, HELD_OUT_PLACE = range(1, 10)
+ORDER, SHIFT, SPLIT, NOISE, LIGHT, PLACE, PARTNER, WARP, HELD_OUT_PLACE, WAIT = range(1, 11)
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 _GAMMA = 0x9E3779B97F4A7C15
@@ -85,21 +86,44 @@ def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tens
     return random_bits(counters, seed, ORDER, epoch).argsort(stable=True)
 
 
+QUEUE = 5000
+"""Records in the queue that shuffles the authors' training images."""
+
+
+@lru_cache(maxsize=2)
+def queue_order(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
+    """The order (R,) in which a queue gives the `count` records that one pass reads into it.
+
+    Each record comes up to `QUEUE` places before its own in the file, every one equally likely, so
+    the records of a batch are neighbours of each other. What would come before the first comes last
+    in the pass, as the queue is never empty between two. In the authors' queue each draw takes any
+    of the records that are in it, so a few stay for several times as long.
+    """
+    records = torch.arange(count, device=device)
+    early = random_integers(records, 0, min(QUEUE, count) - 1, seed, WAIT, epoch)
+    return ((records - early) % count).argsort(stable=True)
+
+
 def batch_indices(
-    seed: int, step: int, batch_size: int, count: int, device: torch.device, steps: int = 1
+    seed: int,
+    step: int,
+    batch_size: int,
+    count: int,
+    device: torch.device,
+    steps: int = 1,
+    order: Callable[[int, int, int, torch.device], Tensor] = epoch_order,
 ) -> tuple[Tensor, Tensor]:
     """Which images are in the batches of `steps` steps from `step` on (the first step is 0).
 
-    Returns (indices, positions), each (steps · B,). Epochs follow each other without a gap, so
-    every batch is full and one may span two epochs. positions: how many images the run had seen
-    before each of these.
+    Returns (indices, positions), each (steps · B,). Epochs, each in its `order`, follow each other
+    without a gap, so every batch is full and one may span two epochs. positions: how many images
+    the run had seen before each of these.
     """
     start, stop = step * batch_size, (step + steps) * batch_size
     parts = []
     for epoch in range(start // count, (stop - 1) // count + 1):
-        order = epoch_order(seed, epoch, count, device)
         first = epoch * count
-        parts.append(order[max(start - first, 0) : stop - first])
+        parts.append(order(seed, epoch, count, device)[max(start - first, 0) : stop - first])
     return torch.cat(parts), torch.arange(start, stop, device=device)
 
 

@@ -18,7 +18,9 @@ from capsrun.data.batches import (
     SPLIT,
     Batch,
     batch_indices,
+    epoch_order,
     place,
+    queue_order,
     random_bits,
     random_offsets,
     random_unit,
@@ -74,6 +76,15 @@ class TrainingSplit(Split):
         positions_B: how many images the run had seen before each; with `seed` they decide.
         """
 
+    @property
+    def records(self) -> int:
+        """How many records the authors' file holds: each image at each shift; 0: it is not so."""
+        return 0
+
+    def record_batch(self, records_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
+        """Some records, changed at random in what is not recorded; see `training_batch`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class TrainingBatches:
@@ -84,6 +95,15 @@ class TrainingBatches:
     batch_size: int
     share: slice = field(default_factory=lambda: slice(None))
     """Which images of a batch are made here, the others being made by other processes."""
+    order: str = "uniform"
+    """`authors`: the images' records, as they come from a queue. Raises UserError without any."""
+
+    def __post_init__(self) -> None:
+        if self.order == "authors" and not self.images.records:
+            raise UserError(
+                "recipe.order=authors needs single images that are moved by every shift in turn, "
+                "which these are not; leave it out"
+            )
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0; here only its share."""
@@ -91,13 +111,18 @@ class TrainingBatches:
         return self.assemble(indices_B[self.share], positions_B[self.share])
 
     def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
-        """Which images the next `steps` batches hold; see `batch_indices`."""
-        count, device = self.images.epoch_images, self.images.device
-        return batch_indices(self.seed, step, self.batch_size, count, device, steps)
+        """Which images, or records, the next `steps` batches hold; see `batch_indices`."""
+        by_record = self.order == "authors"
+        count = self.images.records if by_record else self.images.epoch_images
+        order = queue_order if by_record else epoch_order
+        where = self.images.device
+        return batch_indices(self.seed, step, self.batch_size, count, where, steps, order)
 
     def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
         """Make one batch of what `draw` returned, without any work or waiting on the host."""
-        batch = self.images.training_batch(indices_B, positions_B, self.seed)
+        by_record = self.order == "authors"
+        make = self.images.record_batch if by_record else self.images.training_batch
+        batch = make(indices_B, positions_B, self.seed)
         return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
 
 
@@ -140,6 +165,23 @@ class StoredImages(TrainingSplit):
 
     def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
         moves_B2 = random_offsets(positions_B, self.config.shift_px, seed, SHIFT)
+        pixels_BCHW = self._moved(indices_B, moves_B2)
+        return self._as_batch(vary(pixels_BCHW, positions_B, seed, self.config), indices_B)
+
+    @property
+    def records(self) -> int:
+        return len(self) * self._side**2
+
+    @property
+    def _side(self) -> int:
+        """How many shifts there are along an axis."""
+        return 2 * self.config.shift_px + 1
+
+    def record_batch(self, records_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
+        """An image's records are its shifts, row by row; the images are in the file's order."""
+        indices_B, places_B = records_B // self._side**2, records_B % self._side**2
+        rows_and_columns = [places_B // self._side, places_B % self._side]
+        moves_B2 = torch.stack(rows_and_columns, dim=1) - self.config.shift_px
         pixels_BCHW = self._moved(indices_B, moves_B2)
         return self._as_batch(vary(pixels_BCHW, positions_B, seed, self.config), indices_B)
 

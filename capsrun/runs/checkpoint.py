@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
     """Write a checkpoint after `step` updates.
 
     config: the `TrainConfig` as a dict. state: at least `model`, a state dict; `optimizer`, None in
-    a finished run; `train_seconds`.
+    a finished run; `train_seconds`; `averaged`, a state dict where the weights are averaged.
     """
     # To memory first: where the disk is full, PyTorch's own writer ends the program.
     content = io.BytesIO()
@@ -80,6 +80,7 @@ def _is_sound(checkpoint: dict[str, Any]) -> bool:
         isinstance(checkpoint["config"], dict)
         and isinstance(checkpoint["model"], dict)
         and isinstance(checkpoint["optimizer"], dict | None)
+        and isinstance(checkpoint.get("averaged"), dict | None)
         and type(step) is int
         and step >= 0
         and type(seconds) in (int, float)
@@ -135,10 +136,13 @@ def output_folder(checkpoint: Path, runs_dir: str) -> Path:
     return Path(runs_dir) / checkpoint.stem
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Trained:
+def load_checkpoint(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", averaged: bool = False
+) -> Trained:
     """Rebuild the trained model of a checkpoint, ready to be used, with the settings of its run.
 
-    path: a checkpoint file, or the folder of a run. device: as PyTorch names it.
+    path: a checkpoint file, or the folder of a run. device: as PyTorch names it. averaged: with the
+    moving average of the weights, in place of the last ones.
     Nothing in the file is run. Raises UserError when the checkpoint cannot be used.
 
     >>> import capsrun
@@ -152,15 +156,18 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     """
     file = checkpoint_file(path)
     checkpoint = read_checkpoint(file)
+    weights = checkpoint.get("averaged") if averaged else checkpoint["model"]
+    if weights is None:
+        raise UserError(f"checkpoint {file} holds no averaged weights; train with recipe.average=…")
     try:
         config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
         # A configuration can ask for more memory than there is, so its sizes are looked at first.
         plan = plan_model(config.model, config.routing, config.dataset)
-        check_weights(plan, checkpoint["model"], file)
+        check_weights(plan, weights, file)
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {file} cannot be used: {error}") from error
-    load_weights(model, checkpoint["model"], file)
+    load_weights(model, weights, file)
     model.to(device).eval()
     finished = checkpoint["optimizer"] is None
     return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)

@@ -82,6 +82,7 @@ class Result:
             **test_settings(config["dataset"]),
             "split": config["split"],
             "images": config.get("images"),
+            "weights": config.get("weights", "last"),
             "ensemble": len(self.values.get("ensemble", [])) + 1,
         }
 
@@ -101,11 +102,35 @@ class Result:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """What was recorded during training; empty where that is not at hand."""
-        try:
-            rows = [parse_json(line) for line in read_text(self.folder / METRICS).splitlines()]
-        except (OSError, ValueError):
-            return []
-        return rows if all(is_row(row) for row in rows) else []
+        return read_metrics(self.folder)
+
+    @property
+    def best_on_test(self) -> dict[str, Any] | None:
+        """See `best_on_test`; None where it was not looked for."""
+        return self.values.get("best_on_test")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; none where it is missing or damaged."""
+    try:
+        rows = [parse_json(line) for line in read_text(folder / METRICS).splitlines()]
+    except (OSError, ValueError):
+        return []
+    return rows if all(is_row(row) for row in rows) else []
+
+
+def best_on_test(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The lowest of a run's test errors, at which step it came first, and of how many it is.
+
+    It is chosen on test images, so it is no result: it shows what such a choice is worth.
+    rows: as `read_metrics` gives them; None where no test error was recorded.
+    """
+    key = "error_percent/test"
+    errors = {row["step"]: row[key] for row in rows if key in row}
+    if not errors:
+        return None
+    step = min(errors, key=lambda step: (errors[step], step))
+    return {"error_percent": errors[step], "step": step, "evaluations": len(errors)}
 
 
 def is_row(row: Any) -> bool:
@@ -147,7 +172,8 @@ def test_settings(dataset: Mapping[str, Any]) -> dict[str, Any]:
 def own_test(training: Mapping[str, Any]) -> dict[str, Any]:
     """What an eval on the test images of its training run is."""
     dataset = with_later_settings(training)["dataset"]
-    return {**test_settings(dataset), "split": "test", "images": None, "ensemble": 1}
+    whole = {"split": "test", "images": None, "weights": "last", "ensemble": 1}
+    return {**test_settings(dataset), **whole}
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -191,6 +217,7 @@ class Wanted:
                 **test_settings(asdict(tested)),
                 "split": "test",
                 "images": None,
+                "weights": "last",
             }
         )
         return cls(settings_of(asdict(training)), other, models)

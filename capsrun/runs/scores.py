@@ -37,9 +37,7 @@ def almost_line(almost_correct: int, count: int) -> str:
 def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
     """The numbers of a score, for `result.json`."""
     summary = {
-        "error_percent": score.error_percent,
-        "errors": score.errors,
-        "count": score.count,
+        **counts(score),
         "errors_by_class": dict(zip(class_names, class_errors(score), strict=True)),
         "confusion": score.confusion_JJ.tolist(),
         "reconstruction_squared_error": score.squared_error,
@@ -47,6 +45,15 @@ def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
     if score.labels_NT.shape[1] > 1:
         summary["almost_correct"] = score.almost_correct
     return summary
+
+
+def counts(score: Score) -> dict[str, Any]:
+    """How many images were tested, and how many of them are wrong."""
+    return {
+        "error_percent": score.error_percent,
+        "errors": score.errors,
+        "count": score.count,
+    }
 
 
 def class_errors(score: Score) -> list[int]:

@@ -3,6 +3,7 @@
 Shapes: B batch, T digits in one image, C channels, H and W pixels.
 """
 
+import copy
 import ctypes
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.batches import Batch
@@ -112,6 +114,11 @@ def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
     return model
 
 
+def averaged_copy(model: SomeModel) -> SomeModel:
+    """A copy of a model, on the same device and as fast, that is only to be tested."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Convolutions and the decoder in bf16 or not; capsules and losses are float32 in any case."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -129,15 +136,18 @@ def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
     """The rate of a step, from 0: lr · decay_rate^(step / decay_steps), never below the floor.
 
     steps: length of the whole run. With `hold_fraction` h the decay begins after h · steps, and
-    with `decay_periods` its period is what fits so often into the rest.
+    with `decay_periods` its period is what fits so often into the rest. A linear decay reaches 0
+    at the end of the rest.
     """
     held = recipe.hold_fraction * steps
-    period = recipe.decay_steps
-    if period is None:
-        assert recipe.decay_periods is not None  # checked in config.py
-        period = (steps - held) / recipe.decay_periods
-    decayed = recipe.learning_rate * recipe.decay_rate ** (max(0.0, step - held) / period)
-    return max(decayed, recipe.learning_rate_floor)
+    decaying, rest = max(0.0, step - held), steps - held
+    if recipe.decay_shape == "linear":
+        share = 1 - decaying / rest
+    else:
+        # One of the two is set: config.py.
+        period = recipe.decay_steps or rest / (recipe.decay_periods or 1)
+        share = recipe.decay_rate ** (decaying / period)
+    return max(recipe.learning_rate * share, recipe.learning_rate_floor)
 
 
 def adam_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
@@ -204,6 +214,8 @@ class Trainer:
             capturable=on_gpu and fast and ranks.count == 1,
         )
         self._reset_optimizer()
+        self.averaged = averaged_copy(self.model) if recipe.average is not None else None
+        """A model whose weights are the moving average of the trained one's, if there is to be."""
         self.compute: Callable[[Batch], tuple[Output, Losses]] = self.forward
         self._graphs: GraphedSteps | None = None
         if on_gpu and fast and ranks.count == 1:
@@ -220,9 +232,12 @@ class Trainer:
             }
 
     def changing_tensors(self) -> list[Tensor]:
-        """Everything that an update changes: the weights and the optimiser's state."""
+        """Everything that an update changes: the weights, their average, the optimiser's state."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*self.model.parameters(), *moments]
+        return [*self.model.parameters(), *moments, *self._averages()]
+
+    def _averages(self) -> list[Tensor]:
+        return [] if self.averaged is None else list(self.averaged.parameters())
 
     @property
     def steps_at_once(self) -> int:
@@ -308,7 +323,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(losses.total, batch)
         self.optimizer.step()
+        self._average()
         return Update(batch, output, losses)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average of the weights: a ← decay · a + (1 − decay) · w, from the initial w."""
+        if self.averaged is not None:
+            assert self.recipe.average is not None
+            # Not AveragedModel.update_parameters, which looks at its count: a GPU waits for that.
+            move = get_ema_multi_avg_fn(self.recipe.average)
+            move(self._averages(), list(self.model.parameters()), 0)
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
         """Means over the step's whole batch of what are means over this process's share of it."""
