@@ -208,6 +208,8 @@ class StopConfig:
     """Stop at the first evaluation that reaches this; None: make every step."""
     on: str = setting(choices=("test", "validation"))
     """The images that decide."""
+    patience: int | None = setting(minimum=1)
+    """Stop when so many evaluations in a row err no less on held-out images; None: never."""
     every_steps: int | None = setting(minimum=1)
     """How often it is looked at, and the model evaluated; None: once an epoch."""
 
@@ -401,6 +403,10 @@ class QueueEntry:
 
     targets: list[str]
     seeds: list[int] = setting(minimum=0)
+    budget: str | None
+    """Of `configs/budget/`; None: the one of the command."""
+    train: list[str]
+    """Overrides of `capsrun train` beside those of the budget."""
 
 
 @dataclass(kw_only=True)
@@ -444,6 +450,8 @@ class Published:
     spread: float | None = setting(minimum=0)
     """Standard deviation over trials, in points."""
     trials: int | None = setting(minimum=1)
+    chosen: str = setting(choices=("last", "best_on_test", "unknown"))
+    """Whether it is of the last step, or the best of several tests on the test images."""
     source: str
 
 
@@ -475,8 +483,8 @@ class ExperimentConfig:
     smoke: list[str]
     """Overrides of `capsrun train` that only the budget `smoke` needs."""
     paper: Published | None
-    public: Published | None
-    """The best public re-implementation."""
+    public: list[Published]
+    """Public re-implementations."""
     note: str | None
     measured: Measured | None
 
@@ -502,7 +510,7 @@ LATER_SETTINGS: dict[str, Any] = {
         "tensorboard_points": 2000,
         "tensorboard_pictures": 20,
     },
-    "stop": {"accuracy_percent": None, "on": "test", "every_steps": None},
+    "stop": {"accuracy_percent": None, "on": "test", "patience": None, "every_steps": None},
 }
 
 
@@ -665,15 +673,15 @@ def _check_training(config: TrainConfig) -> None:
                 f"{len(model.pools_px)}"
             )
     stop = config.stop
-    if stop.accuracy_percent is None and (stop.on != "test" or stop.every_steps is not None):
-        raise UserError("stop.on and stop.every_steps need stop.accuracy_percent=…")
-    if (
-        stop.accuracy_percent is not None
-        and stop.on == "validation"
-        and not config.dataset.validation
-    ):
+    if stop.accuracy_percent is None and stop.on != "test":
+        raise UserError("stop.on needs stop.accuracy_percent=…")
+    if stop.accuracy_percent is None and stop.patience is None and stop.every_steps is not None:
+        raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
+    on_validation = stop.accuracy_percent is not None and stop.on == "validation"
+    if (on_validation or stop.patience is not None) and not config.dataset.validation:
+        setting = "stop.on=validation" if on_validation else "stop.patience"
         raise UserError(
-            "stop.on=validation needs held-out training images: dataset.validation=10000 (of MNIST)"
+            f"{setting} needs held-out training images: dataset.validation=10000 (of MNIST)"
         )
     if config.name is not None and not is_name(config.name):
         raise UserError(f"name={config.name} does not name a folder below runs_dir")

@@ -32,6 +32,7 @@ def parameters(model):
         (["model.digit_bias=false", "model.reconstruction=false"], 6_804_224),
         (["dataset.image_px=36"], 11_361_968),
         (["dataset.image_px=40"], 13_475_808),
+        (["model=capsnet_small"], 2_117_232),
     ],
 )
 def test_parameter_counts(overrides, count):

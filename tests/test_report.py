@@ -20,9 +20,10 @@ from capsrun.commands.perturb import perturb
 from capsrun.config import EvalConfig, PerturbConfig, ReportConfig, from_dict
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
+from capsrun.runs import questions
 from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.runs.page import to_html
-from capsrun.runs.results import find_results, grouped, standard_error
+from capsrun.runs.results import best_on_test, find_results, grouped, standard_error
 from capsrun.runs.tables import SUMMARY, measured, summary_lines, table, verdict
 from capsrun.training.metrics import score_split
 
@@ -197,6 +198,81 @@ def test_an_unfinished_run_that_was_tested_is_left_out(tmp_path):
     values = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(values | {"finished": False}))
     assert find_results([tmp_path]) == []
+
+
+def test_kinds_of_published_numbers_are_kept_apart():
+    """Of the row with most of them: the lowest of each kind, in a column of its own."""
+    (line,) = [
+        line for line in summary_lines([row(ROW, Path("nowhere"))]) if "3 routing" in line[0]
+    ]
+    shown = dict(zip(SUMMARY, line))
+    assert shown["paper"] == "0.25 ± 0.005"
+    assert shown["public, last step"] == "0.347 ± 0.021"
+    assert shown["public, best on test"] == "0.28 (1 run)"
+    assert shown["public, not said which"] == "0.27 (1 run)"
+
+
+def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):
+    for seed, best in enumerate((20, 22)):
+        about = {"error_percent": best / 100, "step": 100, "evaluations": 640}
+        train_result(tmp_path / str(seed), 30 + seed, seed, best_on_test=about)
+    shown = dict(zip(SUMMARY, summary_lines([row(ROW, tmp_path)])[0]))
+    assert shown["capsrun, last step"] == "0.30 ± 0.01"
+    assert shown["best on test, not a result"] == "0.21 ± 0.01 (best of 640)"
+
+
+def test_the_best_on_test_is_found_in_what_was_recorded():
+    tests = [(100, 0.5), (200, 0.3), (300, 0.3), (400, 0.4)]
+    rows = [{"step": step, "error_percent/test": error} for step, error in tests]
+    found = best_on_test([{"step": 0, "total_steps": 400}, *rows])
+    assert found == {"error_percent": 0.3, "step": 200, "evaluations": 4}
+    assert best_on_test([{"step": 20, "loss/total": 1.0}]) is None
+
+
+def questions_of(folder: Path) -> dict[str, list[str]]:
+    """The lines of the table of what a number depends on, by the question."""
+    rows = [report_module.make_row(n, EXPERIMENTS, []) for n in EXPERIMENTS.names()]
+    reference = next(row for row in rows if row.name == report_module.REFERENCE)
+    asked = questions.questions([r for r in rows if r.about.group == "ablations"], reference)
+    found = questions.answers(asked, reference, grouped(find_results([folder])))
+    return {line[0]: line[1:] for line in questions.lines(asked, found)}
+
+
+SMALL = ["model=capsnet_small", "recipe=quick", "recipe.epochs=30"]
+
+
+def test_what_a_change_does_is_paired_by_seed(tmp_path):
+    """Seeds differ by far more than the change does, which each of them shows the same."""
+    for seed, errors in enumerate((40, 60, 80)):
+        train_result(tmp_path / f"base{seed}", errors, seed, *SMALL, parameters=2_000_000)
+        changed = [*SMALL, "recipe.order=authors"]
+        train_result(tmp_path / f"order{seed}", errors + 5 + seed, seed, *changed)
+    train_result(tmp_path / "lonely", 70, 0, *SMALL, "routing.iterations=1")
+    train_result(tmp_path / "other", 9, 0, *SMALL, "routing.iterations=2", "recipe.epochs=20")
+    table = questions_of(tmp_path)
+    network, _, before, after, difference, seeds = table["the authors' order of training images"]
+    assert network == "capsnet_small, 2.0 M parameters"
+    assert (before, after, seeds) == ("0.60 ± 0.20", "0.66 ± 0.21", "0 1 2")
+    assert difference == "+0.060 ± 0.006 (10.4 standard errors)"
+    assert table["1 routing iteration"][4] == "+0.300; one seed has no standard error"
+    assert table["2 routing iterations"][0] == "not run yet", "it was trained for another length"
+
+
+def test_averaged_weights_are_compared_with_the_last_ones_of_the_same_runs(tmp_path):
+    for seed, errors in enumerate((40, 60)):
+        scores = {"test_averaged": {"error_percent": (errors - 2) / 100}}
+        overrides = [*SMALL, "recipe.average=0.999"]
+        train_result(tmp_path / str(seed), errors, seed, *overrides, scores=scores)
+    assert questions_of(tmp_path)[questions.AVERAGED][4] == "-0.020 ± 0.000"
+    averaged = [e for group in grouped(find_results([tmp_path])) for e in group.averaged_errors]
+    assert averaged == [0.38, 0.58]
+
+
+def test_the_order_is_not_taken_for_a_length(tmp_path):
+    """Runs in the authors' order are of other images than a row that asks for the usual one."""
+    train_result(tmp_path / "a", 30, 0, "recipe.order=authors")
+    train_result(tmp_path / "b", 31, 0, "recipe.average=0.9")
+    assert [group.errors for group in row(ROW, tmp_path).groups] == [[0.31]]
 
 
 @pytest.mark.parametrize(
@@ -398,7 +474,7 @@ def test_a_test_on_all_pairs_is_shown(tmp_path):
 def test_a_few_steps_are_no_number_in_the_summary(tmp_path):
     train_result(tmp_path / "a", 5_000, 0, "recipe=quick", "recipe.epochs=null", "recipe.steps=4")
     (line,) = summary_lines([row(ROW, tmp_path)])
-    assert line[3:5] == ["only tried", ""]
+    assert line[5:7] == ["only tried", ""]
 
 
 def test_what_was_kept_is_a_source_like_any_other(tmp_path, tiny_run):

@@ -1,6 +1,7 @@
 """The paper's experiments as data, as jobs, and run."""
 
 import dataclasses
+import datetime
 import os
 import re
 import shutil
@@ -53,6 +54,7 @@ PAPER = {
     "section7_svhn": (4.3, None),
     "ablation_iterations_1": (0.29, 0.011),
     "ablation_iterations_3": (0.25, 0.005),
+    "ablation_no_reconstruction": (0.35, 0.036),
 }
 
 
@@ -64,8 +66,14 @@ def maker(name: str = "smoke", runs_dir: str = "runs", device: str = "auto") -> 
     return JobMaker(EXPERIMENTS, budget(name), runs_dir, device)
 
 
+def entry(
+    targets: list[str], seeds: list[int], budget: str | None = None, train: list[str] | None = None
+) -> QueueEntry:
+    return QueueEntry(targets=targets, seeds=seeds, budget=budget, train=train or [])
+
+
 def all_jobs(name: str, seeds: tuple[int, ...] = (0,)) -> list[Job]:
-    return maker(name).queue([QueueEntry(targets=["all"], seeds=list(seeds))])
+    return maker(name).queue([entry(["all"], list(seeds))])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +84,7 @@ def test_an_experiment_is_complete(name):
     assert bool(about.uses) == (about.command != "train")
     assert (about.measured is not None) == (about.command is not None)
     training = EXPERIMENTS.training([f"experiment={name}"])
-    assert training.recipe.steps == 300_000
+    assert training.recipe.steps == (600_000 if "cifar10" in name else 300_000)
     paper = None if about.paper is None else (about.paper.error_percent, about.paper.spread)
     assert paper == PAPER.get(name)
 
@@ -84,7 +92,7 @@ def test_an_experiment_is_complete(name):
 def test_every_published_number_has_its_source():
     for name in NAMES:
         about = EXPERIMENTS.about(name)
-        for number in (about.paper, about.public):
+        for number in (about.paper, *about.public):
             assert number is None or number.source
 
 
@@ -104,6 +112,9 @@ def test_what_uses_a_model_is_of_the_network_that_it_names(name):
         ("ablation_no_bias", "model.digit_bias", False),
         ("ablation_iterations_2", "routing.iterations", 2),
         ("ablation_iterations_5", "routing.iterations", 5),
+        ("ablation_order", "recipe.order", "authors"),
+        ("ablation_primary_scale", "model.primary_scale", "one"),
+        ("ablation_initialisation", "model.initialisation", "pytorch"),
     ],
 )
 def test_an_ablation_changes_one_thing(name, key, value):
@@ -133,7 +144,8 @@ def test_every_command_of_a_budget_composes(name):
         if job.trains:
             config = cli.training_config(composed)
             folder = Path(config.runs_dir) / config.name / f"seed{config.seed}"
-            limit = {"smoke": 4, "short": 30_000, "full": 300_000}[name]
+            longest = 600_000 if config.dataset.name == "cifar10" else 300_000
+            limit = {"smoke": 4, "short": 30_000, "full": longest}[name]
             assert config.recipe.steps == limit
             if name == "smoke":
                 assert "mnist5k" in (config.dataset.name, config.dataset.source) or (
@@ -150,7 +162,7 @@ def test_every_command_of_a_budget_composes(name):
 
 def test_affnist_stops_where_the_paper_stopped_whatever_the_length():
     for name in BUDGETS:
-        (job,) = maker(name).queue([QueueEntry(targets=["padded_capsnet"], seeds=[0])])
+        (job,) = maker(name).queue([entry(["padded_capsnet"], [0])])
         training = EXPERIMENTS.training(job.arguments[1:])
         assert training.stop.accuracy_percent == 99.23
 
@@ -172,7 +184,7 @@ def test_every_experiment_is_run_or_stands_for_others():
 
 
 def test_an_ensemble_is_of_the_first_seeds_and_made_once():
-    jobs = maker("full").queue([QueueEntry(targets=["section7_cifar10_ensemble"], seeds=[0, 1])])
+    jobs = maker("full").queue([entry(["section7_cifar10_ensemble"], [0, 1])])
     assert [(job.experiment, job.seed) for job in jobs] == [
         *(("section7_cifar10", seed) for seed in range(7)),
         ("section7_cifar10_ensemble", 0),
@@ -200,7 +212,7 @@ def test_one_target_may_stand_alone(in_tmp, capsys):
 
 
 def test_a_folder_of_any_name_reaches_the_commands():
-    (_, job) = maker("smoke", "my runs, (1)'s").queue([QueueEntry(targets=["figure_4"], seeds=[0])])
+    (_, job) = maker("smoke", "my runs, (1)'s").queue([entry(["figure_4"], [0])])
     composed = cli.compose(job.arguments[0], job.arguments[1:])
     assert Path(composed.checkpoint) == job.needs[0].folder
     assert Path(composed.out_dir) == job.folder
@@ -209,9 +221,7 @@ def test_a_folder_of_any_name_reaches_the_commands():
 
 
 def test_device_and_folder_are_passed_on():
-    (job,) = maker("smoke", "elsewhere", "cpu").queue(
-        [QueueEntry(targets=["table1_mnist_1"], seeds=[3])]
-    )
+    (job,) = maker("smoke", "elsewhere", "cpu").queue([entry(["table1_mnist_1"], [3])])
     config = EXPERIMENTS.training(job.arguments[1:])
     assert (config.device, config.runs_dir, config.seed) == ("cpu", "elsewhere", 3)
     assert job.folder == Path("elsewhere/smoke/table1_mnist_1/seed3")
@@ -253,15 +263,16 @@ def test_jobs_are_timed(capfd):
     tiny = [w for w in TINY if not w.startswith("dataset=")]
     plan = dataclasses.replace(budget("smoke"), train=tiny)
     jobs = JobMaker(EXPERIMENTS, plan, "runs", "cpu").queue(
-        [QueueEntry(targets=["figure_4", "ablation_uniform"], seeds=[0])]
+        [entry(["figure_4", "ablation_uniform"], [0])]
     )
-    seconds = estimate.job_seconds(jobs, EXPERIMENTS, "cpu")
-    assert [job.experiment for job in seconds] == [
+    costs = estimate.job_costs(jobs, EXPERIMENTS, "cpu")
+    assert [job.experiment for job in costs] == [
         "table1_mnist_3_reconstruction",
         "figure_4",
         "table1_mnist_1_reconstruction",
     ]
-    assert all(8 <= s < 60 for s in seconds.values())
+    assert all(8 <= cost.seconds < 60 for cost in costs.values())
+    assert all(0.1 < cost.memory_gb < 50 for cost in costs.values())
     assert capfd.readouterr().err.count("timing") == 2  # two networks, three jobs
 
 
@@ -279,7 +290,7 @@ def fake(tmp_path: Path, name: str, code: str, needs: tuple[Job, ...] = ()) -> J
 def python_jobs(monkeypatch):
     """Jobs whose arguments are Python."""
 
-    def start(job: Job, quiet: bool) -> subprocess.Popen:
+    def start(job: Job, parallel: int) -> subprocess.Popen:
         head = f"import time, sys\ndef done(): open({str(job.result)!r}, 'w').close()\n"
         return subprocess.Popen([sys.executable, "-c", head + job.arguments[0]])
 
@@ -335,8 +346,8 @@ def test_nothing_runs_on_after_a_second_ctrl_c(tmp_path, python_jobs, monkeypatc
     started = []
     start = reproduce.start
 
-    def remembered(job: Job, quiet: bool) -> subprocess.Popen:
-        started.append(start(job, quiet))
+    def remembered(job: Job, parallel: int) -> subprocess.Popen:
+        started.append(start(job, parallel))
         return started[-1]
 
     def interrupted(seconds: float) -> None:
@@ -406,11 +417,87 @@ def test_the_plan_of_the_gpu_queue_is_in_order_of_value(in_tmp):
     words = ["reproduce", "queue=gpu", "budget=full", "only_plan=true", "timing=false"]
     done = run_capsrun(*words, cwd=in_tmp)
     assert done.returncode == 0, done.stderr
-    names = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("table1")]
+    names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("full ")]
     assert names[0] == names[-1] == "table1_mnist_3_reconstruction"
     assert "0 1 2  " in done.stdout
     assert "3 4 5 6 7 8 9" in done.stdout
     assert not (in_tmp / "runs").exists()
+
+
+def test_the_plan_of_the_cpu_queue_is_in_order_of_worth(in_tmp):
+    """Each entry with its own budget; what is finished is told with the clock's time."""
+    words = ["reproduce", "queue=cpu", "only_plan=true", "timing=false"]
+    done = run_capsrun(*words, cwd=in_tmp)
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[1] == "sixty table1_mnist_3_reconstruction 0 1 2 3 to run"
+    assert lines[2] == "questions table1_mnist_3_reconstruction 0 1 2 3 4 5 to run"
+    assert "full affnist_like_cnn_validation 2 1 to run" in lines
+    assert "five_hours table1_multimnist_baseline 0 1 to run" in lines
+    assert lines[-3] == "sixty table1_mnist_3_reconstruction 3 4 5 6 7 8 9 7 to run"
+
+
+def test_every_run_of_the_cpu_queue_composes():
+    queue = from_dict(ReproduceConfig, cli.compose("reproduce", ["queue=cpu"])).queue
+    jobs = {job.folder: job for job in maker().queue(queue.entries)}
+    trained = {path: EXPERIMENTS.training(j.arguments[1:]) for path, j in jobs.items() if j.trains}
+    small = trained[Path("runs/questions/ablation_order/seed4")]
+    assert (small.model.name, small.model.conv1_channels) == ("capsnet_small", 64)
+    assert (small.recipe.name, small.recipe.epochs, small.recipe.order) == ("sixty", 30, "authors")
+    whole = trained[Path("runs/sixty/table1_mnist_3_reconstruction/seed9")]
+    assert (whole.model.conv1_channels, whole.recipe.epochs, whole.recipe.average) == (
+        256,
+        60,
+        None,
+    )
+    pairs = trained[Path("runs/five_hours/table1_multimnist_baseline/seed0")]
+    assert (pairs.recipe.name, pairs.recipe.steps) == ("quick", 2200)
+    assert trained[Path("runs/full/padded_capsnet/seed0")].stop.accuracy_percent == 99.23
+
+
+def test_the_plan_says_when_what_will_be_finished(capsys):
+    jobs = [Job(name, 0, Path(name), (), (), "short") for name in ("one", "two")]
+    plan = from_dict(ReproduceConfig, cli.compose("reproduce", ["minutes=120"]))
+    before = datetime.datetime.now()
+    reproduce.show_plan(jobs, {jobs[0]: 3600.0, jobs[1]: 7200.0}, plan)
+    said = capsys.readouterr().out
+    for line, hours in zip(said.splitlines()[2:4], (1, 3)):
+        at = datetime.datetime.strptime(f"{before.year} {line[-16:].strip()}", "%Y %a %d %b %H:%M")
+        assert abs(at - before - datetime.timedelta(hours=hours)).total_seconds() <= 61
+    assert "expected to finish in 120 minutes: one seed 0" in said
+
+
+def test_together_jobs_get_no_more_memory_than_there_is(tmp_path, python_jobs, monkeypatch):
+    """Two of three gigabytes do not run beside each other in five; small ones do."""
+    monkeypatch.setattr(reproduce, "available_memory_gb", lambda: 5.0)
+    alone = "import os; assert not os.path.exists('lock'); open('lock', 'w').close()\n"
+    alone += "time.sleep(0.5); os.remove('lock'); done()"
+    monkeypatch.chdir(tmp_path)
+    large = [fake(tmp_path, f"large{k}", alone) for k in range(3)]
+    needs = dict.fromkeys(large, 3.0)
+    assert len(reproduce.run(large, 3, None, StopRequest(), needs).finished) == 3
+    huge = fake(tmp_path, "huge", "done()")
+    assert reproduce.run([huge], 3, None, StopRequest(), {huge: 99.0}).finished == [huge]
+    began = time.monotonic()
+    small = [fake(tmp_path, f"small{k}", "time.sleep(2); done()") for k in range(3)]
+    needs = dict.fromkeys(small, 1.0)
+    assert len(reproduce.run(small, 3, None, StopRequest(), needs).finished) == 3
+    assert time.monotonic() - began < 5
+
+
+def test_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce.subprocess, "Popen", lambda *_, **words: seen.append(words))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    job = Job("a", 0, tmp_path / "a", ("train",))
+    for parallel in (1, 2, 8):
+        reproduce.start(job, parallel)
+    assert "env" not in seen[0]
+    assert [words["env"]["OMP_NUM_THREADS"] for words in seen[1:]] == ["2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    reproduce.start(job, 2)
+    assert seen[-1]["env"]["OMP_NUM_THREADS"] == "3", "who has said it is not overruled"
 
 
 @pytest.mark.parametrize("minutes", ["", "0", "0.5", "ten"])

@@ -34,6 +34,13 @@ def test_authors_schedule():
     assert learning_rate(recipe, 10**6, 300_000) == 1e-6
 
 
+def test_the_rate_for_cifar10_reaches_its_floor_on_the_way():
+    recipe = train_config("dataset=cifar10", "model=capsnet_cifar10", "recipe=cifar10").recipe
+    assert total_steps(recipe, 50_000) == 600_000
+    assert learning_rate(recipe, 338_432, 600_000) > 1e-6
+    assert learning_rate(recipe, 338_433, 600_000) == learning_rate(recipe, 599_999, 600_000) == 1e-6
+
+
 def test_the_quick_schedule_ends_where_the_long_one_ends():
     quick, long = train_config().recipe, train_config("recipe=authors").recipe
     steps = total_steps(quick, 60_000)
@@ -60,7 +67,7 @@ def test_a_linear_schedule_ends_at_nothing():
 
 
 def test_a_schedule_that_contradicts_itself_is_refused():
-    with pytest.raises(UserError, match="set exactly one of recipe.decay_steps"):
+    with pytest.raises(UserError, match=r"set exactly one of recipe\.decay_steps"):
         train_config("recipe.decay_periods=null")
     with pytest.raises(UserError, match="decay_shape=linear ends with the run"):
         train_config("recipe.decay_shape=linear")

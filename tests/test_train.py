@@ -162,20 +162,23 @@ def test_the_order_and_the_average_are_resumed_bit_for_bit_too(tmp_path, monkeyp
                 train(config, tmp_path / "resumed")
     train(config, tmp_path / "resumed")
     assert_same_run(tmp_path / "resumed", tmp_path / "straight")
-    ours, theirs = (read_checkpoint(tmp_path / f / "checkpoint.pt") for f in ("resumed", "straight"))
-    assert all(torch.equal(ours["averaged"][k], w) for k, w in theirs["averaged"].items())
+    ours, theirs = (
+        read_checkpoint(tmp_path / run / "checkpoint.pt")["averaged"]
+        for run in ("resumed", "straight")
+    )
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     assert {"test", "test_averaged"} == result["scores"].keys()
     assert result["scores"]["test"]["errors"] == result["errors"]
 
 
 def test_without_averaged_weights_there_are_none(tiny_run):
-    with pytest.raises(UserError, match="holds no averaged weights; train with recipe.average="):
+    with pytest.raises(UserError, match=r"no averaged weights; train with recipe\.average="):
         load_checkpoint(tiny_run, averaged=True)
 
 
 def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(tmp_path):
     config = train_config("dataset=multimnist", "dataset.source=mnist5k", "recipe.order=authors")
-    with pytest.raises(UserError, match="recipe.order=authors needs single images"):
+    with pytest.raises(UserError, match=r"recipe\.order=authors needs single images"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

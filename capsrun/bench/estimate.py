@@ -3,21 +3,36 @@
 import math
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
 
 from capsrun.bench.tasks import step_seconds
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import sizes
 from capsrun.runs.jobs import Experiments, Job
+from capsrun.runs.record import memory_gb
 from capsrun.training.step import resolve_device, resolve_precision
 
 # What a job takes beside training and testing: starting Python, reading data, drawing pictures.
 START_SECONDS = 8.0
 # Testing an image takes about a third of training on it: the forward pass alone.
 TEST_SHARE = 1 / 3
+# A whole run holds more than a few steps: all images, what it tests, what it saves.
+MEMORY_SHARE = 1.5
 
 
-def job_seconds(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, float]:
-    """About how many seconds each job takes, at most: a run may stop early."""
+class Cost(NamedTuple):
+    """What a job takes, at most: a run may stop early."""
+
+    seconds: float
+    """About how long, alone on this machine."""
+    memory_gb: float
+    """Of this machine's memory, in 10⁹ bytes, not of a GPU's."""
+
+
+def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, Cost]:
+    """About what each job takes: a few steps of each network are made, in this process."""
     place = resolve_device(device)
     precision = resolve_precision("auto", place)
     timed: dict[str, float] = {}
@@ -30,11 +45,13 @@ def job_seconds(jobs: Iterable[Job], experiments: Experiments, device: str) -> d
             print(f"timing the network of {trained.experiment} …", file=sys.stderr)
             timed[network] = step_seconds(training, place, precision)
         if job.trains:
-            found[job] = training_seconds(training, timed[network], job.steps_made())
+            seconds = training_seconds(training, timed[network], job.steps_made())
         else:
             test = experiments.tested(job.arguments)
             image_seconds = timed[network] / training.recipe.batch_size
-            found[job] = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
+            seconds = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
+        # The most that this process has held yet, so what was timed before counts too.
+        found[job] = Cost(seconds, MEMORY_SHARE * memory_gb(torch.device("cpu")))
     return found
 
 

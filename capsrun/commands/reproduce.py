@@ -1,7 +1,10 @@
 """`capsrun reproduce`: run the paper's experiments, as far as they are not finished."""
 
+import datetime
 import itertools
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -9,12 +12,18 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from capsrun.config import ReproduceConfig
 from capsrun.errors import Stopped, Unfinished, notice
 from capsrun.runs.jobs import Experiments, Job, JobMaker
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
+
+if TYPE_CHECKING:
+    from capsrun.bench.estimate import Cost
 
 POLL_SECONDS = 0.2
 # How long a job may take to save when the time is over: one that tests its model does not look up.
@@ -42,14 +51,15 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     maker = JobMaker(experiments, config.budget, config.runs_dir, config.device)
     jobs = maker.queue(config.queue.entries)
     left = [job for job in jobs if not job.finished]
-    seconds = timed(left, config, experiments) if config.timing else {}
+    costs = costs_of(left, config, experiments) if config.timing else {}
     if len(jobs) > 1 or config.timing or config.only_plan:
-        show_plan(jobs, seconds, config)
+        show_plan(jobs, {job: cost.seconds for job, cost in costs.items()}, config)
     if config.only_plan or not left:
         return Outcome(waiting=left)
     deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
+    needs_gb = {job: cost.memory_gb for job, cost in costs.items()}
     with stop_requests() as stop:
-        outcome = run(left, config.parallel, deadline, stop)
+        outcome = run(left, config.parallel, deadline, stop, needs_gb)
     show_outcome(outcome)
     if stop.asked:
         raise Stopped("stopped; what was running is saved", stop.signal_number)
@@ -59,8 +69,19 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     return outcome
 
 
-def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRequest) -> Outcome:
-    """Run jobs in order, as many at once as `parallel` says, each when those it needs are done."""
+def run(
+    jobs: Iterable[Job],
+    parallel: int,
+    deadline: float | None,
+    stop: StopRequest,
+    needs_gb: Mapping[Job, float] = MappingProxyType({}),
+) -> Outcome:
+    """Run jobs in order, as many at once as `parallel` says, each when those it needs are done.
+
+    needs_gb: the memory that each takes, where it is known: together they get no more than there is
+    now, and a job that is too large for that runs alone.
+    """
+    free_gb = available_memory_gb()
     outcome, running = Outcome(waiting=list(jobs)), dict[Job, subprocess.Popen]()
     try:
         while outcome.waiting or running:
@@ -71,9 +92,12 @@ def run(jobs: Iterable[Job], parallel: int, deadline: float | None, stop: StopRe
             elsewhere = used_elsewhere(outcome.waiting)
             ready = [job for job in outcome.waiting if job not in elsewhere and job.ready]
             while ready and len(running) < parallel and not (stop.asked or late):
+                held_gb = sum(needs_gb.get(job, 0) for job in [*running, ready[0]])
+                if running and held_gb > free_gb:
+                    break
                 job = ready.pop(0)
                 outcome.waiting.remove(job)
-                running[job] = start(job, quiet=parallel > 1)
+                running[job] = start(job, parallel)
             waits_for_others = elsewhere and not (stop.asked or late)
             if not running and not waits_for_others:  # nothing can be begun any more
                 break
@@ -126,19 +150,35 @@ def end(running: Mapping[Job, subprocess.Popen], grace_seconds: float | None) ->
             process.wait()
 
 
-def start(job: Job, quiet: bool) -> subprocess.Popen:
+def available_memory_gb() -> float:
+    """How much memory there is for what is started now, in 10⁹ bytes."""
+    try:
+        kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        limits = [int(kilobytes[1]) * 1024] if kilobytes else []
+        limits += [int(Path("/sys/fs/cgroup/memory.max").read_text())]
+    except (OSError, ValueError):  # no control groups, or no limit ("max"); not a Linux
+        pass
+    return min(limits, default=math.inf) / 1e9
+
+
+def start(job: Job, parallel: int) -> subprocess.Popen:
     """Begin a job; what it prints goes to the screen, or into its folder when it is not alone.
 
+    parallel: how many share the cores; with one thread each they make more steps than with all.
     It has a process group of its own, so that Ctrl-C does not reach it: it is told once, by `run`,
     as a second signal would end it at once.
     """
     print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
     words = [sys.executable, "-m", "capsrun", *job.arguments]
-    if not quiet:
+    if parallel == 1:
         return subprocess.Popen(words, process_group=0)
+    threads = max(1, len(os.sched_getaffinity(0)) // parallel)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "log.txt", "a") as log:
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+        return subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, process_group=0, env=environment
+        )
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -153,30 +193,36 @@ def show_outcome(outcome: Outcome) -> None:
             print(f"{what}: {job}")
 
 
-def timed(
+def costs_of(
     jobs: Sequence[Job], config: ReproduceConfig, experiments: Experiments
-) -> dict[Job, float]:
-    """About how many seconds each job will take here, from a few timed steps of each network."""
+) -> "dict[Job, Cost]":
+    """About what each job will take here, from a few timed steps of each network."""
     if not jobs:
         return {}
-    from capsrun.bench.estimate import job_seconds  # which needs PyTorch, as nothing else here does
+    from capsrun.bench.estimate import job_costs  # which needs PyTorch, as nothing else here does
 
-    return job_seconds(jobs, experiments, config.device)
+    return job_costs(jobs, experiments, config.device)
 
 
 def show_plan(jobs: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> None:
-    """Print a line for each experiment, how long all takes, and what fits into the minutes."""
-    width = max((len(job.experiment) for job in jobs), default=0)
-    print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
-    print(
-        f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {'takes about' if seconds else ''}"
-    )
-    for name, group in itertools.groupby(jobs, key=lambda job: job.experiment):
+    """Print a line for each experiment, how long all takes, and what fits into the minutes.
+
+    The times are those of one job after the other; several at once are rather done earlier.
+    """
+    width = max((len(f"{job.budget} {job.experiment}") for job in jobs), default=0)
+    if any(job.budget == config.budget.name for job in jobs):
+        print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
+    head = f"{'takes about':<18} finished about" if seconds else ""
+    print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
+    now, passed = datetime.datetime.now(), 0.0
+    for (budget, name), group in itertools.groupby(jobs, key=lambda j: (j.budget, j.experiment)):
         own = list(group)
         takes = [seconds[job] for job in own if job in seconds]
-        shown = duration(sum(takes)) if takes else ""
+        passed += sum(takes)
+        at = now + datetime.timedelta(seconds=passed)
+        shown = f"{duration(sum(takes)):<18} {at:%a %d %b %H:%M}" if takes else ""
         seeds = " ".join(str(job.seed) for job in own)
-        print(f"{name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
+        print(f"{budget + ' ' + name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
     left = [job for job in jobs if not job.finished]
     line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
     if seconds:

@@ -93,8 +93,8 @@ class Run:
     """Step and seconds of training when the speed was last logged."""
     tested_before: int = 0
     """The step at which an earlier capsrun saved, which tested the model before that."""
-    reached: bool = False
-    """Whether the accuracy at which to stop was reached."""
+    over: bool = False
+    """Whether an evaluation has ended it before its last step."""
     tested: dict[str, Score] | None = None
     """What the last evaluation found, if the model has not changed since and it was complete."""
 
@@ -186,7 +186,7 @@ def cannot_be_written(folder: record.RunFolder, error: OSError) -> str:
 
 
 def training_loop(run: Run, stop: StopRequest) -> None:
-    """Make every step that is left, or those until the accuracy at which to stop is reached.
+    """Make every step that is left, or those until an evaluation ends the run (`stop`).
 
     A checkpoint is of the state before the test that may be due at its step. Raises Stopped, having
     saved, when that is asked for, and FloatingPointError for a loss or a weight that is not finite.
@@ -195,10 +195,10 @@ def training_loop(run: Run, stop: StopRequest) -> None:
     evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
-    while run.step < run.steps and not run.reached:  # it is at once where only a result is missing
+    while run.step < run.steps and not run.over:  # it is at once where only a result is missing
         if run.step and run.step % evaluate_every == 0 and run.step != run.tested_before:
             evaluate_or_stop(run, stop)
-            if run.reached:  # nothing is saved here that would go on when it is resumed
+            if run.over:  # nothing is saved here that would go on when it is resumed
                 break
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
@@ -224,7 +224,7 @@ def evaluate_or_stop(run: Run, stop: StopRequest) -> None:
     """Test the model as it is now; where a stop is asked for meanwhile, that is left for later."""
     with run.clock.paused():
         try:
-            run.reached = run.ranks.from_first(partial(log_evaluation, run, stop))
+            run.over = run.ranks.from_first(partial(log_evaluation, run, stop))
         except Stopped as stopped:
             save_and_stop(run, stopped.signal_number)
 
@@ -240,7 +240,7 @@ def save_and_stop(run: Run, signal_number: int) -> NoReturn:
 def evaluation_steps(run: Run) -> int:
     """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
     config = run.config
-    stopping = config.stop.accuracy_percent is not None
+    stopping = config.stop.accuracy_percent is not None or config.stop.patience is not None
     chosen = config.stop.every_steps if stopping else config.record.evaluate_every_steps
     return chosen or math.ceil(run.dataset.train.epoch_images / config.recipe.batch_size)
 
@@ -276,11 +276,11 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     trainer = Trainer(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
-    step, seconds, reached = 0, 0.0, False
+    step, seconds, over = 0, 0.0, False
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         if checkpoint["optimizer"] is None:  # the last step is made; only the result is missing
-            reached = step < steps
+            over = step < steps
         else:
             load_optimizer(trainer, checkpoint["optimizer"], folder.checkpoint)
         if trainer.averaged is not None:
@@ -315,7 +315,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         steps,
         logged=(step, seconds),
         tested_before=step if checkpoint and "event_bytes" not in checkpoint else 0,
-        reached=reached,
+        over=over,
     )
 
 
@@ -401,7 +401,7 @@ def routing_changes(run: Run, images_BCHW: torch.Tensor) -> dict[str, float]:
 
 
 def log_evaluation(run: Run, stop: StopRequest) -> bool:
-    """Test the model as it is now; whether the accuracy at which to stop is reached.
+    """Test the model as it is now; whether what is to stop the run says so.
 
     Of the test images as many are used as `record.evaluate_images` says, but all where they decide
     whether the run is over. Raises Stopped when that is asked for meanwhile.
@@ -414,7 +414,21 @@ def log_evaluation(run: Run, stop: StopRequest) -> bool:
     if reached:
         accuracy = 100 - scores[target.on].error_percent
         run.progress.say(f"{target.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
-    return reached
+    tired = no_longer_improves(target, read_metrics(run.folder.path))
+    if tired:
+        run.progress.say(f"{target.patience} evaluations erred no less on held-out images")
+    return reached or tired
+
+
+def no_longer_improves(stop: StopConfig, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last `patience` evaluations erred no less on held-out images than one before.
+
+    rows: what was recorded so far.
+    """
+    key = "error_percent/validation"
+    errors = [row[key] for row in rows if key in row]
+    patience = len(errors) if stop.patience is None else stop.patience
+    return len(errors) > patience and min(errors[-patience:]) >= min(errors[:-patience])
 
 
 def reaches_target(stop: StopConfig, scores: Mapping[str, Score]) -> bool:
@@ -515,8 +529,7 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     """
     assert run.recorder is not None  # only the first process has anything to finish
     # Where the last evaluation has stopped the run there is nothing new to find.
-    scores = run.tested if run.reached and run.tested else test_model(run, stop, None)
-    run.reached = run.reached or reaches_target(run.config.stop, scores)
+    scores = run.tested if run.over and run.tested else test_model(run, stop, None)
     final = scores["test"]
     model, dataset, config = run.trainer.model, run.dataset, run.config
     computed = parts.extended(run.earlier, run.step, run.provenance)
@@ -538,7 +551,7 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
-        "stopped": how_it_stopped(run),
+        "stopped": how_it_stopped(run, reaches_target(run.config.stop, scores)),
         "parts": computed,
         "notes": [*errors.notices, *parts.changes(computed)],
         "config": run.folder.config,
@@ -549,14 +562,14 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     return result
 
 
-def how_it_stopped(run: Run) -> dict[str, Any] | None:
+def how_it_stopped(run: Run, reached: bool) -> dict[str, Any] | None:
     """Whether and when the run reached the accuracy at which to stop; None where there is none."""
     if run.config.stop.accuracy_percent is None:
         return None
     return {
         "accuracy_percent": run.config.stop.accuracy_percent,
         "on": run.config.stop.on,
-        "reached": run.reached,
+        "reached": reached,
         "steps": run.step,
         "epochs": run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images,
     }

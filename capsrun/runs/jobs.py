@@ -6,7 +6,7 @@ A job is one experiment with one seed and one budget. Its folder is
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,9 @@ class Experiments(Protocol):
     def tested(self, arguments: Sequence[str]) -> EvalConfig | None:
         """What a whole command tests, if it is an `eval`."""
 
+    def budget(self, name: str) -> BudgetConfig:
+        """A budget of `configs/budget/`."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -46,6 +49,8 @@ class Job:
     """What follows `capsrun`."""
     needs: tuple["Job", ...] = ()
     """The jobs whose models it uses."""
+    budget: str = ""
+    """The name of its budget."""
 
     @property
     def result(self) -> Path:
@@ -99,17 +104,25 @@ class JobMaker:
 
         Raises UserError for a target that is neither an experiment nor a group of them, or none.
         """
-        jobs: dict[tuple[str, int], Job] = {}
+        jobs: dict[Path, Job] = {}
         for entry in entries:
-            for name in self.chosen(entry.targets):
+            maker = self.of_entry(entry)
+            for name in maker.chosen(entry.targets):
                 # An ensemble has one result, whatever the seeds.
                 seeds = entry.seeds if self.experiments.about(name).models == 1 else [0]
                 for seed in seeds:
-                    for job in self.with_needs(name, seed):
-                        jobs.setdefault((job.experiment, job.seed), job)
+                    for job in maker.with_needs(name, seed):
+                        jobs.setdefault(job.folder, job)
         if not jobs:
             raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
         return list(jobs.values())
+
+    def of_entry(self, entry: QueueEntry) -> "JobMaker":
+        """What makes the jobs of an entry, which may have a budget and overrides of its own."""
+        budget = self.budget
+        if entry.budget is not None:
+            budget = self.experiments.budget(entry.budget)
+        return replace(self, budget=replace(budget, train=[*budget.train, *entry.train]))
 
     def chosen(self, targets: Iterable[str]) -> list[str]:
         """The experiments that are meant by names and groups."""
@@ -149,7 +162,8 @@ class JobMaker:
             return before
         models = tuple(chain[-1] for chain in chains)
         folder = self.folder(name, seed)
-        return [*before, Job(name, seed, folder, self.arguments(name, about, seed, models), models)]
+        words = self.arguments(name, about, seed, models)
+        return [*before, Job(name, seed, folder, words, models, self.budget.name)]
 
     def folder(self, name: str, seed: int) -> Path:
         return Path(self.runs_dir) / self.budget.name / name / f"seed{seed}"

@@ -28,8 +28,9 @@ METRICS = "metrics.jsonl"
 # Settings that do not change what is computed, or are told apart (the seed, the precision).
 FREE = ("name", "seed", "runs_dir", "device", "compile", "deterministic", "precision", "record")
 FREE_OF_DATASET = ("data_dir", "trained_on", "trained_by")
-# Settings of how a network is trained, not of which network on which images.
-OF_LENGTH = ("recipe", "stop.accuracy_percent", "stop.every_steps")
+# Settings of how a network is trained, not of which network on which images in which order.
+OF_LENGTH = ("recipe", "stop.accuracy_percent", "stop.patience", "stop.every_steps")
+OF_IMAGES = ("recipe.order",)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class Result:
 
     @property
     def best_on_test(self) -> dict[str, Any] | None:
-        """See `best_on_test`; None where it was not looked for."""
-        return self.values.get("best_on_test")
+        """See `best_on_test`; None where nothing was recorded during training."""
+        return self.values.get("best_on_test") or best_on_test(self.metrics)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -159,6 +160,8 @@ def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
     complete = with_later_settings(training)
     kept = {key: value for key, value in complete.items() if key not in FREE}
     kept["dataset"] = {k: v for k, v in kept["dataset"].items() if k not in FREE_OF_DATASET}
+    # The average of the weights is tested beside them, and changes nothing in them.
+    kept["recipe"] = {k: v for k, v in kept["recipe"].items() if k != "average"}
     return dict(flattened(kept))
 
 
@@ -192,7 +195,8 @@ def of_network(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in settings.items()
-        if key != "precision" and not any(key == k or key.startswith(k + ".") for k in OF_LENGTH)
+        if key in OF_IMAGES
+        or (key != "precision" and not any(key == k or key.startswith(k + ".") for k in OF_LENGTH))
     }
 
 
@@ -253,6 +257,16 @@ class Group:
     @property
     def errors(self) -> list[float]:
         return [result.error_percent for result in self.results]
+
+    @property
+    def averaged_errors(self) -> list[float]:
+        """Those of the averaged weights; empty where not all runs have them."""
+        scores = [result.values.get("scores", {}).get("test_averaged") for result in self.results]
+        return [] if None in scores else [score["error_percent"] for score in scores]
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return {result.seed: result.error_percent for result in self.results}
 
     @property
     def mean(self) -> float:

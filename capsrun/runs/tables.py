@@ -1,5 +1,6 @@
 """The words and tables of the report, as Markdown."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -85,11 +86,34 @@ def published(number: Published | None) -> str:
     return f"{number.error_percent:g}{spread}{single}"
 
 
+# How a published number was chosen.
+CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "not said which"}
+
+
+def lowest(numbers: Iterable[Published]) -> list[str]:
+    """Of what is published, the lowest of each kind of `CHOSEN`."""
+    rising = sorted(numbers, key=lambda number: number.error_percent)
+    return [published(next((n for n in rising if n.chosen == kind), None)) for kind in CHOSEN]
+
+
 def measured(group: Group | None) -> str:
     """Mean and standard deviation over the seeds."""
-    if group is None:
-        return NOT_RUN
-    return f"{group.mean:.2f}" + ("" if group.spread is None else f" ± {group.spread:.2f}")
+    return NOT_RUN if group is None else mean_and_spread(group.errors)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """With the standard deviation (n − 1) where there are several."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def best_on_test(group: Group) -> str:
+    """What choosing the step on test images would have given, and of how many tests in a run."""
+    best = [result.best_on_test for result in group.results if result.best_on_test]
+    if len(best) < len(group.results):
+        return "–"
+    errors = [each["error_percent"] for each in best]
+    return f"{mean_and_spread(errors)} (best of {span([b['evaluations'] for b in best], ',')})"
 
 
 def span(values: Sequence[float], form: str) -> str:
@@ -151,16 +175,19 @@ def summary_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(baseline_first, key=lambda row: order.index(row.about.group))
 
 
-SUMMARY = ("test error %", "paper", "best public", "capsrun", "seeds", "trained for")
+BEST = "best on test, not a result"
+IN_PUBLIC = [f"public, {kind}" for kind in CHOSEN.values()]
+HEAD = ("test error %", "paper", *IN_PUBLIC, "capsrun, last step", BEST)
+SUMMARY = (*HEAD, "seeds", "trained for")
 
 
 def summary_lines(rows: Iterable[Row]) -> list[list[str]]:
-    """One line for each number: the paper's, the best public one, ours and of what length."""
+    """One line for each number: the paper's, the best public ones, ours and of what length."""
     return [
         [
             row.label,
             published(row.about.paper),
-            published(row.about.public),
+            *lowest(row.about.public),
             *in_summary(row),
         ]
         for row in summary_rows(rows)
@@ -171,43 +198,39 @@ def in_summary(row: Row) -> list[str]:
     """What was measured, with how many seeds and how long; not what a few steps gave."""
     best = row.best
     if best is None:
-        return [NOT_RUN, "", ""]
+        return [NOT_RUN, "", "", ""]
     if max(best.steps) < FEWEST_STEPS:
-        return ["only tried", "", length(row, best)]
-    return [measured(best), str(len(best.results)), length(row, best)]
+        return ["only tried", "", "", length(row, best)]
+    return [measured(best), best_on_test(best), str(len(best.results)), length(row, best)]
 
 
 def row_lines(row: Row) -> list[list[str]]:
     """A line for each length at which an experiment was run; the first one has its name."""
-    head = [row.about.title, published(row.about.paper), published(row.about.public)]
+    head = [row.about.title, published(row.about.paper), *lowest(row.about.public)]
     if not row.groups:
-        return [[*head, NOT_RUN, "", "", "", ""]]
+        return [[*head, NOT_RUN, "", "", "", "", ""]]
     lines = []
     for group in row.groups:
         lines.append(
             [
                 *head,
                 measured(group),
+                best_on_test(group),
                 " ".join(str(result.seed) for result in group.results),
                 length(row, group),
                 "; ".join(group.devices) + ", " + group.results[0].values["precision"],
                 verdict(row, group),
             ]
         )
-        head = ["", "", ""]
+        head = [""] * len(head)
+        if group.averaged_errors:
+            averaged = mean_and_spread(group.averaged_errors)
+            lines.append([*head, averaged, "", "", "the same runs, averaged weights", "", ""])
     return lines
 
 
-ROWS = (
-    "test error %",
-    "paper",
-    "best public",
-    "capsrun",
-    "seeds",
-    "trained for",
-    "on",
-    "against the paper",
-)
+HOW = ("seeds", "trained for", "on")
+ROWS = (*HEAD, *HOW, "against the paper")
 
 
 def differences(row: Row, group: Group) -> str:

@@ -116,7 +116,9 @@ def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
 
 def averaged_copy(model: SomeModel) -> SomeModel:
     """A copy of a model, on the same device and as fast, that is only to be tested."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    copied = copy.deepcopy(model)
+    copied.requires_grad_(False)
+    return copied
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

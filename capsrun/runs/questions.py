@@ -1,0 +1,158 @@
+"""What one changed setting does: runs that differ in nothing else are compared, seed by seed.
+
+Runs of the same seed have the same first weights, images and shifts, so their differences vary less
+from seed to seed than their errors do.
+"""
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from capsrun.runs.results import Group
+from capsrun.runs.tables import NOT_RUN, Row, length, mean_and_spread
+
+AVERAGED = "the average of the weights (recipe.average) instead of the last ones"
+HEADER = (
+    "one thing changed",
+    "network",
+    "trained for",
+    "without it, test error %",
+    "with it",
+    "difference ± standard error, paired by seed",
+    "seeds",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A change of some settings."""
+
+    title: str
+    change: Mapping[str, Any]
+    """The changed settings, as `settings_of` has them."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The errors in percent of some runs without and with a change, by their seeds."""
+
+    title: str
+    base: Group
+    before: Mapping[int, float]
+    after: Mapping[int, float]
+    changed: Group | None = None
+    """The runs with the change; None where they are those without it, tested otherwise."""
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(self.before.keys() & self.after.keys())
+
+    @property
+    def differences(self) -> list[float]:
+        """With the change minus without it, in points, of each seed that both have."""
+        return [self.after[seed] - self.before[seed] for seed in self.seeds]
+
+
+def questions(rows: Iterable[Row], reference: Row) -> list[Question]:
+    """What each row changes in the reference; of rows that change the same the first one."""
+    found: dict[str, Question] = {}
+    settings = reference.wanted.settings
+    for row in rows:
+        wanted = row.wanted.settings
+        keys = {key for key in {*wanted, *settings} if wanted.get(key) != settings.get(key)}
+        change = {key: wanted.get(key) for key in sorted(keys)}
+        if change:
+            found.setdefault(repr(change), Question(row.about.title, change))
+    return list(found.values())
+
+
+def answers(asked: Sequence[Question], reference: Row, groups: Sequence[Group]) -> list[Answer]:
+    """Every pair of groups that differ in what a question changes, and in nothing else.
+
+    Only groups on the reference's images count, in which no other question has changed anything;
+    network and length may be any.
+    """
+    by_settings = {key_of(group.results[0].settings): group for group in groups}
+    settings = reference.wanted.settings
+    kept = {key for question in asked for key in question.change}
+    kept |= {key for key in settings if key.startswith("dataset.")}
+    bases = [
+        group
+        for group in groups
+        if all(group.results[0].settings.get(key) == settings.get(key) for key in kept)
+    ]
+    found = []
+    for question in asked:
+        for base in bases:
+            changed = by_settings.get(key_of({**base.results[0].settings, **question.change}))
+            if changed is not None:
+                by_seed = base.by_seed, changed.by_seed
+                found.append(Answer(question.title, base, *by_seed, changed))
+    return found + [averaged(base) for base in bases if base.averaged_errors]
+
+
+def averaged(base: Group) -> Answer:
+    """What averaging the weights does to the very same runs."""
+    seeds = [result.seed for result in base.results]
+    return Answer(AVERAGED, base, base.by_seed, dict(zip(seeds, base.averaged_errors, strict=True)))
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """The same for the same settings."""
+    return repr(sorted((key, value) for key, value in settings.items() if value is not None))
+
+
+def lines(asked: Sequence[Question], found: Sequence[Answer]) -> Iterator[list[str]]:
+    """The table of `HEADER`: each question with its answers, and those not asked of any runs."""
+    for title in dict.fromkeys([*(question.title for question in asked), AVERAGED]):
+        own = [answer for answer in found if answer.title == title]
+        for answer in own:
+            yield [
+                title if answer is own[0] else "",
+                network(answer.base),
+                length(None, answer.base),
+                mean_and_spread([answer.before[seed] for seed in answer.seeds] or [float("nan")]),
+                mean_and_spread([answer.after[seed] for seed in answer.seeds] or [float("nan")]),
+                difference(answer.differences),
+                " ".join(map(str, answer.seeds)),
+            ]
+        if not own:
+            yield [title, NOT_RUN, *[""] * (len(HEADER) - 2)]
+
+
+def network(group: Group) -> str:
+    """The name of a network, and how large it is."""
+    values = group.results[0].values
+    size = f", {values['parameters'] / 1e6:.1f} M parameters" if "parameters" in values else ""
+    return f"{values['model']}{size}"
+
+
+def difference(differences: Sequence[float]) -> str:
+    """The mean of paired differences, with its standard error where there are several."""
+    if not differences:
+        return "no seed in common"
+    mean = f"{statistics.fmean(differences):+.3f}"
+    if len(differences) == 1:
+        return f"{mean}; one seed has no standard error"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    far = f" ({abs(statistics.fmean(differences)) / error:.1f} standard errors)" if error else ""
+    return f"{mean} ± {error:.3f}{far}"
+
+
+def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]]] | None:
+    """The errors of each number of routing iterations, of the runs that have most of them.
+
+    Returns the runs from which the others differ, too; None where nothing can be compared.
+    """
+    points: dict[str, tuple[Group, dict[int, list[float]]]] = {}
+    for answer in found:
+        groups = [answer.base] + ([answer.changed] if answer.changed else [])
+        numbers = [int(group.results[0].settings["routing.iterations"]) for group in groups]
+        if len(set(numbers)) == 2:
+            key = key_of(answer.base.results[0].settings)
+            _, errors = points.setdefault(key, (answer.base, {}))
+            errors |= {number: group.errors for number, group in zip(numbers, groups)}
+    if not points:
+        return None
+    return max(points.values(), key=lambda p: (len(p[1]), sum(map(len, p[1].values()))))
