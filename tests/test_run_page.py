@@ -40,6 +40,7 @@ def test_training_ends_with_a_page(run):
     text = (run / "index.html").read_text()
     assert f"test error {result['error_percent']:.2f} %" in text
     assert f"{result['errors']:,} of 1,000" in text
+    assert "the best of 2 tests: not a result" in text
     assert text.count("<h2") >= 5
     # Curves, confusion matrix, hits and failures are in the page itself.
     assert len(embedded(run / "index.html")) == 4

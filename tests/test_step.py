@@ -38,7 +38,7 @@ def test_the_rate_for_cifar10_reaches_its_floor_on_the_way():
     recipe = train_config("dataset=cifar10", "model=capsnet_cifar10", "recipe=cifar10").recipe
     assert total_steps(recipe, 50_000) == 600_000
     assert learning_rate(recipe, 338_432, 600_000) > 1e-6
-    assert learning_rate(recipe, 338_433, 600_000) == learning_rate(recipe, 599_999, 600_000) == 1e-6
+    assert learning_rate(recipe, 338_433, 600_000) == 1e-6
 
 
 def test_the_quick_schedule_ends_where_the_long_one_ends():

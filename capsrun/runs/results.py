@@ -335,6 +335,9 @@ def check_result(values: Any) -> None:
             texts.append("dataset")
         result = Result(Path(), values)
         stopped = values.get("stopped") or {"on": ""}
+        nothing = {"error_percent": 0.0, "step": 0, "evaluations": 0}
+        best = values.get("best_on_test") or nothing
+        scores = values.get("scores", {}).values()
         sound = (
             values["command"] in ("train", "eval", "perturb")
             and all(type(values[key]) is int and values[key] >= 0 for key in whole)
@@ -347,6 +350,8 @@ def check_result(values: Any) -> None:
             and type(values.get("almost_correct", 0)) is int
             and all(math.isfinite(stopped[key]) for key in stopped if key != "on")
             and isinstance(stopped["on"], str)
+            and all(math.isfinite(each["error_percent"]) for each in (best, *scores))
+            and all(type(best[key]) is int for key in ("step", "evaluations"))
         )
         # What else is looked at later is there, too.
         fingerprint(result)

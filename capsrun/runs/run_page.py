@@ -117,6 +117,8 @@ def facts(values: Mapping[str, Any]) -> list[list[str]]:
         "steps": number(values["steps"]),
         "training": duration(values["train_seconds"]) if "train_seconds" in values else None,
         "speed": speed(values),
+        "best on test": best(values.get("best_on_test")),
+        "averaged weights": averaged(values.get("scores", {})),
         "reconstruction error": squared(values.get("reconstruction_squared_error")),
         "at least one digit found": share(values),
         "device": f"{values['device']}, {values['precision']}",
@@ -136,6 +138,20 @@ def number(value: int | None) -> str | None:
 def speed(values: Mapping[str, Any]) -> str | None:
     rate = values.get("images_per_second")
     return None if rate is None else f"{rate:,.0f} images/s"
+
+
+def best(found: Mapping[str, Any] | None) -> str | None:
+    """The lowest of the test errors, which is chosen on test images."""
+    if found is None:
+        return None
+    error, step = f"{found['error_percent']:.2f} %", f"{found['step']:,}"
+    return f"{error} after {step} steps, the best of {found['evaluations']:,} tests: not a result"
+
+
+def averaged(scores: Mapping[str, Any]) -> str | None:
+    """The test error of the averaged weights, where there are any."""
+    found = scores.get("test_averaged")
+    return None if found is None else f"test error {found['error_percent']:.2f} %"
 
 
 def squared(value: float | None) -> str | None:
