@@ -630,12 +630,6 @@ class Experiments:
             self._composed[key] = from_dict(EvalConfig, compose("eval", arguments[1:]))
         return self._composed[key]
 
-    def budget(self, name: str) -> Any:
-        """The `BudgetConfig` of that name. Raises UserError where there is none."""
-        from capsrun.config import ReproduceConfig, from_dict
-
-        return from_dict(ReproduceConfig, compose("reproduce", [f"budget={name}"])).budget
-
 
 def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
     """One sentence for what Hydra and OmegaConf say in several lines.

@@ -403,10 +403,10 @@ class QueueEntry:
 
     targets: list[str]
     seeds: list[int] = setting(minimum=0)
-    budget: str | None
-    """Of `configs/budget/`; None: the one of the command."""
+    length: str | None
+    """Name of the folder of its runs, in place of the budget's; None: as long as that says."""
     train: list[str]
-    """Overrides of `capsrun train` beside those of the budget."""
+    """Overrides of `capsrun train`, in place of the budget's; only with a length of its own."""
 
 
 @dataclass(kw_only=True)

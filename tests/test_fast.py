@@ -689,6 +689,7 @@ def test_captured_training_is_plain_training(kind):
                 trainer.advance(batches, first, count).losses.total.item()
                 for first, count in zip(firsts, counts)
             ]
+        values += [tensor.norm().item() for tensor in trainer._averages()]
         if fast:
             assert list(trainer._graphs.seconds) == list(ways)
             assert not trainer._graphs.failed

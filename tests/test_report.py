@@ -214,7 +214,7 @@ def test_kinds_of_published_numbers_are_kept_apart():
 
 def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):
     for seed, best in enumerate((20, 22)):
-        about = {"error_percent": best / 100, "step": 100, "evaluations": 640}
+        about = {"error_percent": best / 100, "step": 100, "evaluations": 640, "count": 10_000}
         train_result(tmp_path / str(seed), 30 + seed, seed, best_on_test=about)
     shown = dict(zip(SUMMARY, summary_lines([row(ROW, tmp_path)])[0]))
     assert shown["capsrun, last step"] == "0.30 ± 0.01"
@@ -224,9 +224,21 @@ def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):
 def test_the_best_on_test_is_found_in_what_was_recorded():
     tests = [(100, 0.5), (200, 0.3), (300, 0.3), (400, 0.4)]
     rows = [{"step": step, "error_percent/test": error} for step, error in tests]
-    found = best_on_test([{"step": 0, "total_steps": 400}, *rows])
-    assert found == {"error_percent": 0.3, "step": 200, "evaluations": 4}
-    assert best_on_test([{"step": 20, "loss/total": 1.0}]) is None
+    training = dataclasses.asdict(train_config())
+    found = best_on_test([{"step": 0, "total_steps": 400}, *rows], training, 10_000)
+    assert found == {"error_percent": 0.3, "step": 200, "evaluations": 4, "count": 10_000}
+    assert best_on_test([{"step": 20, "loss/total": 1.0}], training, 10_000) is None
+
+
+def test_the_best_on_test_is_of_tests_on_the_same_images():
+    """While it trains a run is tested on 10,000 of 100,000 pairs; not where a test stops it."""
+    rows = [{"step": step, "error_percent/test": error} for step, error in ((100, 7.0), (200, 6.0))]
+    training = dataclasses.asdict(train_config("dataset=multimnist"))
+    found = best_on_test(rows, training, 100_000)
+    assert found == {"error_percent": 7.0, "step": 100, "evaluations": 1, "count": 10_000}
+    assert best_on_test(rows[1:], training, 100_000) is None
+    training["stop"]["accuracy_percent"] = 94.0
+    assert best_on_test(rows, training, 100_000)["evaluations"] == 2
 
 
 def questions_of(folder: Path) -> dict[str, list[str]]:
@@ -250,11 +262,11 @@ def test_what_a_change_does_is_paired_by_seed(tmp_path):
     train_result(tmp_path / "lonely", 70, 0, *SMALL, "routing.iterations=1")
     train_result(tmp_path / "other", 9, 0, *SMALL, "routing.iterations=2", "recipe.epochs=20")
     table = questions_of(tmp_path)
-    network, _, before, after, difference, seeds = table["the authors' order of training images"]
+    network, _, before, after, difference, _, seeds = table["the authors' order of training images"]
     assert network == "capsnet_small, 2.0 M parameters"
     assert (before, after, seeds) == ("0.60 ± 0.20", "0.66 ± 0.21", "0 1 2")
     assert difference == "+0.060 ± 0.006 (10.4 standard errors)"
-    assert table["1 routing iteration"][4] == "+0.300; one seed has no standard error"
+    assert table["1 routing iteration"][4:6] == ["+0.300; one seed has no standard error", "+0.04"]
     assert table["2 routing iterations"][0] == "not run yet", "it was trained for another length"
 
 
@@ -263,9 +275,32 @@ def test_averaged_weights_are_compared_with_the_last_ones_of_the_same_runs(tmp_p
         scores = {"test_averaged": {"error_percent": (errors - 2) / 100}}
         overrides = [*SMALL, "recipe.average=0.999"]
         train_result(tmp_path / str(seed), errors, seed, *overrides, scores=scores)
-    assert questions_of(tmp_path)[questions.AVERAGED][4] == "-0.020 ± 0.000"
-    averaged = [e for group in grouped(find_results([tmp_path])) for e in group.averaged_errors]
-    assert averaged == [0.38, 0.58]
+    assert questions_of(tmp_path)[questions.AVERAGED.title][4] == "-0.020 ± 0.000"
+    (group,) = grouped(find_results([tmp_path]))
+    assert group.averaged_errors == [0.38, 0.58]
+    changed = json.loads((tmp_path / "1" / "result.json").read_text())
+    changed["config"]["recipe"]["average"] = 0.99
+    (tmp_path / "1" / "result.json").write_text(json.dumps(changed))
+    (group,) = grouped(find_results([tmp_path]))
+    assert group.errors == [0.4, 0.6], "the last weights do not depend on it"
+    assert group.averaged_errors == [], "what is averaged otherwise has no common mean"
+
+
+def test_differences_that_are_all_alike_are_not_certain(tmp_path):
+    """0.47 − 0.45 and 0.44 − 0.42 differ by rounding alone."""
+    assert questions.difference([0.47 - 0.45, 0.44 - 0.42, 0.39 - 0.37]) == "+0.020 ± 0.000"
+    assert "standard errors" not in questions.difference([0.03, 0.04])
+
+
+def test_a_change_without_its_twin_is_shown_apart(tmp_path):
+    """Nothing can be said about it yet, but it is there, and so are pairs of other seeds."""
+    train_result(tmp_path / "base", 40, 0, *SMALL)
+    train_result(tmp_path / "changed", 50, 1, *SMALL, "recipe.order=authors")
+    train_result(tmp_path / "alone", 60, 0, "recipe.order=authors", "recipe.steps=500")
+    assert questions_of(tmp_path)["the authors' order of training images"][0] == "not run yet"
+    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
+    others = (tmp_path / "out/report.md").read_text().split("## Every result")[0]
+    assert all(f"| {error} |" in others for error in ("0.40", "0.50", "0.60"))
 
 
 def test_the_order_is_not_taken_for_a_length(tmp_path):

@@ -66,10 +66,8 @@ def maker(name: str = "smoke", runs_dir: str = "runs", device: str = "auto") -> 
     return JobMaker(EXPERIMENTS, budget(name), runs_dir, device)
 
 
-def entry(
-    targets: list[str], seeds: list[int], budget: str | None = None, train: list[str] | None = None
-) -> QueueEntry:
-    return QueueEntry(targets=targets, seeds=seeds, budget=budget, train=train or [])
+def entry(targets: list[str], seeds: list[int]) -> QueueEntry:
+    return QueueEntry(targets=targets, seeds=seeds, length=None, train=[])
 
 
 def all_jobs(name: str, seeds: tuple[int, ...] = (0,)) -> list[Job]:
@@ -290,7 +288,7 @@ def fake(tmp_path: Path, name: str, code: str, needs: tuple[Job, ...] = ()) -> J
 def python_jobs(monkeypatch):
     """Jobs whose arguments are Python."""
 
-    def start(job: Job, parallel: int) -> subprocess.Popen:
+    def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
         head = f"import time, sys\ndef done(): open({str(job.result)!r}, 'w').close()\n"
         return subprocess.Popen([sys.executable, "-c", head + job.arguments[0]])
 
@@ -346,8 +344,8 @@ def test_nothing_runs_on_after_a_second_ctrl_c(tmp_path, python_jobs, monkeypatc
     started = []
     start = reproduce.start
 
-    def remembered(job: Job, parallel: int) -> subprocess.Popen:
-        started.append(start(job, parallel))
+    def remembered(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
+        started.append(start(job, beside, quiet))
         return started[-1]
 
     def interrupted(seconds: float) -> None:
@@ -452,6 +450,7 @@ def test_every_run_of_the_cpu_queue_composes():
     )
     pairs = trained[Path("runs/five_hours/table1_multimnist_baseline/seed0")]
     assert (pairs.recipe.name, pairs.recipe.steps) == ("quick", 2200)
+    assert pairs.loss.name == "sigmoid_cross_entropy"
     assert trained[Path("runs/full/padded_capsnet/seed0")].stop.accuracy_percent == 99.23
 
 
@@ -478,11 +477,29 @@ def test_together_jobs_get_no_more_memory_than_there_is(tmp_path, python_jobs, m
     assert len(reproduce.run(large, 3, None, StopRequest(), needs).finished) == 3
     huge = fake(tmp_path, "huge", "done()")
     assert reproduce.run([huge], 3, None, StopRequest(), {huge: 99.0}).finished == [huge]
-    began = time.monotonic()
-    small = [fake(tmp_path, f"small{k}", "time.sleep(2); done()") for k in range(3)]
+    # Each of these waits until all are there.
+    together = "open(str(os.getpid()) + '.here', 'w').close()\n"
+    together += (
+        "while len([f for f in os.listdir() if f.endswith('.here')]) < 3: time.sleep(0.05)\n"
+    )
+    small = [fake(tmp_path, f"small{k}", f"import os\n{together}done()") for k in range(3)]
     needs = dict.fromkeys(small, 1.0)
     assert len(reproduce.run(small, 3, None, StopRequest(), needs).finished) == 3
-    assert time.monotonic() - began < 5
+
+
+def test_the_memory_there_is(monkeypatch, tmp_path):
+    """What the machine has left, or a container of it."""
+    here = reproduce.available_memory_gb()
+    assert 0.1 < here < 1e5
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    (tmp_path / "memory.current").write_text("1000000000\n")
+    path = Path
+    monkeypatch.setattr(
+        reproduce, "Path", lambda name: tmp_path if name == "/sys/fs/cgroup" else path(name)
+    )
+    assert reproduce.available_memory_gb() == min(here, 2.0) or here < 2.0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert reproduce.available_memory_gb() > 0.1
 
 
 def test_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
@@ -491,12 +508,12 @@ def test_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     job = Job("a", 0, tmp_path / "a", ("train",))
-    for parallel in (1, 2, 8):
-        reproduce.start(job, parallel)
-    assert "env" not in seen[0]
+    for beside in (1, 2, 8):
+        reproduce.start(job, beside, quiet=True)
+    assert "OMP_NUM_THREADS" not in seen[0]["env"]
     assert [words["env"]["OMP_NUM_THREADS"] for words in seen[1:]] == ["2", "1"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    reproduce.start(job, 2)
+    reproduce.start(job, 2, quiet=True)
     assert seen[-1]["env"]["OMP_NUM_THREADS"] == "3", "who has said it is not overruled"
 
 

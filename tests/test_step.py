@@ -9,7 +9,9 @@ import torch
 from conftest import TINY, train_config
 from torch import nn
 
+from capsrun.data import load_dataset
 from capsrun.data.batches import Batch
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.training import step as training_step
@@ -75,15 +77,18 @@ def test_a_schedule_that_contradicts_itself_is_refused():
 
 @torch.no_grad()
 def test_averaged_weights_by_hand():
-    """a ← 0.75 a + 0.25 w, from the initial weights on."""
-    recipe = train_config("recipe.average=0.75").recipe
-    weight = nn.Parameter(torch.tensor([8.0]))
-    trainer = Trainer(nn.ParameterList([weight]), None, recipe, 10, CPU, "fp32", False)
-    for value in (4.0, 0.0):
-        weight.fill_(value)
-        trainer._average()
-    assert trainer.averaged[0].item() == (8 * 0.75 + 4 * 0.25) * 0.75
-    assert trainer.averaged[0] is not weight
+    """a ← 0.75 a + 0.25 w after every update, from the initial weights on."""
+    config = train_config(*TINY, "recipe.average=0.75")
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
+    batches = TrainingBatches(load_dataset(config.dataset, CPU).train, 0, 16)
+    expected = [weight.clone() for weight in model.parameters()]
+    for step in range(3):
+        with torch.enable_grad():
+            trainer.advance(batches, step, 1)
+        expected = [0.75 * a + 0.25 * w for a, w in zip(expected, model.parameters())]
+    for ours, by_hand in zip(trainer.averaged.parameters(), expected):
+        torch.testing.assert_close(ours, by_hand)
 
 
 def test_epochs_may_be_fractions():

@@ -183,6 +183,48 @@ def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("errors", "tired"),
+    [
+        ([], False),
+        ([5, 6], False),
+        ([5, 6, 5], True),
+        ([5, 6, 4], False),
+        ([5, 4, 4], False),
+        ([5, 4, 4, 4], True),
+    ],
+)
+def test_patience_ends_when_evaluations_in_a_row_err_no_less(errors, tired):
+    rows = [{"step": 0, "total_steps": 9}]
+    rows += [{"step": k, "error_percent/validation": float(e)} for k, e in enumerate(errors)]
+    stop = train_config("stop.patience=2", "dataset.validation=100").stop
+    assert train_command.no_longer_improves(stop, rows) == tired
+    assert not train_command.no_longer_improves(train_config().stop, rows)
+
+
+def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch, capsys):
+    """At a rate of almost nothing every evaluation is the same; a resumed run ends at the same."""
+    words = ["dataset.validation=100", "stop.patience=2", "stop.every_steps=2"]
+    still = ["recipe.learning_rate=1e-12", "recipe.learning_rate_floor=0"]
+    config = train_config(*TINY, *words, *still, "name=run")
+    straight = train(config, tmp_path / "straight")
+    assert straight["stopped"].items() >= {"patience": 2, "reached": True, "steps": 6}.items()
+    assert "2 evaluations in a row erred no less on held-out images" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5)
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+
+
+def test_patience_needs_held_out_images():
+    with pytest.raises(UserError, match=r"stop\.patience needs held-out training images"):
+        train_config("stop.patience=3")
+    with pytest.raises(UserError, match=r"stop\.every_steps needs"):
+        train_config("stop.every_steps=3")
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     overrides = ["train", *TINY, "recipe.steps=100000", "name=long"]
     process = subprocess.Popen(
@@ -360,7 +402,12 @@ def test_the_last_step_is_reported_not_the_best(tmp_path, monkeypatch):
     result = train(train_config(*TINY, "record.evaluate_every_steps=3"), tmp_path)
     assert len(seen) == 4
     assert result["errors"] == 4
-    assert result["best_on_test"] == {"error_percent": 0.1, "step": 3, "evaluations": 4}
+    assert result["best_on_test"] == {
+        "error_percent": 0.1,
+        "step": 3,
+        "evaluations": 4,
+        "count": 1000,
+    }
 
 
 def test_validation_images_are_scored_apart(tmp_path):

@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ MEMORY_SHARE = 1.5
 
 
 class Cost(NamedTuple):
-    """What a job takes, at most: a run may stop early."""
+    """What a step or a job takes, at most: a run may stop early."""
 
     seconds: float
     """About how long, alone on this machine."""
@@ -32,10 +34,10 @@ class Cost(NamedTuple):
 
 
 def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, Cost]:
-    """About what each job takes: a few steps of each network are made, in this process."""
+    """About what each job takes: a few steps of each network are made, in a process of its own."""
     place = resolve_device(device)
     precision = resolve_precision("auto", place)
-    timed: dict[str, float] = {}
+    timed: dict[str, Cost] = {}
     found = {}
     for job in jobs:
         trained = job if job.trains else job.needs[0]
@@ -43,16 +45,23 @@ def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dic
         network = repr((training.model, training.routing, training.dataset.image_px))
         if network not in timed:
             print(f"timing the network of {trained.experiment} …", file=sys.stderr)
-            timed[network] = step_seconds(training, place, precision)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                timed[network] = process.submit(step_cost, training, place, precision).result()
+        step = timed[network]
         if job.trains:
-            seconds = training_seconds(training, timed[network], job.steps_made())
+            seconds = training_seconds(training, step.seconds, job.steps_made())
         else:
             test = experiments.tested(job.arguments)
-            image_seconds = timed[network] / training.recipe.batch_size
+            image_seconds = step.seconds / training.recipe.batch_size
             seconds = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
-        # The most that this process has held yet, so what was timed before counts too.
-        found[job] = Cost(seconds, MEMORY_SHARE * memory_gb(torch.device("cpu")))
+        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb)
     return found
+
+
+def step_cost(training: TrainConfig, device: torch.device, precision: str) -> Cost:
+    """What a few steps of a run take, in a process that does nothing else."""
+    seconds = step_seconds(training, device, precision)
+    return Cost(seconds, memory_gb(torch.device("cpu")))
 
 
 def training_seconds(training: TrainConfig, step_seconds: float, made: int) -> float:

@@ -226,7 +226,7 @@ def other_runs(
         for result in results
         if not repeats_training(result)
         and id(result) not in compared
-        and not any(row.wanted.fits(result) for row in rows)
+        and not any(row.wanted.fits(result) for row in rows if row.about.group != "ablations")
     ]
     nearest_to: dict[str, list[Group]] = {}
     for group in grouped(left):
@@ -263,7 +263,7 @@ def others_table(rows: Sequence[Row], others: Mapping[str, Sequence[Group]]) -> 
     """What is like some rows, but is of another network, of other images or tested otherwise."""
     lines = [
         [
-            f"{row.about.title}, but {differences(row, group)}",
+            ", but ".join(filter(None, (row.about.title, differences(row, group)))),
             f"{group.results[0].tested_on} ({group.results[0].values['count']:,} images)",
             measured(group),
             " ".join(str(result.seed) for result in group.results),

@@ -1,5 +1,6 @@
 """`capsrun reproduce`: run the paper's experiments, as far as they are not finished."""
 
+import contextlib
 import datetime
 import itertools
 import math
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from capsrun.bench.estimate import Cost
 
 POLL_SECONDS = 0.2
-# How long a job may take to save when the time is over: one that tests its model does not look up.
-GRACE_SECONDS = 20.0
+# How long a job may take to save when the time is over: until its step, or batch of a test, ends.
+GRACE_SECONDS = 60.0
 
 
 @dataclass
@@ -96,8 +97,9 @@ def run(
                 if running and held_gb > free_gb:
                     break
                 job = ready.pop(0)
+                beside = min(parallel, len(running) + len(outcome.waiting))
                 outcome.waiting.remove(job)
-                running[job] = start(job, parallel)
+                running[job] = start(job, beside, quiet=parallel > 1)
             waits_for_others = elsewhere and not (stop.asked or late)
             if not running and not waits_for_others:  # nothing can be begun any more
                 break
@@ -152,28 +154,31 @@ def end(running: Mapping[Job, subprocess.Popen], grace_seconds: float | None) ->
 
 def available_memory_gb() -> float:
     """How much memory there is for what is started now, in 10⁹ bytes."""
-    try:
+    limits, group = [math.inf], Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):  # not a Linux
         kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        limits = [int(kilobytes[1]) * 1024] if kilobytes else []
-        limits += [int(Path("/sys/fs/cgroup/memory.max").read_text())]
-    except (OSError, ValueError):  # no control groups, or no limit ("max"); not a Linux
-        pass
-    return min(limits, default=math.inf) / 1e9
+        limits += [int(kilobytes[1]) * 1024] if kilobytes else []
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        most, held = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        limits.append(int(most) - int(held))
+    return min(limits) / 1e9
 
 
-def start(job: Job, parallel: int) -> subprocess.Popen:
-    """Begin a job; what it prints goes to the screen, or into its folder when it is not alone.
+def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
+    """Begin a job; what it prints goes to the screen or, when it is to be quiet, into its folder.
 
-    parallel: how many share the cores; with one thread each they make more steps than with all.
+    beside: how many, with this one, share the cores. A small network that has a core for itself
+    makes more steps than half of what two cores give it.
     It has a process group of its own, so that Ctrl-C does not reach it: it is told once, by `run`,
     as a second signal would end it at once.
     """
     print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
     words = [sys.executable, "-m", "capsrun", *job.arguments]
-    if parallel == 1:
-        return subprocess.Popen(words, process_group=0)
-    threads = max(1, len(os.sched_getaffinity(0)) // parallel)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    threads = max(1, len(os.sched_getaffinity(0)) // beside)
+    shared = {"OMP_NUM_THREADS": str(threads)} if beside > 1 else {}
+    environment = {**shared, **os.environ}
+    if not quiet:
+        return subprocess.Popen(words, process_group=0, env=environment)
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "log.txt", "a") as log:
         return subprocess.Popen(
@@ -207,12 +212,13 @@ def costs_of(
 def show_plan(jobs: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> None:
     """Print a line for each experiment, how long all takes, and what fits into the minutes.
 
-    The times are those of one job after the other; several at once are rather done earlier.
+    The times are those of one job after the other, each to its last step: several at once, and
+    those that stop early, are done before.
     """
     width = max((len(f"{job.budget} {job.experiment}") for job in jobs), default=0)
     if any(job.budget == config.budget.name for job in jobs):
         print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
-    head = f"{'takes about':<18} finished about" if seconds else ""
+    head = f"{'takes at most':<18} finished by" if seconds else ""
     print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
     now, passed = datetime.datetime.now(), 0.0
     for (budget, name), group in itertools.groupby(jobs, key=lambda j: (j.budget, j.experiment)):

@@ -93,7 +93,7 @@ class Run:
     """Step and seconds of training when the speed was last logged."""
     tested_before: int = 0
     """The step at which an earlier capsrun saved, which tested the model before that."""
-    over: bool = False
+    ended: bool = False
     """Whether an evaluation has ended it before its last step."""
     tested: dict[str, Score] | None = None
     """What the last evaluation found, if the model has not changed since and it was complete."""
@@ -195,10 +195,10 @@ def training_loop(run: Run, stop: StopRequest) -> None:
     evaluate_every = evaluation_steps(run)
     saved_at = time.monotonic()
     run.clock.start()
-    while run.step < run.steps and not run.over:  # it is at once where only a result is missing
+    while run.step < run.steps and not run.ended:  # it is at once where only a result is missing
         if run.step and run.step % evaluate_every == 0 and run.step != run.tested_before:
             evaluate_or_stop(run, stop)
-            if run.over:  # nothing is saved here that would go on when it is resumed
+            if run.ended:  # nothing is saved here that would go on when it is resumed
                 break
         log_at = next_multiple(run.step, config.record.log_every_steps, run.steps)
         stop_at = min(log_at, next_multiple(run.step, evaluate_every, run.steps))
@@ -224,7 +224,7 @@ def evaluate_or_stop(run: Run, stop: StopRequest) -> None:
     """Test the model as it is now; where a stop is asked for meanwhile, that is left for later."""
     with run.clock.paused():
         try:
-            run.over = run.ranks.from_first(partial(log_evaluation, run, stop))
+            run.ended = run.ranks.from_first(partial(log_evaluation, run, stop))
         except Stopped as stopped:
             save_and_stop(run, stopped.signal_number)
 
@@ -276,11 +276,11 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     trainer = Trainer(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
-    step, seconds, over = 0, 0.0, False
+    step, seconds, ended = 0, 0.0, False
     if checkpoint is not None:
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         if checkpoint["optimizer"] is None:  # the last step is made; only the result is missing
-            over = step < steps
+            ended = step < steps
         else:
             load_optimizer(trainer, checkpoint["optimizer"], folder.checkpoint)
         if trainer.averaged is not None:
@@ -315,7 +315,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         steps,
         logged=(step, seconds),
         tested_before=step if checkpoint and "event_bytes" not in checkpoint else 0,
-        over=over,
+        ended=ended,
     )
 
 
@@ -414,10 +414,7 @@ def log_evaluation(run: Run, stop: StopRequest) -> bool:
     if reached:
         accuracy = 100 - scores[target.on].error_percent
         run.progress.say(f"{target.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
-    tired = no_longer_improves(target, read_metrics(run.folder.path))
-    if tired:
-        run.progress.say(f"{target.patience} evaluations erred no less on held-out images")
-    return reached or tired
+    return reached or no_longer_improves(target, read_metrics(run.folder.path))
 
 
 def no_longer_improves(stop: StopConfig, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -425,10 +422,12 @@ def no_longer_improves(stop: StopConfig, rows: Sequence[Mapping[str, Any]]) -> b
 
     rows: what was recorded so far.
     """
+    if stop.patience is None:
+        return False
     key = "error_percent/validation"
     errors = [row[key] for row in rows if key in row]
-    patience = len(errors) if stop.patience is None else stop.patience
-    return len(errors) > patience and min(errors[-patience:]) >= min(errors[:-patience])
+    before, last = errors[: -stop.patience], errors[-stop.patience :]
+    return bool(before) and min(last) >= min(before)
 
 
 def reaches_target(stop: StopConfig, scores: Mapping[str, Score]) -> bool:
@@ -484,7 +483,7 @@ def draws_reconstructions(run: Run) -> bool:
 
 
 def save(run: Run, finished: bool = False) -> None:
-    """Write the checkpoint; when finished, without the optimiser's state, which is two thirds.
+    """Write the checkpoint; when finished, without the optimiser's state, twice the weights.
 
     Raises FloatingPointError, and keeps the last checkpoint, for a weight that is not finite.
     """
@@ -529,7 +528,7 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     """
     assert run.recorder is not None  # only the first process has anything to finish
     # Where the last evaluation has stopped the run there is nothing new to find.
-    scores = run.tested if run.over and run.tested else test_model(run, stop, None)
+    scores = run.tested if run.ended and run.tested else test_model(run, stop, None)
     final = scores["test"]
     model, dataset, config = run.trainer.model, run.dataset, run.config
     computed = parts.extended(run.earlier, run.step, run.provenance)
@@ -545,13 +544,13 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
         "steps": run.step,
         **score_summary(final, dataset.class_names),
         "scores": {name: counts(score) for name, score in scores.items()},
-        "best_on_test": best_on_test(read_metrics(run.folder.path)),
+        "best_on_test": best_on_test(read_metrics(run.folder.path), run.folder.config, final.count),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": run.clock.seconds,
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
         "memory_gb": record.memory_gb(run.trainer.device),
         **run.provenance,
-        "stopped": how_it_stopped(run, reaches_target(run.config.stop, scores)),
+        "stopped": how_it_stopped(run, scores),
         "parts": computed,
         "notes": [*errors.notices, *parts.changes(computed)],
         "config": run.folder.config,
@@ -562,14 +561,23 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
     return result
 
 
-def how_it_stopped(run: Run, reached: bool) -> dict[str, Any] | None:
-    """Whether and when the run reached the accuracy at which to stop; None where there is none."""
-    if run.config.stop.accuracy_percent is None:
+def how_it_stopped(run: Run, scores: Mapping[str, Score]) -> dict[str, Any] | None:
+    """What was to stop the run, whether that came, and when; None where nothing was to.
+
+    scores: of the last step.
+    """
+    stop = run.config.stop
+    no_better = no_longer_improves(stop, read_metrics(run.folder.path))
+    if stop.accuracy_percent is not None:
+        # What an evaluation has decided stays, should the last test differ by a rounding.
+        reached = reaches_target(stop, scores) or (run.ended and not no_better)
+        what = {"accuracy_percent": stop.accuracy_percent, "on": stop.on, "reached": reached}
+    elif stop.patience is not None:
+        what = {"patience": stop.patience, "on": "validation", "reached": no_better}
+    else:
         return None
     return {
-        "accuracy_percent": run.config.stop.accuracy_percent,
-        "on": run.config.stop.on,
-        "reached": reached,
+        **what,
         "steps": run.step,
         "epochs": run.step * run.config.recipe.batch_size / run.dataset.train.epoch_images,
     }
@@ -585,8 +593,11 @@ def trained_line(result: Mapping[str, Any]) -> str:
 
 def stopped_line(stopped: Mapping[str, Any]) -> str:
     """What `how_it_stopped` found, as a sentence."""
-    asked = f"{stopped['accuracy_percent']:g} % on the {stopped['on']} images"
     length = f"{stopped['steps']:,} steps ({stopped['epochs']:.2f} epochs)"
+    if "patience" in stopped:
+        better = f"{stopped['patience']} evaluations in a row erred no less on held-out images"
+        return f"stopped after {length}: {better}" if stopped["reached"] else f"made all {length}"
+    asked = f"{stopped['accuracy_percent']:g} % on the {stopped['on']} images"
     if stopped["reached"]:
         return f"stopped after {length}, which reached {asked}"
     return f"{asked} was not reached in {length}"

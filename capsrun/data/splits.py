@@ -76,15 +76,6 @@ class TrainingSplit(Split):
         positions_B: how many images the run had seen before each; with `seed` they decide.
         """
 
-    @property
-    def records(self) -> int:
-        """How many records the authors' file holds: each image at each shift; 0: it is not so."""
-        return 0
-
-    def record_batch(self, records_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
-        """Some records, changed at random in what is not recorded; see `training_batch`."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class TrainingBatches:
@@ -96,14 +87,21 @@ class TrainingBatches:
     share: slice = field(default_factory=lambda: slice(None))
     """Which images of a batch are made here, the others being made by other processes."""
     order: str = "uniform"
-    """`authors`: the images' records, as they come from a queue. Raises UserError without any."""
+    """`authors`: each image at each shift, as a queue gives them; of `StoredImages` only."""
 
     def __post_init__(self) -> None:
-        if self.order == "authors" and not self.images.records:
+        """Raises UserError for an order that these images cannot have."""
+        if self.order == "authors" and self.stored is None:
             raise UserError(
                 "recipe.order=authors needs single images that are moved by every shift in turn, "
                 "which these are not; leave it out"
             )
+
+    @property
+    def stored(self) -> "StoredImages | None":
+        """The images where they come record by record, else nothing."""
+        by_record = self.order == "authors" and isinstance(self.images, StoredImages)
+        return self.images if by_record else None
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0; here only its share."""
@@ -112,16 +110,15 @@ class TrainingBatches:
 
     def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
         """Which images, or records, the next `steps` batches hold; see `batch_indices`."""
-        by_record = self.order == "authors"
-        count = self.images.records if by_record else self.images.epoch_images
-        order = queue_order if by_record else epoch_order
+        count, order = self.images.epoch_images, epoch_order
+        if self.stored is not None:
+            count, order = self.stored.records, queue_order
         where = self.images.device
         return batch_indices(self.seed, step, self.batch_size, count, where, steps, order)
 
     def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
         """Make one batch of what `draw` returned, without any work or waiting on the host."""
-        by_record = self.order == "authors"
-        make = self.images.record_batch if by_record else self.images.training_batch
+        make = self.images.training_batch if self.stored is None else self.stored.record_batch
         batch = make(indices_B, positions_B, self.seed)
         return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
 
@@ -170,6 +167,7 @@ class StoredImages(TrainingSplit):
 
     @property
     def records(self) -> int:
+        """How many records the authors' file has of them: each image at each shift."""
         return len(self) * self._side**2
 
     @property
@@ -178,7 +176,10 @@ class StoredImages(TrainingSplit):
         return 2 * self.config.shift_px + 1
 
     def record_batch(self, records_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
-        """An image's records are its shifts, row by row; the images are in the file's order."""
+        """Some records, changed at random in what is not recorded; see `training_batch`.
+
+        An image's records are its shifts, row by row; the images are in the order of the file.
+        """
         indices_B, places_B = records_B // self._side**2, records_B % self._side**2
         rows_and_columns = [places_B // self._side, places_B % self._side]
         moves_B2 = torch.stack(rows_and_columns, dim=1) - self.config.shift_px

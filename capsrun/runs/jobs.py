@@ -34,9 +34,6 @@ class Experiments(Protocol):
     def tested(self, arguments: Sequence[str]) -> EvalConfig | None:
         """What a whole command tests, if it is an `eval`."""
 
-    def budget(self, name: str) -> BudgetConfig:
-        """A budget of `configs/budget/`."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -118,11 +115,10 @@ class JobMaker:
         return list(jobs.values())
 
     def of_entry(self, entry: QueueEntry) -> "JobMaker":
-        """What makes the jobs of an entry, which may have a budget and overrides of its own."""
-        budget = self.budget
-        if entry.budget is not None:
-            budget = self.experiments.budget(entry.budget)
-        return replace(self, budget=replace(budget, train=[*budget.train, *entry.train]))
+        """What makes the jobs of an entry, which may have a length of its own."""
+        if entry.length is None:
+            return self
+        return replace(self, budget=replace(self.budget, name=entry.length, train=entry.train))
 
     def chosen(self, targets: Iterable[str]) -> list[str]:
         """The experiments that are meant by names and groups."""

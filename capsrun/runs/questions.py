@@ -1,7 +1,7 @@
 """What one changed setting does: runs that differ in nothing else are compared, seed by seed.
 
-Runs of the same seed have the same first weights, images and shifts, so their differences vary less
-from seed to seed than their errors do.
+Runs of the same seed have the same images, shifts and first weights, unless these are what is
+changed; so their differences vary less from seed to seed than their errors do.
 """
 
 import statistics
@@ -12,7 +12,6 @@ from typing import Any
 from capsrun.runs.results import Group
 from capsrun.runs.tables import NOT_RUN, Row, length, mean_and_spread
 
-AVERAGED = "the average of the weights (recipe.average) instead of the last ones"
 HEADER = (
     "one thing changed",
     "network",
@@ -20,8 +19,10 @@ HEADER = (
     "without it, test error %",
     "with it",
     "difference ± standard error, paired by seed",
+    "in the paper",
     "seeds",
 )
+FEWEST_SEEDS = 3  # of two, the standard error is itself hardly known
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Question:
     title: str
     change: Mapping[str, Any]
     """The changed settings, as `settings_of` has them."""
+    paper: str = ""
+    """The difference that the paper reports, if any."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """The errors in percent of some runs without and with a change, by their seeds."""
 
-    title: str
+    question: Question
     base: Group
     before: Mapping[int, float]
     after: Mapping[int, float]
@@ -57,14 +60,19 @@ class Answer:
 def questions(rows: Iterable[Row], reference: Row) -> list[Question]:
     """What each row changes in the reference; of rows that change the same the first one."""
     found: dict[str, Question] = {}
-    settings = reference.wanted.settings
+    settings, published = reference.wanted.settings, reference.about.paper
     for row in rows:
         wanted = row.wanted.settings
         keys = {key for key in {*wanted, *settings} if wanted.get(key) != settings.get(key)}
         change = {key: wanted.get(key) for key in sorted(keys)}
+        paper = row.about.paper
+        both = paper and published and f"{paper.error_percent - published.error_percent:+.2f}"
         if change:
-            found.setdefault(repr(change), Question(row.about.title, change))
-    return list(found.values())
+            found.setdefault(repr(change), Question(row.about.title, change, both or ""))
+    return [*found.values(), AVERAGED]
+
+
+AVERAGED = Question("the average of the weights (recipe.average) instead of the last ones", {})
 
 
 def answers(asked: Sequence[Question], reference: Row, groups: Sequence[Group]) -> list[Answer]:
@@ -86,16 +94,12 @@ def answers(asked: Sequence[Question], reference: Row, groups: Sequence[Group]) 
     for question in asked:
         for base in bases:
             changed = by_settings.get(key_of({**base.results[0].settings, **question.change}))
-            if changed is not None:
-                by_seed = base.by_seed, changed.by_seed
-                found.append(Answer(question.title, base, *by_seed, changed))
-    return found + [averaged(base) for base in bases if base.averaged_errors]
-
-
-def averaged(base: Group) -> Answer:
-    """What averaging the weights does to the very same runs."""
-    seeds = [result.seed for result in base.results]
-    return Answer(AVERAGED, base, base.by_seed, dict(zip(seeds, base.averaged_errors, strict=True)))
+            if question is AVERAGED:
+                after = dict(zip(base.by_seed, base.averaged_errors))
+                found.append(Answer(question, base, base.by_seed, after))
+            elif changed is not None:
+                found.append(Answer(question, base, base.by_seed, changed.by_seed, changed))
+    return [answer for answer in found if answer.seeds]
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -105,20 +109,21 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 def lines(asked: Sequence[Question], found: Sequence[Answer]) -> Iterator[list[str]]:
     """The table of `HEADER`: each question with its answers, and those not asked of any runs."""
-    for title in dict.fromkeys([*(question.title for question in asked), AVERAGED]):
-        own = [answer for answer in found if answer.title == title]
+    for question in asked:
+        own = [answer for answer in found if answer.question is question]
         for answer in own:
             yield [
-                title if answer is own[0] else "",
+                question.title if answer is own[0] else "",
                 network(answer.base),
                 length(None, answer.base),
-                mean_and_spread([answer.before[seed] for seed in answer.seeds] or [float("nan")]),
-                mean_and_spread([answer.after[seed] for seed in answer.seeds] or [float("nan")]),
+                mean_and_spread([answer.before[seed] for seed in answer.seeds]),
+                mean_and_spread([answer.after[seed] for seed in answer.seeds]),
                 difference(answer.differences),
+                question.paper,
                 " ".join(map(str, answer.seeds)),
             ]
         if not own:
-            yield [title, NOT_RUN, *[""] * (len(HEADER) - 2)]
+            yield [question.title, NOT_RUN, "", "", "", "", question.paper, ""]
 
 
 def network(group: Group) -> str:
@@ -130,14 +135,14 @@ def network(group: Group) -> str:
 
 def difference(differences: Sequence[float]) -> str:
     """The mean of paired differences, with its standard error where there are several."""
-    if not differences:
-        return "no seed in common"
     mean = f"{statistics.fmean(differences):+.3f}"
     if len(differences) == 1:
         return f"{mean}; one seed has no standard error"
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    far = f" ({abs(statistics.fmean(differences)) / error:.1f} standard errors)" if error else ""
-    return f"{mean} ± {error:.3f}{far}"
+    if len(differences) < FEWEST_SEEDS or error < 1e-9:  # it is rounding where all are alike
+        return f"{mean} ± {error:.3f}"
+    far = abs(statistics.fmean(differences)) / error
+    return f"{mean} ± {error:.3f} ({far:.1f} standard errors)"
 
 
 def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]]] | None:

@@ -108,7 +108,11 @@ class Result:
     @property
     def best_on_test(self) -> dict[str, Any] | None:
         """See `best_on_test`; None where nothing was recorded during training."""
-        return self.values.get("best_on_test") or best_on_test(self.metrics)
+        if self.command != "train":
+            return None
+        return self.values.get("best_on_test") or best_on_test(
+            self.metrics, self.training, self.values["count"]
+        )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -120,18 +124,28 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows if all(is_row(row) for row in rows) else []
 
 
-def best_on_test(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def best_on_test(
+    rows: Iterable[Mapping[str, Any]], training: Mapping[str, Any], images: int
+) -> dict[str, Any] | None:
     """The lowest of a run's test errors, at which step it came first, and of how many it is.
 
     It is chosen on test images, so it is no result: it shows what such a choice is worth.
-    rows: as `read_metrics` gives them; None where no test error was recorded.
+    rows: as `read_metrics` gives them. images: of the last test. Where those during training were
+    of fewer images, which is the `count`, the last one does not take part. None: there were none.
     """
     key = "error_percent/test"
     errors = {row["step"]: row[key] for row in rows if key in row}
+    complete = with_later_settings(training)
+    stop = complete["stop"]
+    decides = stop["accuracy_percent"] is not None and stop["on"] == "test"
+    count = images if decides else min(images, complete["record"]["evaluate_images"])
+    if count < images and errors:
+        del errors[max(errors)]
     if not errors:
         return None
     step = min(errors, key=lambda step: (errors[step], step))
-    return {"error_percent": errors[step], "step": step, "evaluations": len(errors)}
+    found = {"error_percent": errors[step], "step": step}
+    return {**found, "evaluations": len(errors), "count": count}
 
 
 def is_row(row: Any) -> bool:
@@ -259,10 +273,18 @@ class Group:
         return [result.error_percent for result in self.results]
 
     @property
+    def average(self) -> float | None:
+        """How slowly all these runs averaged their weights; None: not all, or not alike."""
+        found = {with_later_settings(r.training)["recipe"]["average"] for r in self.results}
+        tested = all("test_averaged" in r.values.get("scores", {}) for r in self.results)
+        return found.pop() if tested and len(found) == 1 else None
+
+    @property
     def averaged_errors(self) -> list[float]:
-        """Those of the averaged weights; empty where not all runs have them."""
-        scores = [result.values.get("scores", {}).get("test_averaged") for result in self.results]
-        return [] if None in scores else [score["error_percent"] for score in scores]
+        """Those of the averaged weights; empty without an `average`."""
+        if self.average is None:
+            return []
+        return [r.values["scores"]["test_averaged"]["error_percent"] for r in self.results]
 
     @property
     def by_seed(self) -> dict[int, float]:
@@ -335,7 +357,7 @@ def check_result(values: Any) -> None:
             texts.append("dataset")
         result = Result(Path(), values)
         stopped = values.get("stopped") or {"on": ""}
-        nothing = {"error_percent": 0.0, "step": 0, "evaluations": 0}
+        nothing = {"error_percent": 0.0, "step": 0, "evaluations": 0, "count": 0}
         best = values.get("best_on_test") or nothing
         scores = values.get("scores", {}).values()
         sound = (
@@ -351,7 +373,7 @@ def check_result(values: Any) -> None:
             and all(math.isfinite(stopped[key]) for key in stopped if key != "on")
             and isinstance(stopped["on"], str)
             and all(math.isfinite(each["error_percent"]) for each in (best, *scores))
-            and all(type(best[key]) is int for key in ("step", "evaluations"))
+            and all(type(best[key]) is int for key in ("step", "evaluations", "count"))
         )
         # What else is looked at later is there, too.
         fingerprint(result)

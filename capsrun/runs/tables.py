@@ -87,7 +87,7 @@ def published(number: Published | None) -> str:
 
 
 # How a published number was chosen.
-CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "not said which"}
+CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "step not said"}
 
 
 def lowest(numbers: Iterable[Published]) -> list[str]:
@@ -112,8 +112,10 @@ def best_on_test(group: Group) -> str:
     best = [result.best_on_test for result in group.results if result.best_on_test]
     if len(best) < len(group.results):
         return "–"
-    errors = [each["error_percent"] for each in best]
-    return f"{mean_and_spread(errors)} (best of {span([b['evaluations'] for b in best], ',')})"
+    errors, counts = ([each[key] for each in best] for key in ("error_percent", "evaluations"))
+    some = {each["count"] for each in best} - {r.values["count"] for r in group.results}
+    on = f", on {span(sorted(some), ',')} images" if some else ""
+    return f"{mean_and_spread(errors)} (best of {span(counts, ',')}{on})"
 
 
 def span(values: Sequence[float], form: str) -> str:
@@ -169,7 +171,7 @@ def summary_rows(rows: Iterable[Row]) -> list[Row]:
         if row.about.group in order
         # where training stops is no result, and the variants are in the tables below
         and not row.name.startswith("padded")
-        and not row.name.endswith("_validation")
+        and not (row.about.group == "affnist" and row.name.endswith("_validation"))
     ]
     baseline_first = sorted(chosen, key=lambda row: ("baseline" not in row.name, row.name))
     return sorted(baseline_first, key=lambda row: order.index(row.about.group))
@@ -225,7 +227,8 @@ def row_lines(row: Row) -> list[list[str]]:
         head = [""] * len(head)
         if group.averaged_errors:
             averaged = mean_and_spread(group.averaged_errors)
-            lines.append([*head, averaged, "", "", "the same runs, averaged weights", "", ""])
+            which = f"the same runs, weights averaged by {group.average:g} a step"
+            lines.append([*head, averaged, "", "", which, "", ""])
     return lines
 
 

@@ -115,7 +115,7 @@ def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
 
 
 def averaged_copy(model: SomeModel) -> SomeModel:
-    """A copy of a model, on the same device and as fast, that is only to be tested."""
+    """A copy of a model, on the same device, that is only to be tested."""
     copied = copy.deepcopy(model)
     copied.requires_grad_(False)
     return copied
