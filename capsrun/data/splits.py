@@ -100,8 +100,9 @@ class TrainingBatches:
     @property
     def stored(self) -> "StoredImages | None":
         """The images where they come record by record, else nothing."""
-        by_record = self.order == "authors" and isinstance(self.images, StoredImages)
-        return self.images if by_record else None
+        if self.order == "authors" and isinstance(self.images, StoredImages):
+            return self.images
+        return None
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0; here only its share."""
