@@ -147,7 +147,7 @@ def test_paths_are_offered_where_a_setting_is_one(capsys, home):
         ("capsrun train dataset=km", " ", ["dataset=kmnist "]),
         ("capsrun train 'dataset=km", " =:", ["dataset=kmnist "]),
         ("capsrun train see", " =:", ["seed="]),
-        ("capsrun reproduce targets=[all,table1_mnist_b", "=:", ["[all,table1_mnist_baseline"]),
+        ("capsrun reproduce targets=[all,figure_a", "=:", ["[all,figure_a1"]),
     ],
 )
 def test_bash_is_told_what_it_replaces(capsys, line, word_breaks, expected):

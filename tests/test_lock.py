@@ -188,7 +188,7 @@ def test_two_that_reproduce_share_the_jobs(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("capsrun.errors.notices", [])
 
-    def start(job, quiet):
+    def start(job, beside, quiet):
         started.append(str(job))
         code = f"open({str(job.result)!r}, 'w').close()"
         return subprocess.Popen([sys.executable, "-c", code])
@@ -224,7 +224,9 @@ def test_a_job_whose_run_was_taken_at_the_last_moment_is_tried_again(tmp_path, m
     monkeypatch.setattr(
         reproduce,
         "start",
-        lambda job, quiet: subprocess.Popen([sys.executable, "-c", "import sys\n" + codes.pop(0)]),
+        lambda job, beside, quiet: subprocess.Popen(
+            [sys.executable, "-c", "import sys\n" + codes.pop(0)]
+        ),
     )
     outcome = reproduce.run([job], 1, None, StopRequest())
     assert (outcome.finished, outcome.failed, codes) == ([job], [], [])

@@ -209,7 +209,7 @@ def test_kinds_of_published_numbers_are_kept_apart():
     assert shown["paper"] == "0.25 ± 0.005"
     assert shown["public, last step"] == "0.347 ± 0.021"
     assert shown["public, best on test"] == "0.28 (1 run)"
-    assert shown["public, not said which"] == "0.27 (1 run)"
+    assert shown["public, step not said"] == "0.27 (1 run)"
 
 
 def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):

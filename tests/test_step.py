@@ -39,8 +39,8 @@ def test_authors_schedule():
 def test_the_rate_for_cifar10_reaches_its_floor_on_the_way():
     recipe = train_config("dataset=cifar10", "model=capsnet_cifar10", "recipe=cifar10").recipe
     assert total_steps(recipe, 50_000) == 600_000
-    assert learning_rate(recipe, 338_432, 600_000) > 1e-6
-    assert learning_rate(recipe, 338_433, 600_000) == 1e-6
+    assert learning_rate(recipe, 338_433, 600_000) == pytest.approx(1e-6, rel=1e-6)
+    assert learning_rate(recipe, 338_433, 600_000) > 1e-6 == learning_rate(recipe, 338_434, 600_000)
 
 
 def test_the_quick_schedule_ends_where_the_long_one_ends():

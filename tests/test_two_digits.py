@@ -458,7 +458,7 @@ def test_stopping_on_validation_needs_held_out_images():
 
 @pytest.mark.parametrize("setting", ["stop.on=validation", "stop.every_steps=100"])
 def test_how_to_stop_without_a_target_is_refused(setting):
-    with pytest.raises(UserError, match=r"need stop\.accuracy_percent"):
+    with pytest.raises(UserError, match=r"needs stop\.accuracy_percent"):
         train_config(setting)
 
 
