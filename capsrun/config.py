@@ -403,9 +403,9 @@ class QueueEntry:
 
     targets: list[str]
     seeds: list[int] = setting(minimum=0)
-    length: str | None
+    length: str | None = None
     """Name of the folder of its runs, in place of the budget's; None: as long as that says."""
-    train: list[str]
+    train: list[str] = dataclasses.field(default_factory=list)
     """Overrides of `capsrun train`, in place of the budget's; only with a length of its own."""
 
 

@@ -67,7 +67,7 @@ def maker(name: str = "smoke", runs_dir: str = "runs", device: str = "auto") -> 
 
 
 def entry(targets: list[str], seeds: list[int]) -> QueueEntry:
-    return QueueEntry(targets=targets, seeds=seeds, length=None, train=[])
+    return QueueEntry(targets=targets, seeds=seeds)
 
 
 def all_jobs(name: str, seeds: tuple[int, ...] = (0,)) -> list[Job]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,19 @@ class StopAfter:
         monkeypatch.setattr(TrainingBatches, "batch", count)
 
 
+def straight_and_resumed(config, folder, monkeypatch, stops):
+    """Train at once, and with a stop after each of so many steps; the same comes out of both."""
+    result = train(config, folder / "straight")
+    for steps in stops:
+        with monkeypatch.context() as patch:
+            StopAfter(patch, steps)
+            with pytest.raises(Stopped):
+                train(config, folder / "resumed")
+    train(config, folder / "resumed")
+    assert_same_run(folder / "resumed", folder / "straight")
+    return result
+
+
 @pytest.mark.parametrize("stops", [[5], [1, 6, 4], [8], [11]])
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tiny_run, tmp_path, monkeypatch, stops):
     folder = tmp_path / "seed0"
@@ -143,25 +157,12 @@ def test_other_models_and_data_are_resumed_bit_for_bit_too(dataset, tmp_path, mo
     recipe = [word for word in TINY if word.startswith(("recipe.", "record."))]
     overrides = [f"dataset={dataset}", *source, "model=cnn_baseline", *cnn, *recipe]
     config = train_config(*overrides, "name=run", "record.evaluate_images=200")
-    train(config, tmp_path / "straight")
-    with monkeypatch.context() as patch:
-        StopAfter(patch, 5)
-        with pytest.raises(Stopped):
-            train(config, tmp_path / "resumed")
-    train(config, tmp_path / "resumed")
-    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    straight_and_resumed(config, tmp_path, monkeypatch, [5])
 
 
 def test_the_order_and_the_average_are_resumed_bit_for_bit_too(tmp_path, monkeypatch):
     config = train_config(*TINY, "name=run", "recipe.order=authors", "recipe.average=0.8")
-    result = train(config, tmp_path / "straight")
-    for steps in (5, 4):
-        with monkeypatch.context() as patch:
-            StopAfter(patch, steps)
-            with pytest.raises(Stopped):
-                train(config, tmp_path / "resumed")
-    train(config, tmp_path / "resumed")
-    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    result = straight_and_resumed(config, tmp_path, monkeypatch, [5, 4])
     ours, theirs = (
         read_checkpoint(tmp_path / run / "checkpoint.pt")["averaged"]
         for run in ("resumed", "straight")
@@ -197,9 +198,9 @@ def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(
 def test_patience_ends_when_evaluations_in_a_row_err_no_less(errors, tired):
     rows = [{"step": 0, "total_steps": 9}]
     rows += [{"step": k, "error_percent/validation": float(e)} for k, e in enumerate(errors)]
-    stop = train_config("stop.patience=2", "dataset.validation=100").stop
-    assert train_command.no_longer_improves(stop, rows) == tired
-    assert not train_command.no_longer_improves(train_config().stop, rows)
+    assert train_command.no_longer_improves(2, rows) == tired
+    run = SimpleNamespace(config=train_config(), folder=None)  # whose records are not even read
+    assert not train_command.is_out_of_patience(run)
 
 
 def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch, capsys):
@@ -207,15 +208,10 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch, capsys)
     words = ["dataset.validation=100", "stop.patience=2", "stop.every_steps=2"]
     still = ["recipe.learning_rate=1e-12", "recipe.learning_rate_floor=0"]
     config = train_config(*TINY, *words, *still, "name=run")
-    straight = train(config, tmp_path / "straight")
+    straight = straight_and_resumed(config, tmp_path, monkeypatch, [5])
     assert straight["stopped"].items() >= {"patience": 2, "reached": True, "steps": 6}.items()
-    assert "2 evaluations in a row erred no less on held-out images" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        StopAfter(patch, 5)
-        with pytest.raises(Stopped):
-            train(config, tmp_path / "resumed")
-    train(config, tmp_path / "resumed")
-    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    said = capsys.readouterr().out
+    assert said.count("2 evaluations in a row erred no less on held-out images") == 2
 
 
 def test_patience_needs_held_out_images():

@@ -414,19 +414,23 @@ def log_evaluation(run: Run, stop: StopRequest) -> bool:
     if reached:
         accuracy = 100 - scores[target.on].error_percent
         run.progress.say(f"{target.on} accuracy {accuracy:.2f} % reached after {run.step:,} steps")
-    return reached or no_longer_improves(target, read_metrics(run.folder.path))
+    return reached or is_out_of_patience(run)
 
 
-def no_longer_improves(stop: StopConfig, rows: Sequence[Mapping[str, Any]]) -> bool:
+def is_out_of_patience(run: Run) -> bool:
+    """Whether the last `stop.patience` evaluations brought nothing on held-out images."""
+    patience = run.config.stop.patience
+    return patience is not None and no_longer_improves(patience, read_metrics(run.folder.path))
+
+
+def no_longer_improves(patience: int, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last `patience` evaluations erred no less on held-out images than one before.
 
     rows: what was recorded so far.
     """
-    if stop.patience is None:
-        return False
     key = "error_percent/validation"
     errors = [row[key] for row in rows if key in row]
-    before, last = errors[: -stop.patience], errors[-stop.patience :]
+    before, last = errors[:-patience], errors[-patience:]
     return bool(before) and min(last) >= min(before)
 
 
@@ -567,7 +571,7 @@ def how_it_stopped(run: Run, scores: Mapping[str, Score]) -> dict[str, Any] | No
     scores: of the last step.
     """
     stop = run.config.stop
-    no_better = no_longer_improves(stop, read_metrics(run.folder.path))
+    no_better = is_out_of_patience(run)
     if stop.accuracy_percent is not None:
         # What an evaluation has decided stays, should the last test differ by a rounding.
         reached = reaches_target(stop, scores) or (run.ended and not no_better)

@@ -36,6 +36,9 @@ class Question:
     """The difference that the paper reports, if any."""
 
 
+AVERAGED = Question("the average of the weights (recipe.average) instead of the last ones", {})
+
+
 @dataclass(frozen=True)
 class Answer:
     """The errors in percent of some runs without and with a change, by their seeds."""
@@ -70,9 +73,6 @@ def questions(rows: Iterable[Row], reference: Row) -> list[Question]:
         if change:
             found.setdefault(repr(change), Question(row.about.title, change, both or ""))
     return [*found.values(), AVERAGED]
-
-
-AVERAGED = Question("the average of the weights (recipe.average) instead of the last ones", {})
 
 
 def answers(asked: Sequence[Question], reference: Row, groups: Sequence[Group]) -> list[Answer]:

@@ -109,7 +109,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def best_on_test(group: Group) -> str:
     """What choosing the step on test images would have given, and of how many tests in a run."""
-    best = [result.best_on_test for result in group.results if result.best_on_test]
+    best = [best for result in group.results if (best := result.best_on_test)]
     if len(best) < len(group.results):
         return "–"
     errors, counts = ([each[key] for each in best] for key in ("error_percent", "evaluations"))
