@@ -18,6 +18,7 @@ from conftest import MNIST_DIR, REPOSITORY, TINY, run_capsrun, train_config
 
 from capsrun import cli
 from capsrun.bench import estimate
+from capsrun.bench.estimate import Cost
 from capsrun.commands import reproduce
 from capsrun.config import (
     BudgetConfig,
@@ -250,6 +251,9 @@ def test_estimates():
     assert estimate.training_seconds(config, 0.5, 40) == pytest.approx(
         8 + 0.5 * (40 + (1 + 1) * 10 / 3)
     )
+    assert estimate.training_seconds(config, 0.5, 0, ended=40) == pytest.approx(
+        8 + 0.5 * (40 + (1 + 1) * 10 / 3)
+    )
     test = from_dict(EvalConfig, cli.compose("eval", ["dataset=mnist5k"]))
     assert estimate.testing_seconds(0.3, test) == pytest.approx(100)
     test.images = 100
@@ -272,6 +276,25 @@ def test_jobs_are_timed(capfd):
     assert all(8 <= cost.seconds < 60 for cost in costs.values())
     assert all(0.1 < cost.memory_gb < 50 for cost in costs.values())
     assert capfd.readouterr().err.count("timing") == 2  # two networks, three jobs
+
+
+def test_a_run_that_stops_early_is_expected_to_end_where_other_seeds_did(in_tmp):
+    """Until one has, its time is an upper bound."""
+    tiny = [w for w in TINY if not w.startswith("dataset=")]
+    plan = dataclasses.replace(budget("smoke"), train=[*tiny, "recipe.epochs=null"])
+    plan.train.append("recipe.steps=1000000")
+    seeds = JobMaker(EXPERIMENTS, plan, "runs", "cpu").queue([entry(["padded_capsnet"], [0, 1, 2])])
+    for job in seeds[:2]:
+        job.folder.mkdir(parents=True)
+    left = seeds[2:]
+    (longest,) = estimate.job_costs(left, EXPERIMENTS, "cpu").values()
+    assert longest.may_stop_early
+    seeds[0].result.write_text('{"steps": 100}')
+    seeds[1].result.write_text('{"steps": 300}')
+    assert left[0].others_ended() == 200
+    (shorter,) = estimate.job_costs(left, EXPERIMENTS, "cpu").values()
+    assert not shorter.may_stop_early
+    assert shorter.seconds < longest.seconds / 100
 
 
 # Running.
@@ -458,12 +481,20 @@ def test_the_plan_says_when_what_will_be_finished(capsys):
     jobs = [Job(name, 0, Path(name), (), (), "short") for name in ("one", "two")]
     plan = from_dict(ReproduceConfig, cli.compose("reproduce", ["minutes=120"]))
     before = datetime.datetime.now()
-    reproduce.show_plan(jobs, {jobs[0]: 3600.0, jobs[1]: 7200.0}, plan)
+    costs = {jobs[0]: Cost(3600, 1), jobs[1]: Cost(7200, 1)}
+    reproduce.show_plan(jobs, costs, plan)
     said = capsys.readouterr().out
+    assert "the rest takes about 3 h" in said
     for line, hours in zip(said.splitlines()[2:4], (1, 3)):
         at = datetime.datetime.strptime(f"{before.year} {line[-16:].strip()}", "%Y %a %d %b %H:%M")
         assert abs(at - before - datetime.timedelta(hours=hours)).total_seconds() <= 61
     assert "expected to finish in 120 minutes: one seed 0" in said
+    # From a run that may stop early on, the times are bounds.
+    reproduce.show_plan(jobs, {**costs, jobs[0]: Cost(3600, 1, may_stop_early=True)}, plan)
+    said = capsys.readouterr().out
+    assert said.count("at the latest") == 2
+    assert "at most 1 h" in said
+    assert "the rest takes at most 3 h" in said
 
 
 def test_together_jobs_get_no_more_memory_than_there_is(tmp_path, python_jobs, monkeypatch):

@@ -25,12 +25,14 @@ MEMORY_SHARE = 1.5
 
 
 class Cost(NamedTuple):
-    """What a step or a job takes, at most: a run may stop early."""
+    """What a step or a job takes."""
 
     seconds: float
     """About how long, alone on this machine."""
     memory_gb: float
     """Of this machine's memory, in 10⁹ bytes, not of a GPU's."""
+    may_stop_early: bool = False
+    """Whether no seed has shown yet where such a run ends: the seconds are to its last step."""
 
 
 def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, Cost]:
@@ -47,14 +49,16 @@ def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dic
             print(f"timing the network of {trained.experiment} …", file=sys.stderr)
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 timed[network] = process.submit(step_cost, training, place, precision).result()
-        step = timed[network]
+        step, open_end = timed[network], False
         if job.trains:
-            seconds = training_seconds(training, step.seconds, job.steps_made())
+            ended = job.others_ended()
+            seconds = training_seconds(training, step.seconds, job.steps_made(), ended)
+            open_end = ended is None and stops_early(training)
         else:
             test = experiments.tested(job.arguments)
             image_seconds = step.seconds / training.recipe.batch_size
             seconds = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
-        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb)
+        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb, open_end)
     return found
 
 
@@ -64,12 +68,22 @@ def step_cost(training: TrainConfig, device: torch.device, precision: str) -> Co
     return Cost(seconds, memory_gb(torch.device("cpu")))
 
 
-def training_seconds(training: TrainConfig, step_seconds: float, made: int) -> float:
-    """About how long the rest of a run takes, with its tests once an epoch and in the end."""
+def stops_early(training: TrainConfig) -> bool:
+    """Whether a run may end before its last step."""
+    return training.stop.accuracy_percent is not None or training.stop.patience is not None
+
+
+def training_seconds(
+    training: TrainConfig, step_seconds: float, made: int, ended: float | None = None
+) -> float:
+    """About how long the rest of a run takes, with its tests once an epoch and in the end.
+
+    ended: the step at which it is expected to stop; None: its last.
+    """
     train, test = sizes(training.dataset)
     batch, recipe = training.recipe.batch_size, training.recipe
     steps = recipe.steps or math.ceil((recipe.epochs or 0) * train / batch)
-    left = max(steps - made, 0)
+    left = max(math.ceil(ended or steps) - made, 0)
     tests = left * batch // train
     in_training = min(test, training.record.evaluate_images) + training.dataset.validation
     tested = test + tests * in_training

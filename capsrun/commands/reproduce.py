@@ -54,7 +54,7 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     left = [job for job in jobs if not job.finished]
     costs = costs_of(left, config, experiments) if config.timing else {}
     if len(jobs) > 1 or config.timing or config.only_plan:
-        show_plan(jobs, {job: cost.seconds for job, cost in costs.items()}, config)
+        show_plan(jobs, costs, config)
     if config.only_plan or not left:
         return Outcome(waiting=left)
     deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
@@ -209,33 +209,35 @@ def costs_of(
     return job_costs(jobs, experiments, config.device)
 
 
-def show_plan(jobs: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> None:
+def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: ReproduceConfig) -> None:
     """Print a line for each experiment, how long all takes, and what fits into the minutes.
 
-    The times are those of one job after the other, each to its last step: several at once, and
-    those that stop early, are done before.
+    The times are those of one job after the other: several at once are done before.
     """
     width = max((len(f"{job.budget} {job.experiment}") for job in jobs), default=0)
     if any(job.budget == config.budget.name for job in jobs):
         print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
-    head = f"{'takes at most':<18} finished by" if seconds else ""
+    head = f"{'takes':<24} finished by" if costs else ""
     print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
-    now, passed = datetime.datetime.now(), 0.0
+    at, latest = datetime.datetime.now(), ""
     for (budget, name), group in itertools.groupby(jobs, key=lambda j: (j.budget, j.experiment)):
         own = list(group)
-        takes = [seconds[job] for job in own if job in seconds]
-        passed += sum(takes)
-        at = now + datetime.timedelta(seconds=passed)
-        shown = f"{duration(sum(takes)):<18} {at:%a %d %b %H:%M}" if takes else ""
+        takes = [costs[job] for job in own if job in costs]
+        length = sum(cost.seconds for cost in takes)
+        at += datetime.timedelta(seconds=length)
+        bound = "at most " if any(cost.may_stop_early for cost in takes) else ""
+        latest = latest or (bound and " at the latest")
+        shown = f"{bound + duration(length):<24} {at:%a %d %b %H:%M}{latest}" if takes else ""
         seeds = " ".join(str(job.seed) for job in own)
         print(f"{budget + ' ' + name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
     left = [job for job in jobs if not job.finished]
     line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
-    if seconds:
-        line += f"; the rest takes about {duration(sum(seconds.values()))}, one after the other"
+    if costs:
+        total = duration(sum(cost.seconds for cost in costs.values()))
+        line += f"; the rest takes {'at most' if latest else 'about'} {total}, one after the other"
     print(line)
-    if seconds and config.minutes is not None:
-        print(f"expected to finish in {config.minutes:g} minutes: {fitting(left, seconds, config)}")
+    if costs and config.minutes is not None:
+        print(f"expected to finish in {config.minutes:g} minutes: {fitting(left, costs, config)}")
 
 
 def states(jobs: Sequence[Job]) -> str:
@@ -248,12 +250,12 @@ def states(jobs: Sequence[Job]) -> str:
     return ", ".join(parts + ([f"{new} to run"] if new else []))
 
 
-def fitting(left: Sequence[Job], seconds: Mapping[Job, float], config: ReproduceConfig) -> str:
+def fitting(left: Sequence[Job], costs: "Mapping[Job, Cost]", config: ReproduceConfig) -> str:
     """The jobs that will be finished in time when the first ones come first."""
     assert config.minutes is not None
     passed, names = 0.0, []
     for job in left:
-        passed += seconds[job]
+        passed += costs[job].seconds
         if passed <= 60 * config.minutes:
             names.append(str(job))
     return ", ".join(names) or "nothing, but what is begun goes on next time"

@@ -4,6 +4,7 @@ A job is one experiment with one seed and one budget. Its folder is
 `<runs_dir>/<budget>/<experiment>/seed<k>`, and it is finished when `result.json` is there.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from capsrun.config import BudgetConfig, EvalConfig, ExperimentConfig, QueueEntr
 from capsrun.errors import UserError, did_you_mean
 from capsrun.lock import NAME as LOCK
 from capsrun.lock import holder
-from capsrun.reading import parse_json, read_text
+from capsrun.reading import parse_json, read_json, read_text
 
 GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
 
@@ -85,6 +86,14 @@ class Job:
             return int(parse_json(last)["step"])
         except (OSError, LookupError, ValueError, TypeError, OverflowError):
             return 0
+
+    def others_ended(self) -> float | None:
+        """The mean step at which other seeds of this run ended; None while none has."""
+        steps = []
+        for path in self.folder.parent.glob("seed*/result.json"):
+            with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+                steps.append(int(read_json(path)["steps"]))
+        return sum(steps) / len(steps) if steps else None
 
 
 @dataclass(frozen=True)
