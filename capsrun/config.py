@@ -677,6 +677,8 @@ def _check_training(config: TrainConfig) -> None:
         raise UserError("stop.on needs stop.accuracy_percent=…")
     if stop.accuracy_percent is None and stop.patience is None and stop.every_steps is not None:
         raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
+    if stop.accuracy_percent is not None and stop.patience is not None:
+        raise UserError("set one of stop.accuracy_percent and stop.patience: either ends the run")
     on_validation = stop.accuracy_percent is not None and stop.on == "validation"
     if (on_validation or stop.patience is not None) and not config.dataset.validation:
         setting = "stop.on=validation" if on_validation else "stop.patience"

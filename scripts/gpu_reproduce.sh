@@ -17,7 +17,8 @@ mkdir -p "$out" || exit
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3} budget=${BUDGET:-full} device=${DEVICE:-cuda} parallel=${PARALLEL:-3}
 queue=(reproduce queue=gpu "budget=$budget" "device=$device" "parallel=$parallel")
-deadline=$(($(date +%s) + 60 * minutes - 60)) # what is found must be packed before the time is over
+# What is found must be saved, for which a run has a minute, and packed before the time is over.
+deadline=$(($(date +%s) + 60 * minutes - 120))
 
 capsrun() { "$python" -m capsrun "$@"; }
 left() { echo $((deadline - $(date +%s))); }

@@ -237,6 +237,8 @@ def test_the_best_on_test_is_of_tests_on_the_same_images():
     found = best_on_test(rows, training, 100_000)
     assert found == {"error_percent": 7.0, "step": 100, "evaluations": 1, "count": 10_000}
     assert best_on_test(rows[1:], training, 100_000) is None
+    # A run that ended early was tested twice after its last step: on 10,000, then on all.
+    assert best_on_test([*rows, rows[-1]], training, 100_000)["evaluations"] == 2
     training["stop"]["accuracy_percent"] = 94.0
     assert best_on_test(rows, training, 100_000)["evaluations"] == 2
 

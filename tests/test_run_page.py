@@ -12,7 +12,7 @@ from conftest import TINY, train_config
 from PIL import Image
 
 from capsrun import cli, errors
-from capsrun.runs.run_page import write_run_page
+from capsrun.runs.run_page import best, write_run_page
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,11 @@ def test_training_ends_with_a_page(run):
     )
     assert confusion[true][guess] > 1
     assert f"Most often {true} taken for {guess}: {confusion[true][guess]}" in text
+
+
+def test_the_best_test_says_on_how_many_images_it_was():
+    found = {"error_percent": 1.5, "step": 100, "evaluations": 4, "count": 10_000}
+    assert "the best of 4 tests on 10,000 images: not" in best(found, {"count": 100_000})
 
 
 def test_every_link_leads_somewhere(run):

@@ -217,6 +217,8 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch, capsys)
 def test_patience_needs_held_out_images():
     with pytest.raises(UserError, match=r"stop\.patience needs held-out training images"):
         train_config("stop.patience=3")
+    with pytest.raises(UserError, match=r"set one of stop\.accuracy_percent and stop\.patience"):
+        train_config("stop.patience=3", "stop.accuracy_percent=99", "dataset.validation=100")
     with pytest.raises(UserError, match=r"stop\.every_steps needs"):
         train_config("stop.every_steps=3")
 

@@ -1,9 +1,11 @@
 """How long the paper's experiments will take on this machine, from a few timed training steps."""
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 from capsrun.bench.tasks import step_seconds
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import sizes
+from capsrun.errors import UserError
 from capsrun.runs.jobs import Experiments, Job
 from capsrun.runs.record import memory_gb
 from capsrun.training.step import resolve_device, resolve_precision
@@ -35,10 +38,17 @@ class Cost(NamedTuple):
     """Whether no seed has shown yet where such a run ends: the seconds are to its last step."""
 
 
-def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dict[Job, Cost]:
-    """About what each job takes: a few steps of each network are made, in a process of its own."""
+def job_costs(
+    jobs: Iterable[Job], experiments: Experiments, device: str, parallel: int = 1
+) -> dict[Job, Cost]:
+    """About what each job takes: a few steps of each network are made, in a process of its own.
+
+    parallel: how many share the cores or, each so much slower, the GPU.
+    Raises UserError where such a process does not come to its end.
+    """
     place = resolve_device(device)
-    precision = resolve_precision("auto", place)
+    threads = max(1, len(os.sched_getaffinity(0)) // parallel)
+    slower = parallel if place.type == "cuda" else 1
     timed: dict[str, Cost] = {}
     found = {}
     for job in jobs:
@@ -47,24 +57,38 @@ def job_costs(jobs: Iterable[Job], experiments: Experiments, device: str) -> dic
         network = repr((training.model, training.routing, training.dataset.image_px))
         if network not in timed:
             print(f"timing the network of {trained.experiment} …", file=sys.stderr)
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                timed[network] = process.submit(step_cost, training, place, precision).result()
-        step, open_end = timed[network], False
+            timed[network] = timed_apart(training, place, threads)
+        step, may_stop_early = timed[network], False
+        each = slower * step.seconds
         if job.trains:
-            ended = job.others_ended()
-            seconds = training_seconds(training, step.seconds, job.steps_made(), ended)
-            open_end = ended is None and stops_early(training)
+            made, ended = job.steps_made(), job.others_ended()
+            ended = None if ended is None or ended <= made else ended
+            seconds = training_seconds(training, each, made, ended)
+            may_stop_early = ended is None and stops_early(training)
         else:
             test = experiments.tested(job.arguments)
-            image_seconds = step.seconds / training.recipe.batch_size
-            seconds = START_SECONDS + len(job.needs) * testing_seconds(image_seconds, test)
-        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb, open_end)
+            testing = testing_seconds(each / training.recipe.batch_size, test)
+            seconds = START_SECONDS + len(job.needs) * testing
+        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb, may_stop_early)
     return found
 
 
-def step_cost(training: TrainConfig, device: torch.device, precision: str) -> Cost:
+def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> Cost:
+    """What a step takes in a process of its own, whose memory is that of this network alone."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(step_cost, training, device, threads).result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"the process in which a step of {training.model.name} was timed was ended from "
+            "outside, as happens where memory is short; timing=false goes without"
+        ) from None
+
+
+def step_cost(training: TrainConfig, device: torch.device, threads: int) -> Cost:
     """What a few steps of a run take, in a process that does nothing else."""
-    seconds = step_seconds(training, device, precision)
+    torch.set_num_threads(threads)
+    seconds = step_seconds(training, device, resolve_precision("auto", device))
     return Cost(seconds, memory_gb(torch.device("cpu")))
 
 
@@ -76,7 +100,7 @@ def stops_early(training: TrainConfig) -> bool:
 def training_seconds(
     training: TrainConfig, step_seconds: float, made: int, ended: float | None = None
 ) -> float:
-    """About how long the rest of a run takes, with its tests once an epoch and in the end.
+    """About how long the rest of a run takes, with its tests on the way and in the end.
 
     ended: the step at which it is expected to stop; None: its last.
     """
@@ -84,9 +108,9 @@ def training_seconds(
     batch, recipe = training.recipe.batch_size, training.recipe
     steps = recipe.steps or math.ceil((recipe.epochs or 0) * train / batch)
     left = max(math.ceil(ended or steps) - made, 0)
-    tests = left * batch // train
+    every = training.record.evaluate_every_steps or math.ceil(train / batch)
     in_training = min(test, training.record.evaluate_images) + training.dataset.validation
-    tested = test + tests * in_training
+    tested = (test + left // every * in_training) * (1 if recipe.average is None else 2)
     return START_SECONDS + step_seconds * (left + TEST_SHARE * tested / batch)
 
 

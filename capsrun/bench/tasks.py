@@ -109,7 +109,7 @@ class Steps:
 
 
 def step_seconds(config: TrainConfig, device: torch.device, precision: str) -> float:
-    """About how long a training step of a run takes: the faster one of two, after a first one.
+    """About how long a training step of a run takes: the faster of two, or one where it is long.
 
     On a GPU the step is plain, as to capture it would take longer than the answer is worth; so
     training there is faster than this says.

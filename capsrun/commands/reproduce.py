@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import heapq
 import itertools
 import math
 import os
@@ -92,14 +93,15 @@ def run(
             take_finished(outcome)
             elsewhere = used_elsewhere(outcome.waiting)
             ready = [job for job in outcome.waiting if job not in elsewhere and job.ready]
-            while ready and len(running) < parallel and not (stop.asked or late):
-                held_gb = sum(needs_gb.get(job, 0) for job in [*running, ready[0]])
-                if running and held_gb > free_gb:
+            together = list(running)
+            while ready and len(together) < parallel and not (stop.asked or late):
+                held_gb = sum(needs_gb.get(job, 0) for job in [*together, ready[0]])
+                if together and held_gb > free_gb:
                     break
-                job = ready.pop(0)
-                beside = min(parallel, len(running) + len(outcome.waiting))
+                together.append(ready.pop(0))
+            for job in together[len(running) :]:
                 outcome.waiting.remove(job)
-                running[job] = start(job, beside, quiet=parallel > 1)
+                running[job] = start(job, len(together), quiet=parallel > 1)
             waits_for_others = elsewhere and not (stop.asked or late)
             if not running and not waits_for_others:  # nothing can be begun any more
                 break
@@ -160,7 +162,9 @@ def available_memory_gb() -> float:
         limits += [int(kilobytes[1]) * 1024] if kilobytes else []
     with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
         most, held = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        limits.append(int(most) - int(held))
+        # Files that were read are in it, and make room when it is needed.
+        cached = re.search(r"\binactive_file (\d+)", (group / "memory.stat").read_text())
+        limits.append(int(most) - int(held) + int(cached[1] if cached else 0))
     return min(limits) / 1e9
 
 
@@ -206,25 +210,26 @@ def costs_of(
         return {}
     from capsrun.bench.estimate import job_costs  # which needs PyTorch, as nothing else here does
 
-    return job_costs(jobs, experiments, config.device)
+    return job_costs(jobs, experiments, config.device, config.parallel)
 
 
 def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: ReproduceConfig) -> None:
     """Print a line for each experiment, how long all takes, and what fits into the minutes.
 
-    The times are those of one job after the other: several at once are done before.
+    The times are those of jobs that begin in this order, `parallel` at once.
     """
     width = max((len(f"{job.budget} {job.experiment}") for job in jobs), default=0)
     if any(job.budget == config.budget.name for job in jobs):
         print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
     head = f"{'takes':<24} finished by" if costs else ""
     print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
-    at, latest = datetime.datetime.now(), ""
+    now, ends, latest = datetime.datetime.now(), when_done(jobs, costs, config.parallel), ""
     for (budget, name), group in itertools.groupby(jobs, key=lambda j: (j.budget, j.experiment)):
         own = list(group)
         takes = [costs[job] for job in own if job in costs]
         length = sum(cost.seconds for cost in takes)
-        at += datetime.timedelta(seconds=length)
+        last = max((ends[job] for job in own if job in ends), default=0.0)
+        at = now + datetime.timedelta(seconds=last)
         bound = "at most " if any(cost.may_stop_early for cost in takes) else ""
         latest = latest or (bound and " at the latest")
         shown = f"{bound + duration(length):<24} {at:%a %d %b %H:%M}{latest}" if takes else ""
@@ -233,11 +238,11 @@ def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: Reproduc
     left = [job for job in jobs if not job.finished]
     line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
     if costs:
-        total = duration(sum(cost.seconds for cost in costs.values()))
-        line += f"; the rest takes {'at most' if latest else 'about'} {total}, one after the other"
+        total = duration(max(ends.values()))
+        line += f"; the rest takes {'at most' if latest else 'about'} {total}"
     print(line)
     if costs and config.minutes is not None:
-        print(f"expected to finish in {config.minutes:g} minutes: {fitting(left, costs, config)}")
+        print(f"expected to finish in {config.minutes:g} minutes: {fitting(ends, config)}")
 
 
 def states(jobs: Sequence[Job]) -> str:
@@ -250,12 +255,22 @@ def states(jobs: Sequence[Job]) -> str:
     return ", ".join(parts + ([f"{new} to run"] if new else []))
 
 
-def fitting(left: Sequence[Job], costs: "Mapping[Job, Cost]", config: ReproduceConfig) -> str:
-    """The jobs that will be finished in time when the first ones come first."""
+def when_done(jobs: Iterable[Job], costs: "Mapping[Job, Cost]", parallel: int) -> dict[Job, float]:
+    """In how many seconds each job that has a cost will be done, as many at once as `parallel`.
+
+    What the memory may forbid is not looked at.
+    """
+    ends, free_at = dict[Job, float](), [0.0] * parallel
+    for job in jobs:
+        if job in costs:
+            begins = max([heapq.heappop(free_at), *(ends.get(need, 0.0) for need in job.needs)])
+            ends[job] = begins + costs[job].seconds
+            heapq.heappush(free_at, ends[job])
+    return ends
+
+
+def fitting(ends: Mapping[Job, float], config: ReproduceConfig) -> str:
+    """The jobs that will be finished in time."""
     assert config.minutes is not None
-    passed, names = 0.0, []
-    for job in left:
-        passed += costs[job].seconds
-        if passed <= 60 * config.minutes:
-            names.append(str(job))
+    names = [str(job) for job, seconds in ends.items() if seconds <= 60 * config.minutes]
     return ", ".join(names) or "nothing, but what is begun goes on next time"

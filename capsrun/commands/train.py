@@ -571,13 +571,12 @@ def how_it_stopped(run: Run, scores: Mapping[str, Score]) -> dict[str, Any] | No
     scores: of the last step.
     """
     stop = run.config.stop
-    no_better = is_out_of_patience(run)
     if stop.accuracy_percent is not None:
         # What an evaluation has decided stays, should the last test differ by a rounding.
-        reached = reaches_target(stop, scores) or (run.ended and not no_better)
+        reached = reaches_target(stop, scores) or run.ended
         what = {"accuracy_percent": stop.accuracy_percent, "on": stop.on, "reached": reached}
     elif stop.patience is not None:
-        what = {"patience": stop.patience, "on": "validation", "reached": no_better}
+        what = {"patience": stop.patience, "on": "validation", "reached": run.ended}
     else:
         return None
     return {

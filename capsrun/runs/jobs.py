@@ -126,8 +126,14 @@ class JobMaker:
     def of_entry(self, entry: QueueEntry) -> "JobMaker":
         """What makes the jobs of an entry, which may have a length of its own."""
         if entry.length is None:
+            if entry.train:
+                raise UserError(
+                    "an entry of a queue that has `train` needs a `length`, the folder of its runs"
+                )
             return self
-        return replace(self, budget=replace(self.budget, name=entry.length, train=entry.train))
+        # Nothing of the budget is left: with its smaller data sets the results would be others.
+        own = replace(self.budget, name=entry.length, train=entry.train, eval=[], stand_ins={})
+        return replace(self, budget=own)
 
     def chosen(self, targets: Iterable[str]) -> list[str]:
         """The experiments that are meant by names and groups."""

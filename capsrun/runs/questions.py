@@ -1,7 +1,8 @@
 """What one changed setting does: runs that differ in nothing else are compared, seed by seed.
 
 Runs of the same seed have the same images, shifts and first weights, unless these are what is
-changed; so their differences vary less from seed to seed than their errors do.
+changed or, as drawing a decoder moves the generator, it is there in only one of them; so their
+differences vary less from seed to seed than their errors do.
 """
 
 import statistics

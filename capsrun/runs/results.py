@@ -134,13 +134,13 @@ def best_on_test(
     of fewer images, which is the `count`, the last one does not take part. None: there were none.
     """
     key = "error_percent/test"
-    errors = {row["step"]: row[key] for row in rows if key in row}
+    tests = [(row["step"], row[key]) for row in rows if key in row]
     complete = with_later_settings(training)
     stop = complete["stop"]
     decides = stop["accuracy_percent"] is not None and stop["on"] == "test"
     count = images if decides else min(images, complete["record"]["evaluate_images"])
-    if count < images and errors:
-        del errors[max(errors)]
+    # After a stop, the last two tests are of the same step.
+    errors = dict(tests[:-1] if count < images else tests)
     if not errors:
         return None
     step = min(errors, key=lambda step: (errors[step], step))
@@ -174,6 +174,7 @@ def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
     complete = with_later_settings(training)
     kept = {key: value for key, value in complete.items() if key not in FREE}
     kept["dataset"] = {k: v for k, v in kept["dataset"].items() if k not in FREE_OF_DATASET}
+    kept["model"] = {k: v for k, v in kept["model"].items() if k != "name"}
     # The average of the weights is tested beside them, and changes nothing in them.
     kept["recipe"] = {k: v for k, v in kept["recipe"].items() if k != "average"}
     return dict(flattened(kept))
@@ -426,20 +427,13 @@ def one_of_each_seed(results: Sequence[Result]) -> Group:
     return Group([newest[seed] for seed in sorted(newest)], sorted(twice))
 
 
-def standard_error(group: Group, other: Group | Published) -> float | None:
-    """Of the difference between the means of a group and of another, or of what is published.
+def standard_error(group: Group, other: Published) -> float | None:
+    """Of the difference between the mean of a group and what is published: √(s²/n + s'²/n').
 
-    √(s²/n + s'²/n'). The part of what is published is left out where it gives no spread; None for a
-    group of one seed.
+    The part of what is published is left out where it gives no spread; None for one seed.
     """
-    variances = [group.variance_of_mean, other_variance(other)]
-    return None if None in variances else math.sqrt(sum(v for v in variances if v is not None))
-
-
-def other_variance(other: Group | Published) -> float | None:
-    """The variance of a mean: 0 where a publication does not tell, None for one seed."""
-    if isinstance(other, Group):
-        return other.variance_of_mean
-    if other.spread is None or other.trials is None:
-        return 0.0
-    return other.spread**2 / other.trials
+    if group.variance_of_mean is None:
+        return None
+    spread, trials = other.spread, other.trials
+    published = 0.0 if spread is None or trials is None else spread**2 / trials
+    return math.sqrt(group.variance_of_mean + published)

@@ -117,7 +117,7 @@ def facts(values: Mapping[str, Any]) -> list[list[str]]:
         "steps": number(values["steps"]),
         "training": duration(values["train_seconds"]) if "train_seconds" in values else None,
         "speed": speed(values),
-        "best on test": best(values.get("best_on_test")),
+        "best on test": best(values.get("best_on_test"), values),
         "averaged weights": averaged(values.get("scores", {})),
         "reconstruction error": squared(values.get("reconstruction_squared_error")),
         "at least one digit found": share(values),
@@ -140,12 +140,14 @@ def speed(values: Mapping[str, Any]) -> str | None:
     return None if rate is None else f"{rate:,.0f} images/s"
 
 
-def best(found: Mapping[str, Any] | None) -> str | None:
-    """The lowest of the test errors, which is chosen on test images."""
+def best(found: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
+    """The lowest of a result's test errors, which is chosen on test images."""
     if found is None:
         return None
     error, step = f"{found['error_percent']:.2f} %", f"{found['step']:,}"
-    return f"{error} after {step} steps, the best of {found['evaluations']:,} tests: not a result"
+    on = "" if found["count"] == values["count"] else f" on {found['count']:,} images"
+    tests = f"the best of {found['evaluations']:,} tests{on}"
+    return f"{error} after {step} steps, {tests}: not a result"
 
 
 def averaged(scores: Mapping[str, Any]) -> str | None:

@@ -136,6 +136,8 @@ def length(row: Row | None, group: Group) -> str:
         which = "test" if stop["on"] == "test" else "held-out"
         target = f"{stop['accuracy_percent']:g} % of the {which} images right"
         text = f"stopped at {target}, {text}" if reached else f"{text}, {target} not reached"
+    if stop.get("patience") is not None:
+        text += ", as long as it improved on held-out images"
     if row is not None and row.is_full(group):
         return f"{text}: full length"
     recipe = result.training["recipe"]
