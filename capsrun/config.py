@@ -213,6 +213,11 @@ class StopConfig:
     every_steps: int | None = setting(minimum=1)
     """How often it is looked at, and the model evaluated; None: once an epoch."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether anything may end the run before its last step."""
+        return self.accuracy_percent is not None or self.patience is not None
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -236,6 +241,11 @@ class TrainConfig:
     recipe: RecipeConfig
     stop: StopConfig
     record: RecordConfig
+
+    def evaluation_steps(self, epoch_images: int) -> int:
+        """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
+        chosen = self.stop.every_steps if self.stop.asked else self.record.evaluate_every_steps
+        return chosen or math.ceil(epoch_images / self.recipe.batch_size)
 
 
 @dataclass(kw_only=True)
@@ -675,7 +685,7 @@ def _check_training(config: TrainConfig) -> None:
     stop = config.stop
     if stop.accuracy_percent is None and stop.on != "test":
         raise UserError("stop.on needs stop.accuracy_percent=…")
-    if stop.accuracy_percent is None and stop.patience is None and stop.every_steps is not None:
+    if not stop.asked and stop.every_steps is not None:
         raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
     if stop.accuracy_percent is not None and stop.patience is not None:
         raise UserError("set one of stop.accuracy_percent and stop.patience: either ends the run")

@@ -297,7 +297,6 @@ def test_a_run_that_stops_early_is_expected_to_end_where_other_seeds_did(in_tmp)
     seeds[0].result.write_text('{"steps": 100}')
     seeds[1].result.write_text('{"steps": 300}')
     assert left[0].others_ended() == 200
-    assert estimate.stops_early(EXPERIMENTS.training(left[0].arguments[1:]))
     (shorter,) = estimate.job_costs(left, EXPERIMENTS, "cpu").values()
     assert not shorter.may_stop_early
     assert shorter.seconds < longest.seconds / 100

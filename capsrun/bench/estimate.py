@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     """What a step or a job takes."""
 
     seconds: float
-    """About how long, alone on this machine."""
+    """About how long, with its share of the cores."""
     memory_gb: float
     """Of this machine's memory, in 10⁹ bytes, not of a GPU's."""
     may_stop_early: bool = False
@@ -64,7 +64,7 @@ def job_costs(
             made, ended = job.steps_made(), job.others_ended()
             ended = None if ended is None or ended <= made else ended
             seconds = training_seconds(training, each, made, ended)
-            may_stop_early = ended is None and stops_early(training)
+            may_stop_early = ended is None and training.stop.asked
         else:
             test = experiments.tested(job.arguments)
             testing = testing_seconds(each / training.recipe.batch_size, test)
@@ -92,11 +92,6 @@ def step_cost(training: TrainConfig, device: torch.device, threads: int) -> Cost
     return Cost(seconds, memory_gb(torch.device("cpu")))
 
 
-def stops_early(training: TrainConfig) -> bool:
-    """Whether a run may end before its last step."""
-    return training.stop.accuracy_percent is not None or training.stop.patience is not None
-
-
 def training_seconds(
     training: TrainConfig, step_seconds: float, made: int, ended: float | None = None
 ) -> float:
@@ -108,7 +103,7 @@ def training_seconds(
     batch, recipe = training.recipe.batch_size, training.recipe
     steps = recipe.steps or math.ceil((recipe.epochs or 0) * train / batch)
     left = max(math.ceil(ended or steps) - made, 0)
-    every = training.record.evaluate_every_steps or math.ceil(train / batch)
+    every = training.evaluation_steps(train)
     in_training = min(test, training.record.evaluate_images) + training.dataset.validation
     tested = (test + left // every * in_training) * (1 if recipe.average is None else 2)
     return START_SECONDS + step_seconds * (left + TEST_SHARE * tested / batch)

@@ -238,11 +238,8 @@ def save_and_stop(run: Run, signal_number: int) -> NoReturn:
 
 
 def evaluation_steps(run: Run) -> int:
-    """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
-    config = run.config
-    stopping = config.stop.accuracy_percent is not None or config.stop.patience is not None
-    chosen = config.stop.every_steps if stopping else config.record.evaluate_every_steps
-    return chosen or math.ceil(run.dataset.train.epoch_images / config.recipe.batch_size)
+    """After how many steps the model of a run is tested."""
+    return run.config.evaluation_steps(run.dataset.train.epoch_images)
 
 
 def next_multiple(step: int, every: int, last: int) -> int:
