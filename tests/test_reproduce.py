@@ -502,6 +502,17 @@ def test_an_entry_with_a_length_has_nothing_of_the_budget():
         maker("smoke").queue([QueueEntry(targets=["padded_cnn"], seeds=[0], train=["seed=1"])])
 
 
+def test_two_entries_do_not_ask_for_different_runs_in_one_folder():
+    """The second one would silently be left out."""
+    first, second = (
+        QueueEntry(targets=["padded_cnn"], seeds=[0], length="long", train=[f"recipe.steps={k}"])
+        for k in (1, 2)
+    )
+    assert len(maker().queue([first, first])) == 1
+    with pytest.raises(UserError, match="needs another `length`"):
+        maker().queue([first, second])
+
+
 def die(*_: object) -> None:
     """Ends its process as the system does where there is no memory left."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -118,7 +118,11 @@ class JobMaker:
                 seeds = entry.seeds if self.experiments.about(name).models == 1 else [0]
                 for seed in seeds:
                     for job in maker.with_needs(name, seed):
-                        jobs.setdefault(job.folder, job)
+                        if jobs.setdefault(job.folder, job).arguments != job.arguments:
+                            raise UserError(
+                                f"two entries of the queue ask for different runs in {job.folder}: "
+                                "one of them needs another `length`"
+                            )
         if not jobs:
             raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
         return list(jobs.values())
