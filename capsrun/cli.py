@@ -182,6 +182,7 @@ def run_bench(cfg: Any, overrides: list[str]) -> None:
 def run_reproduce(cfg: Any, overrides: list[str]) -> None:
     from capsrun.config import ReproduceConfig, from_dict
 
+    refuse_unused(cfg, overrides)
     if isinstance(cfg.targets, str):  # targets=table1 means targets=[table1]
         cfg.targets = cfg.targets.split(",")
     if isinstance(cfg.seeds, int):
@@ -196,6 +197,19 @@ def run_reproduce(cfg: Any, overrides: list[str]) -> None:
         suggest(["reproduce", *again])
     else:
         suggest(["list", *folder_words(config)], ["report", *folder_words(config)])
+
+
+def refuse_unused(cfg: Any, overrides: list[str]) -> None:
+    """Raise UserError where a queue says itself what was asked for on the command line."""
+    from omegaconf import OmegaConf
+
+    as_written = str(OmegaConf.to_container(cfg.queue, resolve=False))
+    used = {key: f"${{{key}}}" in as_written for key in ("targets", "seeds")}
+    used["budget"] = any(entry.get("length") is None for entry in cfg.queue.entries)
+    given = {word.partition("=")[0] for word in overrides}
+    for key, is_used in used.items():
+        if key in given and not is_used:
+            raise UserError(f"each entry of this queue has its own {key}: leave {key}= away")
 
 
 def run_report(cfg: Any, overrides: list[str]) -> None:

@@ -30,13 +30,15 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A dataclass field with the values that it may take: bounds (`above` is exclusive) or choices.
+    """A dataclass field with the values that it may take: bounds or choices.
 
-    For a list the bounds hold for each element.
+    `above` and `below` are exclusive. For a list the bounds hold for each element.
     """
-    limits = {"minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    limits = {**bounds, "choices": choices}
     return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
 
 
@@ -177,10 +179,10 @@ class RecipeConfig:
     hold_fraction: float = setting(minimum=0, maximum=0.99)
     """Share of the run during which the learning rate does not decay yet."""
     adam_form: str = setting(choices=("tensorflow", "pytorch"))
-    adam_beta1: float = setting(minimum=0, maximum=0.999999)
-    adam_beta2: float = setting(minimum=0, maximum=0.9999999)
+    adam_beta1: float = setting(minimum=0, below=1)
+    adam_beta2: float = setting(minimum=0, below=1)
     adam_epsilon: float = setting(above=0)
-    average: float | None = setting(above=0, maximum=0.9999999)
+    average: float | None = setting(above=0, below=1)
     """Decay per step of a moving average of the weights, tested beside them; None: no average."""
 
 
@@ -211,7 +213,7 @@ class StopConfig:
     patience: int | None = setting(minimum=1)
     """Stop when so many evaluations in a row err no less on held-out images; None: never."""
     every_steps: int | None = setting(minimum=1)
-    """How often it is looked at, and the model evaluated; None: once an epoch."""
+    """How often it is looked at, and the model evaluated; None: as `record` says."""
 
     @property
     def asked(self) -> bool:
@@ -244,7 +246,7 @@ class TrainConfig:
 
     def evaluation_steps(self, epoch_images: int) -> int:
         """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
-        chosen = self.stop.every_steps if self.stop.asked else self.record.evaluate_every_steps
+        chosen = self.stop.every_steps or self.record.evaluate_every_steps
         return chosen or math.ceil(epoch_images / self.recipe.batch_size)
 
 
@@ -633,6 +635,8 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"{key} is {value}; it must be above {limits['above']}")
     if "maximum" in limits and not value <= limits["maximum"]:
         raise UserError(f"{key} is {value}; it must be at most {limits['maximum']}")
+    if "below" in limits and not value < limits["below"]:
+        raise UserError(f"{key} is {value}; it must be below {limits['below']}")
 
 
 def allowed_values(schema: type, key: str) -> list[str]:
@@ -684,7 +688,9 @@ def _check_training(config: TrainConfig) -> None:
             )
     stop = config.stop
     if stop.accuracy_percent is None and stop.on != "test":
-        raise UserError("stop.on needs stop.accuracy_percent=…")
+        raise UserError(
+            "stop.on needs stop.accuracy_percent=…; stop.patience is always of held-out images"
+        )
     if not stop.asked and stop.every_steps is not None:
         raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
     if stop.accuracy_percent is not None and stop.patience is not None:

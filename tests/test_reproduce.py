@@ -20,6 +20,7 @@ from capsrun import cli
 from capsrun.bench import estimate
 from capsrun.bench.estimate import Cost
 from capsrun.commands import reproduce
+from capsrun.commands.reproduce import Outcome
 from capsrun.config import (
     BudgetConfig,
     EvalConfig,
@@ -32,7 +33,7 @@ from capsrun.config import (
 from capsrun.data import load_dataset, sizes
 from capsrun.errors import UserError
 from capsrun.models.routing import route
-from capsrun.runs.jobs import GROUPS, Job, JobMaker
+from capsrun.runs.jobs import GROUPS, Job, JobMaker, threads_each
 from capsrun.runs.progress import StopRequest
 
 EXPERIMENTS = cli.Experiments()
@@ -429,7 +430,7 @@ def test_a_failure_is_named(in_tmp):
     words = ["reproduce", "budget=smoke", budget_of("recipe.nonsense=4"), "timing=false"]
     done = run_capsrun(*words, "targets=[table1_mnist_1]", "seeds=[0,1]", cwd=in_tmp)
     assert done.returncode == 1
-    assert "failed: table1_mnist_1 seed 0, table1_mnist_1 seed 1" in done.stderr
+    assert "failed: smoke/table1_mnist_1 seed 0, smoke/table1_mnist_1 seed 1" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -453,24 +454,24 @@ def test_the_plan_of_the_gpu_queue_is_in_order_of_value(in_tmp):
     words = ["reproduce", "queue=gpu", "budget=full", "only_plan=true", "timing=false"]
     done = run_capsrun(*words, cwd=in_tmp)
     assert done.returncode == 0, done.stderr
-    names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("full ")]
-    assert names[0] == names[-1] == "table1_mnist_3_reconstruction"
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("full/")]
+    assert names[0] == names[-1] == "full/table1_mnist_3_reconstruction"
     assert "0 1 2  " in done.stdout
     assert "3 4 5 6 7 8 9" in done.stdout
     assert not (in_tmp / "runs").exists()
 
 
 def test_the_plan_of_the_cpu_queue_is_in_order_of_worth(in_tmp):
-    """Each entry as long as it says, whatever the budget."""
-    words = ["reproduce", "queue=cpu", "budget=smoke", "only_plan=true", "timing=false"]
+    """Each entry is as long as it says."""
+    words = ["reproduce", "queue=cpu", "only_plan=true", "timing=false"]
     done = run_capsrun(*words, cwd=in_tmp)
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert lines[1] == "sixty table1_mnist_3_reconstruction 0 1 2 3 to run"
-    assert lines[2] == "questions table1_mnist_3_reconstruction 0 1 2 3 4 5 to run"
-    assert "full affnist_like_cnn_validation 2 1 to run" in lines
-    assert "five_hours table1_multimnist_baseline 0 1 to run" in lines
-    assert lines[-3] == "sixty table1_mnist_3_reconstruction 3 4 5 6 7 8 9 7 to run"
+    assert lines[1] == "sixty/table1_mnist_3_reconstruction 0 1 2 3 to run"
+    assert lines[2] == "questions/table1_mnist_3_reconstruction 0 1 2 3 4 5 to run"
+    assert "full/affnist_like_cnn_validation 2 1 to run" in lines
+    assert "five_hours/table1_multimnist_baseline 0 1 to run" in lines
+    assert lines[-3] == "sixty/table1_mnist_3_reconstruction 3 4 5 6 7 8 9 7 to run"
 
 
 def test_every_run_of_the_cpu_queue_composes():
@@ -533,9 +534,9 @@ def test_the_plan_says_when_what_will_be_finished(capsys):
     said = capsys.readouterr().out
     assert "the rest takes about 3 h" in said
     for line, hours in zip(said.splitlines()[2:4], (1, 3)):
-        at = datetime.datetime.strptime(f"{before.year} {line[-16:].strip()}", "%Y %a %d %b %H:%M")
+        at = datetime.datetime.strptime(line[-21:].strip(), "%a %d %b %Y %H:%M")
         assert abs(at - before - datetime.timedelta(hours=hours)).total_seconds() <= 61
-    assert "expected to finish in 120 minutes: one seed 0" in said
+    assert "expected to finish in 120 minutes: short/one seed 0" in said
     # Two at once are done when the longer one is; what needs the other's result waits for it.
     assert reproduce.when_done(jobs, costs, 2) == {jobs[0]: 3600, jobs[1]: 7200}
     third = Job("three", 0, Path("three"), (), (jobs[1],), "short")
@@ -607,6 +608,53 @@ def test_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     reproduce.start(job, 2, quiet=True)
     assert seen[-1]["env"]["OMP_NUM_THREADS"] == "3", "who has said it is not overruled"
+    # The plan counts with the same.
+    assert threads_each(2) == 3
+    for nothing in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nothing)
+        assert threads_each(2) == 2
+
+
+@pytest.mark.parametrize(
+    ("queue", "word"),
+    [
+        ("cpu", "targets=[table1]"),
+        ("cpu", "seeds=[0]"),
+        ("cpu", "budget=smoke"),
+        ("gpu", "targets=[table1]"),
+        ("gpu", "seeds=[0]"),
+    ],
+)
+def test_what_a_queue_says_itself_is_not_taken_from_the_command_line(queue, word):
+    words = [f"queue={queue}", word, "only_plan=true", "timing=false"]
+    with pytest.raises(UserError, match=f"leave {word.partition('=')[0]}= away"):
+        cli.run_reproduce(cli.compose("reproduce", words), words)
+
+
+def test_a_queue_without_lengths_has_a_budget(in_tmp, capsys):
+    words = ["queue=gpu", "budget=smoke", "only_plan=true", "timing=false"]
+    cli.run_reproduce(cli.compose("reproduce", words), words)
+    assert "smoke/table1_mnist_3_reconstruction" in capsys.readouterr().out
+
+
+def test_many_jobs_are_not_all_named(tmp_path, capsys):
+    jobs = [Job(f"j{k}", 0, tmp_path / str(k), (), (), "long") for k in range(7)]
+    reproduce.show_outcome(Outcome(interrupted=jobs[:1], waiting=jobs[1:]))
+    said = capsys.readouterr().out
+    assert "interrupted, to go on next time: long/j0 seed 0\n" in said
+    assert "not begun: long/j1 seed 0" in said
+    assert "long/j5 seed 0 and 1 more" in said
+
+
+def test_the_minutes_are_those_of_the_whole_command(in_tmp, monkeypatch):
+    """The plan, which times each network, takes some of them."""
+    seen = []
+    monkeypatch.setattr(reproduce, "costs_of", lambda *_: time.sleep(1) or {})
+    monkeypatch.setattr(reproduce, "run", lambda *words: seen.append(words) or Outcome())
+    words = ["targets=[table1_mnist_3]", "seeds=[0]", "minutes=1"]
+    began = time.monotonic()
+    reproduce.reproduce(from_dict(ReproduceConfig, cli.compose("reproduce", words)), EXPERIMENTS)
+    assert seen[0][2] - began == pytest.approx(60, abs=0.5)
 
 
 @pytest.mark.parametrize("minutes", ["", "0", "0.5", "ten"])

@@ -170,6 +170,8 @@ def test_the_order_and_the_average_are_resumed_bit_for_bit_too(tmp_path, monkeyp
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     assert {"test", "test_averaged"} == result["scores"].keys()
     assert result["scores"]["test"]["errors"] == result["errors"]
+    # 12 steps of 16 images, 25 of a digit.
+    assert sum("the first 7 of 4,000 digits" in note for note in result["notes"]) == 1
 
 
 def test_without_averaged_weights_there_are_none(tiny_run):

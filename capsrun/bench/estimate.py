@@ -1,7 +1,6 @@
 """How long the paper's experiments will take on this machine, from a few timed training steps."""
 
 import math
-import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ from capsrun.bench.tasks import step_seconds
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import sizes
 from capsrun.errors import UserError
-from capsrun.runs.jobs import Experiments, Job
+from capsrun.runs.jobs import Experiments, Job, threads_each
 from capsrun.runs.record import memory_gb
 from capsrun.training.step import resolve_device, resolve_precision
 
@@ -47,7 +46,7 @@ def job_costs(
     Raises UserError where such a process does not come to its end.
     """
     place = resolve_device(device)
-    threads = max(1, len(os.sched_getaffinity(0)) // parallel)
+    threads = threads_each(parallel)
     slower = parallel if place.type == "cuda" else 1
     timed: dict[str, Cost] = {}
     found = {}

@@ -194,8 +194,8 @@ def tables(group: str, rows: Sequence[Row]) -> list[str]:
 def twice(rows: Iterable[Row]) -> list[str]:
     """Say so where a seed was run more than once, with other results."""
     return [
-        f"{row.about.title}: seed {seed} was run more than once, with different results; one "
-        "of them counts."
+        f"{row.about.title}: seed {seed} was run more than once, with different results; the "
+        "latest counts."
         for row in rows
         for group in row.groups
         for seed in group.twice

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from capsrun.config import ReproduceConfig
 from capsrun.errors import Stopped, Unfinished, notice
-from capsrun.runs.jobs import Experiments, Job, JobMaker
+from capsrun.runs.jobs import THREADS, Experiments, Job, JobMaker, threads_each
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 # How long a job may take to save when the time is over: until its step, or batch of a test, ends.
 GRACE_SECONDS = 60.0
+# How many jobs are named in a line that is no plan.
+FEW = 5
 
 
 @dataclass
@@ -50,6 +52,7 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     A job that fails does not stop the others. Raises Unfinished, naming them, when some failed,
     UserError for an unknown target, and Stopped, with everything saved, on Ctrl-C.
     """
+    deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
     maker = JobMaker(experiments, config.budget, config.runs_dir, config.device)
     jobs = maker.queue(config.queue.entries)
     left = [job for job in jobs if not job.finished]
@@ -58,7 +61,6 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
         show_plan(jobs, costs, config)
     if config.only_plan or not left:
         return Outcome(waiting=left)
-    deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
     needs_gb = {job: cost.memory_gb for job, cost in costs.items()}
     with stop_requests() as stop:
         outcome = run(left, config.parallel, deadline, stop, needs_gb)
@@ -178,9 +180,8 @@ def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
     """
     print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
     words = [sys.executable, "-m", "capsrun", *job.arguments]
-    threads = max(1, len(os.sched_getaffinity(0)) // beside)
-    shared = {"OMP_NUM_THREADS": str(threads)} if beside > 1 else {}
-    environment = {**shared, **os.environ}
+    shared = {THREADS: str(threads_each(beside))} if beside > 1 else {}
+    environment = {**os.environ, **shared}
     if not quiet:
         return subprocess.Popen(words, process_group=0, env=environment)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -198,8 +199,9 @@ def show_outcome(outcome: Outcome) -> None:
         ("interrupted, to go on next time", outcome.interrupted),
         ("not begun", outcome.waiting),
     ):
-        for job in jobs:
-            print(f"{what}: {job}")
+        if jobs:
+            names = ", ".join(map(str, jobs[:FEW]))
+            print(f"{what}: {names}" + (f" and {len(jobs) - FEW} more" if jobs[FEW:] else ""))
 
 
 def costs_of(
@@ -218,13 +220,13 @@ def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: Reproduc
 
     The times are those of jobs that begin in this order, `parallel` at once.
     """
-    width = max((len(f"{job.budget} {job.experiment}") for job in jobs), default=0)
+    width = max((len(job.name) for job in jobs), default=0)
     if any(job.budget == config.budget.name for job in jobs):
         print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
     head = f"{'takes':<24} finished by" if costs else ""
     print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
     now, ends, latest = datetime.datetime.now(), when_done(jobs, costs, config.parallel), ""
-    for (budget, name), group in itertools.groupby(jobs, key=lambda j: (j.budget, j.experiment)):
+    for name, group in itertools.groupby(jobs, key=lambda job: job.name):
         own = list(group)
         takes = [costs[job] for job in own if job in costs]
         length = sum(cost.seconds for cost in takes)
@@ -232,9 +234,9 @@ def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: Reproduc
         at = now + datetime.timedelta(seconds=last)
         bound = "at most " if any(cost.may_stop_early for cost in takes) else ""
         latest = latest or (bound and " at the latest")
-        shown = f"{bound + duration(length):<24} {at:%a %d %b %H:%M}{latest}" if takes else ""
+        shown = f"{bound + duration(length):<24} {at:%a %d %b %Y %H:%M}{latest}" if takes else ""
         seeds = " ".join(str(job.seed) for job in own)
-        print(f"{budget + ' ' + name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
+        print(f"{name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
     left = [job for job in jobs if not job.finished]
     line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
     if costs:
@@ -250,7 +252,7 @@ def states(jobs: Sequence[Job]) -> str:
     finished = sum(job.finished for job in jobs)
     begun = [job.steps_made() for job in jobs if not job.finished and job.steps_made()]
     parts = [f"{finished} finished"] if finished else []
-    parts += [f"{len(begun)} at step {', '.join(f'{step:,}' for step in begun)}"] if begun else []
+    parts += [f"{len(begun)} past step {', '.join(f'{step:,}' for step in begun)}"] if begun else []
     new = len(jobs) - finished - len(begun)
     return ", ".join(parts + ([f"{new} to run"] if new else []))
 

@@ -262,8 +262,8 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     device = ranks.together(lambda: resolve_device(config.device))
     precision = ranks.from_first(lambda: resolve_precision(config.precision, device))
     dataset = ranks.together(lambda: load_dataset(config.dataset, device))
-    batches = ranks.together(lambda: training_batches(config, dataset, ranks))
     steps = total_steps(config.recipe, dataset.train.epoch_images)
+    batches = ranks.together(lambda: training_batches(config, dataset, steps, ranks))
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     ranks.from_first(folder.make)
     checkpoint = ranks.from_first(folder.unfinished)
@@ -316,11 +316,20 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     )
 
 
-def training_batches(config: TrainConfig, dataset: Dataset, ranks: Ranks) -> TrainingBatches:
+def training_batches(
+    config: TrainConfig, dataset: Dataset, steps: int, ranks: Ranks
+) -> TrainingBatches:
     """A process's share of the batches of a run. Raises UserError for an order they cannot have."""
     recipe = config.recipe
-    share = ranks.share(recipe.batch_size)
-    return TrainingBatches(dataset.train, config.seed, recipe.batch_size, share, recipe.order)
+    share, seen = ranks.share(recipe.batch_size), steps * recipe.batch_size
+    batches = TrainingBatches(dataset.train, config.seed, recipe.batch_size, share, recipe.order)
+    if batches.stored is not None and seen < batches.stored.records:
+        part = len(batches.stored) * seen // batches.stored.records
+        errors.notice(
+            "recipe.order=authors takes a digit's shifts one after another, and so short a run "
+            f"sees no more than about the first {part:,} of {len(batches.stored):,} digits"
+        )
+    return batches
 
 
 def load_optimizer(trainer: Trainer, state: Any, path: Path) -> None:

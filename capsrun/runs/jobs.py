@@ -5,6 +5,7 @@ A job is one experiment with one seed and one budget. Its folder is
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from capsrun.lock import NAME as LOCK
 from capsrun.lock import holder
 from capsrun.reading import parse_json, read_json, read_text
 
+# What says how many threads a program takes.
+THREADS = "OMP_NUM_THREADS"
 GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
 
 
@@ -74,8 +77,13 @@ class Job:
         """Whether it trains a model, and does not only use some."""
         return self.arguments[0] == "train"
 
+    @property
+    def name(self) -> str:
+        """The experiment after its budget, as in the path of its folder."""
+        return "/".join(filter(None, (self.budget, self.experiment)))
+
     def __str__(self) -> str:
-        return f"{self.experiment} seed {self.seed}"
+        return f"{self.name} seed {self.seed}"
 
     def steps_made(self) -> int:
         """How many steps of training were recorded in an interrupted job."""
@@ -94,6 +102,13 @@ class Job:
             with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
                 steps.append(int(read_json(path)["steps"]))
         return sum(steps) / len(steps) if steps else None
+
+
+def threads_each(jobs: int) -> int:
+    """How many threads each of so many jobs has: what the environment says, or its share."""
+    said = os.environ.get(THREADS, "")
+    own = int(said) if re.fullmatch("[1-9][0-9]*", said) else 0
+    return own or max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
 @dataclass(frozen=True)
