@@ -125,7 +125,9 @@ def page(
         "# capsrun: what the paper reports and what was measured",
         "*Dynamic Routing Between Capsules* (Sabour, Frosst, Hinton, NIPS 2017). Test errors in "
         "percent, at the end of training, on all test images (on 100,000 pairs of MultiMNIST); "
-        "± is the standard deviation over seeds. `capsrun report` built this page from "
+        "± is the standard deviation over seeds. The paper does not say of which step its numbers "
+        "are; of the public ones a column has the lowest, and a mean of the last few tests counts "
+        "as the last step. `capsrun report` built this page from "
         f"{len(results)} `result.json` files ({made}). A number stands in a row of the paper "
         "only if its network, images and loss are those of the row, and results whose settings "
         "differ are never averaged. What capsrun found is what the last step gave; what choosing "
@@ -312,18 +314,19 @@ def missing(rows: Sequence[Row], experiments: Experiments) -> list[str]:
     for row in (row for group in groups for row in of_group(group, rows)):
         if not row.missing or row.about.command is None:
             continue
-        seconds = seconds_at_full_length(row, by_name, experiments)
+        seconds, measured = seconds_at_full_length(row, by_name, experiments), row.about.measured
+        on = f" ({measured.device}, {measured.date})" if measured else ""
         lines.append(
             [
                 row.label,
                 f"{row.missing} of {row.asked}",
                 f"`capsrun reproduce targets=[{row.name}] budget=full`",
-                duration(seconds) if seconds else "",
+                duration(seconds) + on if seconds else "",
             ]
         )
     if not lines:
         return ["Nothing."]
-    header = ("at full length", "seeds missing", "command", "a seed takes about, on two CPU cores")
+    header = ("at full length", "seeds missing", "command", "a seed takes about")
     return [table(header, lines), "`make reproduce BUDGET=full` runs all of them."]
 
 
