@@ -323,9 +323,9 @@ def training_batches(
     recipe = config.recipe
     share, seen = ranks.share(recipe.batch_size), steps * recipe.batch_size
     batches = TrainingBatches(dataset.train, config.seed, recipe.batch_size, share, recipe.order)
-    if batches.stored is not None and seen < batches.stored.records:
+    if ranks.first and batches.stored is not None and seen < batches.stored.records:
         part = len(batches.stored) * seen // batches.stored.records
-        errors.notice(
+        errors.remark(
             "recipe.order=authors takes a digit's shifts one after another, and so short a run "
             f"sees no more than about the first {part:,} of {len(batches.stored):,} digits"
         )
