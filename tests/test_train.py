@@ -225,6 +225,27 @@ def test_patience_needs_held_out_images():
         train_config("stop.every_steps=3")
 
 
+def test_a_stop_is_looked_at_when_the_model_is_tested():
+    words = ["stop.accuracy_percent=99", "recipe.batch_size=100"]
+    assert train_config(*words).evaluation_steps(1_000) == 10
+    words.append("record.evaluate_every_steps=7")
+    assert train_config(*words).evaluation_steps(1_000) == 7
+    assert train_config(*words, "stop.every_steps=3").evaluation_steps(1_000) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("recipe.average=1", "below 1"),
+        ("recipe.average=0", "above 0"),
+        ("recipe.adam_beta2=1", "below 1"),
+    ],
+)
+def test_an_average_that_would_never_move_is_refused(word, reason):
+    with pytest.raises(UserError, match=reason):
+        train_config(word)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     overrides = ["train", *TINY, "recipe.steps=100000", "name=long"]
     process = subprocess.Popen(
