@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -64,6 +65,12 @@ def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
         timeout=300,
         check=False,
     )
+
+
+def has_logged(run_dir: Path) -> bool:
+    """Whether a run is training: its first line of metrics is there before that."""
+    file = run_dir / "metrics.jsonl"
+    return file.exists() and any("loss/total" in json.loads(line) for line in file.open())
 
 
 @contextlib.contextmanager

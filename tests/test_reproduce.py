@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST_DIR, REPOSITORY, TINY, run_capsrun, train_config
+from conftest import MNIST_DIR, REPOSITORY, TINY, has_logged, run_capsrun, train_config
 
 from capsrun import cli
 from capsrun.bench import estimate
@@ -440,14 +440,14 @@ def test_a_closed_terminal_ends_and_saves_what_runs(in_tmp):
     words = ["reproduce", "budget=smoke", budget_of(*small, "recipe.steps=3000"), "timing=false"]
     command = [sys.executable, "-m", "capsrun", *words, "targets=table1_mnist_1", "seeds=0"]
     process = subprocess.Popen(command, cwd=in_tmp)
-    metrics = in_tmp / "runs/smoke/table1_mnist_1/seed0/metrics.jsonl"
+    run_dir = in_tmp / "runs/smoke/table1_mnist_1/seed0"
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    while not has_logged(run_dir) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 128 + signal.SIGHUP
-    assert (metrics.parent / "checkpoint.pt").exists()
-    assert not (metrics.parent / "result.json").exists()
+    assert (run_dir / "checkpoint.pt").exists()
+    assert not (run_dir / "result.json").exists()
 
 
 def test_the_plan_of_the_gpu_queue_is_in_order_of_value(in_tmp):

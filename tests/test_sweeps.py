@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY, run_capsrun
+from conftest import REPOSITORY, TINY, has_logged, run_capsrun
 
 from capsrun import cli
 from capsrun.errors import Stopped, Unfinished, UserError
@@ -373,7 +373,7 @@ def check_stop(cwd: Path, number: int, *launcher: str, **environment: str) -> No
     )
     runs = [cwd / "runs" / "long" / f"seed{seed}" for seed in (0, 1)]
     limit = time.monotonic() + 240
-    while not all(metrics_written(run) for run in runs):
+    while not all(has_logged(run) for run in runs):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < limit
         time.sleep(0.2)
@@ -398,11 +398,6 @@ def check_stop(cwd: Path, number: int, *launcher: str, **environment: str) -> No
     for run in runs:
         assert (run / "checkpoint.pt").exists(), "it saved only because it was asked to"
     assert not (cwd / "runs" / "long" / "seed2" / "config.yaml").exists()
-
-
-def metrics_written(run: Path) -> bool:
-    file = run / "metrics.jsonl"
-    return file.exists() and any("loss/total" in json.loads(line) for line in file.open())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, run_capsrun, train_config
+from conftest import TINY, has_logged, run_capsrun, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from capsrun.cli import main
@@ -254,9 +254,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics_file = in_tmp / "runs" / "long" / "seed0" / "metrics.jsonl"
+    run_dir = in_tmp / "runs" / "long" / "seed0"
     deadline = time.monotonic() + 120
-    while not (metrics_file.exists() and "step" in metrics_file.read_text()):
+    while not has_logged(run_dir):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -266,7 +266,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(in_tmp):
     assert "Traceback" not in errors
     assert "stopping after this step" in errors
     assert "capsrun train dataset=mnist5k" in errors.splitlines()[-1]
-    step = read_checkpoint(metrics_file.parent / "checkpoint.pt")["step"]
+    step = read_checkpoint(run_dir / "checkpoint.pt")["step"]
     assert f"after step {step:,} of 100,000" in errors
 
 
