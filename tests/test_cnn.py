@@ -5,6 +5,7 @@ import torch
 from conftest import train_config
 from torch.nn import functional as F
 
+from capsrun.cli import configs_dir
 from capsrun.commands.train import train
 from capsrun.config import CrossEntropyConfig
 from capsrun.data import load_dataset
@@ -22,6 +23,7 @@ SMALL = ["model.channels=[8,8]", "model.kernels_px=[5,5]", "model.pools_px=[2,2]
 SMALL += ["model.hidden=[32,16]", "recipe.batch_size=16", "recipe.epochs=null", "recipe.steps=12"]
 SMALL += ["record.log_every_steps=2", "record.evaluate_every_steps=8"]
 FROM_5K = "dataset.source=mnist5k"
+CNNS = sorted(path.stem for path in (configs_dir() / "model").glob("cnn_*.yaml"))
 
 
 def build(*overrides):
@@ -219,6 +221,15 @@ def test_dropout_changes_what_training_sees():
 
 
 # Runs
+
+
+@pytest.mark.parametrize("recipe", ["quick", "sixty", "authors", "multimnist", "affnist"])
+@pytest.mark.parametrize("name", CNNS)
+def test_a_cnn_has_the_rate_of_the_authors_whatever_the_recipe(name, recipe):
+    words = [f"recipe={recipe}", f"model={name}"]
+    assert train_config(*words).recipe.learning_rate == 0.001
+    assert train_config(*reversed(words)).recipe.learning_rate == 0.001
+    assert train_config(*words, "recipe.learning_rate=0.003").recipe.learning_rate == 0.003
 
 
 @pytest.mark.parametrize("name", ["cnn_baseline", "cnn_authors", "cnn_affnist"])
