@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from capsrun.errors import UserError
 from capsrun.models.routing import route
 from capsrun.runs.jobs import GROUPS, Job, JobMaker, threads_each
 from capsrun.runs.progress import StopRequest
+from capsrun.training.step import learning_rate
 
 EXPERIMENTS = cli.Experiments()
 NAMES = EXPERIMENTS.names()
@@ -490,6 +492,11 @@ def test_every_run_of_the_cpu_queue_composes():
     pairs = trained[Path("runs/five_hours/table1_multimnist_baseline/seed0")]
     assert (pairs.recipe.name, pairs.recipe.steps) == ("quick", 2200)
     assert pairs.loss.name == "sigmoid_cross_entropy"
+    # The baseline's rate and its end are those of the CapsNets that it is compared with.
+    capsules = trained[Path("runs/five_hours/table1_multimnist_3_reconstruction/seed0")]
+    for step in (0, 1500, 2199):
+        rates = [learning_rate(run.recipe, step, 2200) for run in (pairs, capsules)]
+        assert rates[0] == rates[1]
     assert trained[Path("runs/full/padded_capsnet/seed0")].stop.accuracy_percent == 99.23
 
 
@@ -530,7 +537,7 @@ def test_the_plan_says_when_what_will_be_finished(capsys):
     plan = from_dict(ReproduceConfig, cli.compose("reproduce", ["minutes=120"]))
     before = datetime.datetime.now()
     costs = {jobs[0]: Cost(3600, 1), jobs[1]: Cost(7200, 1)}
-    reproduce.show_plan(jobs, costs, plan)
+    reproduce.show_plan(jobs, costs, plan, deadline=time.monotonic() + 7200)
     said = capsys.readouterr().out
     assert "the rest takes about 3 h" in said
     for line, hours in zip(said.splitlines()[2:4], (1, 3)):
@@ -543,8 +550,10 @@ def test_the_plan_says_when_what_will_be_finished(capsys):
     ends = reproduce.when_done([*jobs, third], {**costs, third: Cost(60, 1)}, 2)
     assert ends[third] == 7260
     # From a run that may stop early on, the times are bounds.
-    reproduce.show_plan(jobs, {**costs, jobs[0]: Cost(3600, 1, may_stop_early=True)}, plan)
+    late = {**costs, jobs[0]: Cost(3600, 1, may_stop_early=True)}
+    reproduce.show_plan(jobs, late, plan, deadline=time.monotonic() + 3000)
     said = capsys.readouterr().out
+    assert "in 120 minutes: nothing" in said, "timing the networks took what is missing"
     assert said.count("at the latest") == 2
     assert "at most 1 h" in said
     assert "the rest takes at most 3 h" in said
@@ -562,6 +571,14 @@ def test_together_jobs_get_no_more_memory_than_there_is(tmp_path, python_jobs, m
     huge = fake(tmp_path, "huge", "done()")
     assert reproduce.run([huge], 3, None, StopRequest(), {huge: 99.0}).finished == [huge]
     assert set(python_jobs.values()) == {1}, "what runs alone has all cores"
+    # What others have taken since the start is not there any more.
+    left = itertools.chain([99.0], itertools.repeat(2.0))
+    monkeypatch.setattr(reproduce, "available_memory_gb", lambda: next(left))
+    later = [fake(tmp_path, f"later{k}", alone) for k in range(2)]
+    assert (
+        len(reproduce.run(later, 2, None, StopRequest(), dict.fromkeys(later, 3.0)).finished) == 2
+    )
+    monkeypatch.setattr(reproduce, "available_memory_gb", lambda: 5.0)
     # Each of these waits until all are there.
     together = "open(str(os.getpid()) + '.here', 'w').close()\n"
     together += (

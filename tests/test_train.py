@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
+from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.runs import progress, record
 from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
+from capsrun.training.distributed import Ranks
 
 # Numbers that tell of the machine and the clock, not of the computation.
 # The same in two runs by chance only; the date too, around midnight.
@@ -171,7 +173,21 @@ def test_the_order_and_the_average_are_resumed_bit_for_bit_too(tmp_path, monkeyp
     assert {"test", "test_averaged"} == result["scores"].keys()
     assert result["scores"]["test"]["errors"] == result["errors"]
     # 12 steps of 16 images, 25 of a digit.
-    assert capsys.readouterr().err.count("the first 7 of 4,000 digits") == 4  # runs begun
+    said = capsys.readouterr().err
+    assert said.count("the first 7 of 4,000 digits") == 4  # runs begun
+    assert "before step 6,250 has not seen all digits" in said
+
+
+def test_a_run_in_the_authors_order_that_may_stop_is_told_what_it_may_miss(capsys):
+    config = train_config("dataset=mnist5k", "recipe.order=authors", "recipe.batch_size=100")
+    dataset = load_dataset(config.dataset, torch.device("cpu"))
+    train_command.training_batches(config, dataset, 1000, Ranks())
+    assert not capsys.readouterr().err
+    config.stop.accuracy_percent = 99.0
+    train_command.training_batches(config, dataset, 1000, Ranks())
+    said = capsys.readouterr().err
+    assert "ends before step 1,000 has not seen all digits" in said
+    assert "about the first" not in said
 
 
 def test_without_averaged_weights_there_are_none(tiny_run):
@@ -179,8 +195,12 @@ def test_without_averaged_weights_there_are_none(tiny_run):
         load_checkpoint(tiny_run, averaged=True)
 
 
-def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(tmp_path):
-    config = train_config("dataset=multimnist", "dataset.source=mnist5k", "recipe.order=authors")
+@pytest.mark.parametrize(
+    "data",
+    [["dataset=multimnist", "dataset.source=mnist5k"], ["dataset=mnist5k", "dataset.contrast=0.8"]],
+)
+def test_an_order_that_images_cannot_have_is_refused_before_anything_is_written(data, tmp_path):
+    config = train_config(*data, "recipe.order=authors")
     with pytest.raises(UserError, match=r"recipe\.order=authors needs single images"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -326,6 +346,10 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(tiny_run):
 def test_where_and_how_often_may_differ(tiny_run, monkeypatch):
     config = train_config(*TINY, "name=run", "record.log_every_steps=7", "device=cpu")
     train(config, tiny_run)
+    # Its test errors are compared with each other, so they are of the same images.
+    config = train_config(*TINY, "name=run", "record.evaluate_images=7")
+    with pytest.raises(UserError, match=r"record\.evaluate_images"):
+        train(config, tiny_run)
 
 
 def test_results_without_a_configuration_are_not_taken_for_this_run(tiny_run, tmp_path):

@@ -58,7 +58,7 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     left = [job for job in jobs if not job.finished]
     costs = costs_of(left, config, experiments) if config.timing else {}
     if len(jobs) > 1 or config.timing or config.only_plan:
-        show_plan(jobs, costs, config)
+        show_plan(jobs, costs, config, deadline)
     if config.only_plan or not left:
         return Outcome(waiting=left)
     needs_gb = {job: cost.memory_gb for job, cost in costs.items()}
@@ -83,7 +83,7 @@ def run(
     """Run jobs in order, as many at once as `parallel` says, each when those it needs are done.
 
     needs_gb: the memory that each takes, where it is known: together they get no more than there is
-    now, and a job that is too large for that runs alone.
+    now, nor is one begun beside others when less is left; a job that is too large runs alone.
     """
     free_gb = available_memory_gb()
     outcome, running = Outcome(waiting=list(jobs)), dict[Job, subprocess.Popen]()
@@ -98,7 +98,8 @@ def run(
             together = list(running)
             while ready and len(together) < parallel and not (stop.asked or late):
                 held_gb = sum(needs_gb.get(job, 0) for job in [*together, ready[0]])
-                if together and held_gb > free_gb:
+                lacks = needs_gb.get(ready[0], 0) > available_memory_gb()
+                if together and (lacks or held_gb > free_gb):
                     break
                 together.append(ready.pop(0))
             for job in together[len(running) :]:
@@ -215,7 +216,12 @@ def costs_of(
     return job_costs(jobs, experiments, config.device, config.parallel)
 
 
-def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: ReproduceConfig) -> None:
+def show_plan(
+    jobs: Sequence[Job],
+    costs: "Mapping[Job, Cost]",
+    config: ReproduceConfig,
+    deadline: float | None,
+) -> None:
     """Print a line for each experiment, how long all takes, and what fits into the minutes.
 
     The times are those of jobs that begin in this order, `parallel` at once.
@@ -243,8 +249,9 @@ def show_plan(jobs: Sequence[Job], costs: "Mapping[Job, Cost]", config: Reproduc
         total = duration(max(ends.values()))
         line += f"; the rest takes {'at most' if latest else 'about'} {total}"
     print(line)
-    if costs and config.minutes is not None:
-        print(f"expected to finish in {config.minutes:g} minutes: {fitting(ends, config)}")
+    if costs and deadline is not None:
+        fit = fitting(ends, deadline - time.monotonic())
+        print(f"expected to finish in {config.minutes:g} minutes: {fit}")
 
 
 def states(jobs: Sequence[Job]) -> str:
@@ -271,8 +278,7 @@ def when_done(jobs: Iterable[Job], costs: "Mapping[Job, Cost]", parallel: int) -
     return ends
 
 
-def fitting(ends: Mapping[Job, float], config: ReproduceConfig) -> str:
+def fitting(ends: Mapping[Job, float], seconds_left: float) -> str:
     """The jobs that will be finished in time."""
-    assert config.minutes is not None
-    names = [str(job) for job, seconds in ends.items() if seconds <= 60 * config.minutes]
+    names = [str(job) for job, seconds in ends.items() if seconds <= seconds_left]
     return ", ".join(names) or "nothing, but what is begun goes on next time"

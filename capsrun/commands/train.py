@@ -321,14 +321,18 @@ def training_batches(
 ) -> TrainingBatches:
     """A process's share of the batches of a run. Raises UserError for an order they cannot have."""
     recipe = config.recipe
-    share, seen = ranks.share(recipe.batch_size), steps * recipe.batch_size
+    share = ranks.share(recipe.batch_size)
     batches = TrainingBatches(dataset.train, config.seed, recipe.batch_size, share, recipe.order)
-    if ranks.first and batches.stored is not None and seen < batches.stored.records:
-        part = len(batches.stored) * seen // batches.stored.records
-        errors.remark(
-            "recipe.order=authors takes a digit's shifts one after another, and so short a run "
-            f"sees no more than about the first {part:,} of {len(batches.stored):,} digits"
-        )
+    if ranks.first and batches.stored is not None:
+        digits, pass_steps = len(batches.stored), batches.stored.records / recipe.batch_size
+        if steps < pass_steps or config.stop.asked:
+            part = int(digits * steps / pass_steps)
+            short = f"after {steps:,} steps these are about the first {part:,} of {digits:,} digits"
+            errors.remark(
+                "recipe.order=authors takes a digit's shifts one after another, and a run that "
+                f"ends before step {math.ceil(pass_steps):,} has not seen all digits"
+                + (f"; {short}" if part < digits else "")
+            )
     return batches
 
 

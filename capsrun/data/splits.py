@@ -87,14 +87,14 @@ class TrainingBatches:
     share: slice = field(default_factory=lambda: slice(None))
     """Which images of a batch are made here, the others being made by other processes."""
     order: str = "uniform"
-    """`authors`: each image at each shift, as a queue gives them; of `StoredImages` only."""
+    """`authors`: each image at each shift, as a queue gives them; see `queue_order`."""
 
     def __post_init__(self) -> None:
         """Raises UserError for an order that these images cannot have."""
-        if self.order == "authors" and self.stored is None:
+        if self.order == "authors" and (self.stored is None or varies(self.stored.config)):
             raise UserError(
                 "recipe.order=authors needs single images that are moved by every shift in turn, "
-                "which these are not; leave it out"
+                "and not changed otherwise, which these are not; leave it out"
             )
 
     @property
@@ -119,8 +119,10 @@ class TrainingBatches:
 
     def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
         """Make one batch of what `draw` returned, without any work or waiting on the host."""
-        make = self.images.training_batch if self.stored is None else self.stored.record_batch
-        batch = make(indices_B, positions_B, self.seed)
+        if self.stored is not None:
+            batch = self.stored.record_batch(indices_B)
+        else:
+            batch = self.images.training_batch(indices_B, positions_B, self.seed)
         return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
 
 
@@ -176,16 +178,15 @@ class StoredImages(TrainingSplit):
         """How many shifts there are along an axis."""
         return 2 * self.config.shift_px + 1
 
-    def record_batch(self, records_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
-        """Some records, changed at random in what is not recorded; see `training_batch`.
+    def record_batch(self, records_B: Tensor) -> Batch:
+        """Some records of the authors' file.
 
         An image's records are its shifts, row by row; the images are in the order of the file.
         """
         indices_B, places_B = records_B // self._side**2, records_B % self._side**2
         rows_and_columns = [places_B // self._side, places_B % self._side]
         moves_B2 = torch.stack(rows_and_columns, dim=1) - self.config.shift_px
-        pixels_BCHW = self._moved(indices_B, moves_B2)
-        return self._as_batch(vary(pixels_BCHW, positions_B, seed, self.config), indices_B)
+        return self._as_batch(self._moved(indices_B, moves_B2), indices_B)
 
     def _moved(self, indices_B: Tensor, moves_B2: Tensor) -> Tensor:
         images_BCHW = self.images_NCHW[indices_B]
@@ -198,12 +199,17 @@ class StoredImages(TrainingSplit):
         return Batch(seen_BCHW, self.labels(indices_B), targets_BTCHW)
 
 
+def varies(config: DatasetConfig) -> bool:
+    """Whether training images are changed at random in more than their place."""
+    return bool(config.flip or config.brightness or config.contrast)
+
+
 def vary(pixels_BCHW: Tensor, positions_B: Tensor, seed: int, config: DatasetConfig) -> Tensor:
     """Mirror images, make them lighter or darker, and change their contrast, as `config` says.
 
     The contrast is that about the mean of each channel. Pixels may leave [0, 1].
     """
-    if not (config.flip or config.brightness or config.contrast):
+    if not varies(config):
         return pixels_BCHW
     counters_B3 = positions_B[:, None] * 3 + torch.arange(3, device=positions_B.device)
     draws_B3111 = random_unit(counters_B3, seed, LIGHT)[..., None, None, None]
