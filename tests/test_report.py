@@ -23,6 +23,7 @@ from capsrun.errors import UserError
 from capsrun.runs import questions
 from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.runs.page import to_html
+from capsrun.runs.plots import error_by_iterations
 from capsrun.runs.results import best_on_test, find_results, grouped, standard_error
 from capsrun.runs.tables import SUMMARY, measured, summary_lines, table, verdict
 from capsrun.training.metrics import score_split
@@ -210,6 +211,15 @@ def test_kinds_of_published_numbers_are_kept_apart():
     assert shown["public, last step"] == "0.347 ± 0.021"
     assert shown["public, best on test"] == "0.26 (1 run)"
     assert shown["public, step not said"] == "0.27 (1 run)"
+
+
+def test_a_long_title_stays_within_its_picture():
+    words = "capsnet_small, 2.1 M parameters, 14,063 steps (30 epochs), recipe sixty, rate 0.004"
+    figure = error_by_iterations({1: [0.5, 0.6], 3: [0.4]}, words)
+    figure.draw_without_rendering()
+    title = figure.axes[0].title.get_window_extent()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.width
+    assert title.y1 <= figure.bbox.height
 
 
 def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):

@@ -157,7 +157,7 @@ def error_by_iterations(points: Mapping[int, Sequence[float]], title: str) -> Fi
     axes.errorbar(iterations, means, deviations, marker="s", capsize=4, color=COLOURS[0])
     axes.set_xticks(iterations)
     _finish(axes, "routing iterations", "test error %")
-    axes.set_title(title, fontsize=FONT_SIZE)
+    axes.set_title(title, fontsize=FONT_SIZE, wrap=True)
     figure.tight_layout()
     return figure
 
