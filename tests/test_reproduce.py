@@ -575,9 +575,8 @@ def test_together_jobs_get_no_more_memory_than_there_is(tmp_path, python_jobs, m
     left = itertools.chain([99.0], itertools.repeat(2.0))
     monkeypatch.setattr(reproduce, "available_memory_gb", lambda: next(left))
     later = [fake(tmp_path, f"later{k}", alone) for k in range(2)]
-    assert (
-        len(reproduce.run(later, 2, None, StopRequest(), dict.fromkeys(later, 3.0)).finished) == 2
-    )
+    needs = dict.fromkeys(later, 3.0)
+    assert len(reproduce.run(later, 2, None, StopRequest(), needs).finished) == 2
     monkeypatch.setattr(reproduce, "available_memory_gb", lambda: 5.0)
     # Each of these waits until all are there.
     together = "open(str(os.getpid()) + '.here', 'w').close()\n"

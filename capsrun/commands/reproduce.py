@@ -98,8 +98,8 @@ def run(
             together = list(running)
             while ready and len(together) < parallel and not (stop.asked or late):
                 held_gb = sum(needs_gb.get(job, 0) for job in [*together, ready[0]])
-                lacks = needs_gb.get(ready[0], 0) > available_memory_gb()
-                if together and (lacks or held_gb > free_gb):
+                own_gb = needs_gb.get(ready[0], 0)
+                if together and (held_gb > free_gb or own_gb > available_memory_gb()):
                     break
                 together.append(ready.pop(0))
             for job in together[len(running) :]:
