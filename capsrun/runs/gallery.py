@@ -139,7 +139,8 @@ def logit_changes(row: Row, group: Group, by_name: Any, pictures: Pictures) -> l
     if not seeds:
         return []
     drawn = pictures.draw(row.name, plots.routing_changes(seeds), row.about.title)
-    return [f"CapsNet, {length(row, group)}, mean over {len(seeds)} seed(s).", drawn]
+    mean = "one seed" if len(seeds) == 1 else f"mean over {len(seeds)} seeds"
+    return [f"CapsNet, {length(row, group)}, {mean}.", drawn]
 
 
 def losses(row: Row, group: Group, by_name: dict[str, Row], pictures: Pictures) -> list[str]:
