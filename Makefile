@@ -13,7 +13,7 @@ GROUPS := table1 multimnist affnist section7 figures ablations
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all fuzz audit lint \
+.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all audit lint \
   format clean
 
 help: ## list the targets
@@ -95,11 +95,8 @@ test: $(INSTALLED) ## run the tests that need minutes and no GPU
 test-all: $(SWEEPS) ## run every test that this machine can run, the slow ones too
 	$(PYTEST) -m "not gpu"
 
-fuzz: $(INSTALLED) ## fuzz the parsers, SECONDS=60 each, PARSERS="zip idx" or all; findings: fuzz/
-	$(BIN)/python scripts/fuzz.py --seconds $(or $(SECONDS),60) $(PARSERS)
-
-audit: $(INSTALLED) ## check the dependencies: pins, bounds, known vulnerabilities where they can be asked for
-	$(BIN)/python scripts/audit.py
+audit: $(INSTALLED) ## check the pinned dependencies for known vulnerabilities (needs the network)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps
 
 lint: $(INSTALLED) ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .

@@ -11,32 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from capsrun.compose import FLAGS, OFFERED, OPTIONS, group_choices, setting_names, setting_values
 from capsrun.errors import UserError, did_you_mean
 
 SHELLS = ("bash", "zsh", "fish")
 ACTIONS = ("install", "uninstall", *SHELLS)
 # What the shells' scripts call; it is for nobody else.
 WORDS = "words"
-# Options of Hydra, with the values that some have.
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "--help": (),
-    "--hydra-help": (),
-    "--version": (),
-    "--cfg": ("job", "hydra", "all"),
-    "--resolve": (),
-    "--package": (),
-    "--run": (),
-    "--multirun": (),
-    "--shell-completion": (),
-    "--config-path": (),
-    "--config-name": (),
-    "--config-dir": (),
-    "--experimental-rerun": (),
-    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-}
-SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i")
-# Those that are of use here.
-OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--info")
 # Settings that are paths, by the last part of their names, with the endings of the files that fit.
 PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".pt",),
@@ -115,7 +96,7 @@ def candidates(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
     """The words that the last of `words` can become; see `goes_on`."""
     *before, word = words
     if not before:
-        possible = [*vocabulary.commands, "completion", "--help", "--version"]
+        possible = [*vocabulary.commands, "--help", "--version"]
     elif before[0] == "completion":
         possible = completion_words(before[1:])
     elif before[0] not in vocabulary.commands:
@@ -349,8 +330,12 @@ Lets the Tab key complete commands, settings, their choices and paths.
   capsrun completion bash        print the script, to be put where you like (so zsh, fish)"""
 
 
-def run(arguments: Sequence[str], vocabulary: Vocabulary) -> None:
-    """`capsrun completion …`. Raises UserError for words that it does not know."""
+def main(arguments: Sequence[str], commands: Sequence[str]) -> None:
+    """`capsrun completion …`. Raises UserError for words that it does not know.
+
+    commands: what can follow `capsrun`.
+    """
+    vocabulary = Vocabulary(commands, FLAGS, group_choices, setting_names, setting_values)
     action, *rest = arguments or ["--help"]
     if action == WORDS:
         try:

@@ -1,29 +1,12 @@
 """Every setting's name, type, unit and allowed range. The values live in `configs/`, not here.
 
-A field's `setting(...)` says what is allowed; `from_dict` turns plain data (a composed YAML file, a
-checkpoint's `config`) into these dataclasses and refuses what is missing, unknown, of the wrong
-type or out of range.
+A field's `setting(...)` says what is allowed; `settings.from_dict` makes these of plain data.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Any, TypeVar, get_args
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
-
-from capsrun.errors import UserError, did_you_mean
-from capsrun.reading import check_plain
-
-Config = TypeVar("Config")
+from typing import Any
 
 
 def setting(
@@ -254,11 +237,12 @@ class TrainConfig:
 class CheckpointConfig:
     """What every command needs that uses a trained model."""
 
-    checkpoint: str
-    """A checkpoint file, or the folder of a run."""
+    checkpoint: str | None
+    """A file, or a run's folder; None: that of the run which train makes for `dataset`."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Picks the run whose checkpoint is the default."""
     runs_dir: str
+    dataset: DatasetConfig
 
 
 @dataclass(kw_only=True)
@@ -283,7 +267,6 @@ class EvalConfig(CheckpointConfig):
     """How many hits, and at most how many failures, are drawn."""
     routing_images: list[int] = setting(minimum=0)
     """The images of the split whose routing is drawn, where the model has one."""
-    dataset: DatasetConfig
 
 
 @dataclass(kw_only=True)
@@ -308,7 +291,6 @@ class PerturbConfig(CheckpointConfig):
     out_dir: str | None
     device: str = setting(choices=("auto", "cpu", "cuda"))
     perturb: SweepConfig
-    dataset: DatasetConfig
 
 
 @dataclass(kw_only=True)
@@ -333,7 +315,6 @@ class ExploreConfig(CheckpointConfig):
     """The file to write; None: in the run's folder, see `output_folder`."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
     explore: ExploreSettings
-    dataset: DatasetConfig
 
 
 @dataclass(kw_only=True)
@@ -342,8 +323,6 @@ class ExportConfig(CheckpointConfig):
 
     out_dir: str | None
     format: str = setting(choices=("onnx", "torch", "all"))
-    dataset: DatasetConfig
-    """Of it only what tells which run's checkpoint is the default."""
 
 
 @dataclass(kw_only=True)
@@ -357,16 +336,6 @@ class DataConfig:
     statistics_images: int = setting(minimum=1)
     """How many images of each split the statistics are taken from."""
     dataset: DatasetConfig
-
-
-@dataclass(kw_only=True)
-class ListConfig:
-    """Everything that `capsrun list` needs. Values: `configs/list.yaml`."""
-
-    runs_dir: str
-    name: str | None
-    """Only runs whose folder has this in its name; None: all."""
-    json: bool
 
 
 @dataclass(kw_only=True)
@@ -390,350 +359,3 @@ class BenchConfig:
     routing: RoutingConfig | None
     loss: LossConfig
     recipe: RecipeConfig
-
-
-@dataclass(kw_only=True)
-class BudgetConfig:
-    """How long the experiments are made to run. Values: `configs/budget/`."""
-
-    name: str
-    train: list[str]
-    """Overrides of `capsrun train`."""
-    eval: list[str]
-    """Overrides of `capsrun eval`."""
-    stand_ins: dict[str, list[str]]
-    """Overrides that take a smaller data set in place of one, by its name."""
-    members: int = setting(minimum=1)
-    """How many models an ensemble has at most."""
-    seeds: list[int] = setting(minimum=0)
-    """The seeds to run if none are said."""
-
-
-@dataclass(kw_only=True)
-class QueueEntry:
-    """Some experiments, each with some seeds."""
-
-    targets: list[str]
-    seeds: list[int] = setting(minimum=0)
-    length: str | None = None
-    """Name of the folder of its runs, in place of the budget's; None: as long as that says."""
-    train: list[str] = dataclasses.field(default_factory=list)
-    """Overrides of `capsrun train`, in place of the budget's; only with a length of its own."""
-
-
-@dataclass(kw_only=True)
-class QueueConfig:
-    """What to run, in this order. Values: `configs/queue/`."""
-
-    entries: list[QueueEntry]
-
-
-@dataclass(kw_only=True)
-class ReproduceConfig:
-    """Everything that `capsrun reproduce` needs. Values: `configs/reproduce.yaml`."""
-
-    targets: list[str]
-    seeds: list[int] = setting(minimum=0)
-    budget: BudgetConfig
-    queue: QueueConfig
-    only_plan: bool
-    timing: bool
-    minutes: float | None = setting(above=0)
-    parallel: int = setting(minimum=1)
-    runs_dir: str
-    device: str = setting(choices=("auto", "cpu", "cuda"))
-
-
-@dataclass(kw_only=True)
-class ReportConfig:
-    """Everything that `capsrun report` needs. Values: `configs/report.yaml`."""
-
-    sources: list[str]
-    runs_dir: str
-    out_dir: str
-    keep: str | None
-
-
-@dataclass(kw_only=True)
-class Published:
-    """A number that somebody reports."""
-
-    error_percent: float = setting(minimum=0, maximum=100)
-    spread: float | None = setting(minimum=0)
-    """Standard deviation over trials, in points."""
-    trials: int | None = setting(minimum=1)
-    chosen: str = setting(choices=("last", "best_on_test", "unknown"))
-    """Whether it is of the last step, or the best of several tests on the test images."""
-    source: str
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """How long an experiment's command took when it was last timed."""
-
-    seconds: float = setting(above=0)
-    per: str = setting(choices=("step", "image", "run"))
-    """Of training, of testing, or the whole command."""
-    device: str
-    date: str
-
-
-@dataclass(kw_only=True)
-class ExperimentConfig:
-    """What `configs/experiment/*.yaml` says beside the settings of a run."""
-
-    group: str = setting(
-        choices=("table1", "multimnist", "affnist", "section7", "figures", "ablations")
-    )
-    title: str
-    command: str | None
-    """`train`, or what is done with the runs that it uses; None: they are all that it needs."""
-    uses: list[str]
-    """The experiments whose runs it needs."""
-    models: int = setting(minimum=1)
-    """How many models, of as many seeds, are tested together; 1: no ensemble."""
-    smoke: list[str]
-    """Overrides of `capsrun train` that only the budget `smoke` needs."""
-    paper: Published | None
-    public: list[Published]
-    """Public re-implementations."""
-    note: str | None
-    measured: Measured | None
-
-
-# Settings that came later, with the values that everything before them had.
-LATER_SETTINGS: dict[str, Any] = {
-    "compile": True,
-    "deterministic": False,
-    "dataset": {
-        "trained_by": "capsnet-quick",
-        "digits": 1,
-        "source": None,
-        "test": "all",
-        "flip": False,
-        "brightness": 0.0,
-        "contrast": 0.0,
-        "standardise": False,
-    },
-    "model": {"padding": "valid"},
-    "recipe": {"order": "uniform", "decay_shape": "exponential", "average": None},
-    "record": {
-        "evaluate_images": 10_000,
-        "tensorboard_points": 2000,
-        "tensorboard_pictures": 20,
-    },
-    "stop": {"accuracy_percent": None, "on": "test", "patience": None, "every_steps": None},
-}
-
-
-def with_later_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A training configuration as an older capsrun saved it, with what it lacks."""
-    completed = {**values}
-    for key, later in LATER_SETTINGS.items():
-        if isinstance(later, Mapping) and isinstance(completed.get(key, {}), Mapping):
-            later = {**later, **completed.get(key, {})}
-        elif key in completed:
-            continue
-        completed[key] = later
-    return completed
-
-
-# Settings that a configuration may have; those of a run are about 60.
-MOST_VALUES = 10_000
-
-
-def from_dict(schema: type[Config], values: Any) -> Config:
-    """Turn plain nested data (a dict or an OmegaConf node) into `schema`, checked.
-
-    Raises UserError for a missing or unknown key, a wrong type, or a value out of range.
-    """
-    try:
-        if not OmegaConf.is_config(values):  # what is composed is plain already
-            _check_stored(values)
-        merged = OmegaConf.merge(_structured(schema, values), values)
-        config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(describe_config_error(error)) from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"this is not a configuration: {error}") from error
-    check_ranges(config)
-    if isinstance(config, TrainConfig):
-        _check_training(config)
-    return config
-
-
-def _check_stored(values: Any) -> None:
-    """Raise ValueError for values from a file that no run can have stored there."""
-    check_plain(values, MOST_VALUES)
-    pending = [values]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending += value.values()
-        elif isinstance(value, list | tuple):
-            pending += value
-        elif isinstance(value, str) and "${" in value:  # it could ask for environment variables
-            raise ValueError(f"it holds {value!r}, whose value is elsewhere")
-
-
-def _structured(schema: type, values: Any) -> Any:
-    """An empty `schema` with the kind of model and of loss that the values are about."""
-    node = OmegaConf.structured(schema)
-    names = {field.name for field in dataclasses.fields(schema)}
-    given = OmegaConf.create(values) if isinstance(values, dict) else values
-    if not isinstance(given, DictConfig):
-        return node  # merging will say what is wrong
-    if "model" in names:
-        is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
-        node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
-    if "loss" in names:
-        by_entropy = OmegaConf.select(given, "loss.activation") is not None
-        node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)
-    return node
-
-
-def describe_config_error(error: OmegaConfBaseException) -> str:
-    """One sentence for what OmegaConf says in several lines."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"setting {error.full_key} has no value"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return f"there is no setting {error.full_key!r}"
-    reason = str(error.msg or error).split("\n")[0].rstrip(".")
-    key = error.full_key
-    return f"setting {key}: {reason}" if key and key not in reason else reason
-
-
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raise UserError, naming the setting, where a value is outside what its field allows."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        key = prefix + field.name
-        if dataclasses.is_dataclass(value):
-            check_ranges(value, key + ".")
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            if dataclasses.is_dataclass(item):
-                check_ranges(item, key + ".")
-            else:
-                _check_value(key, item, field.metadata)
-
-
-def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if isinstance(value, list | dict) and limits:  # OmegaConf lets [[]] pass for a list of numbers
-        raise UserError(f"{key} holds {value}, which is neither a number nor text")
-    if "choices" in limits and value not in limits["choices"]:
-        allowed = ", ".join(limits["choices"])
-        hint = did_you_mean(str(value), limits["choices"])
-        raise UserError(f"{key} is {value!r}{hint}; it can be one of: {allowed}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key} is {value}; it must be a finite number")
-    if "minimum" in limits and not value >= limits["minimum"]:
-        raise UserError(f"{key} is {value}; it must be at least {limits['minimum']}")
-    if "above" in limits and not value > limits["above"]:
-        raise UserError(f"{key} is {value}; it must be above {limits['above']}")
-    if "maximum" in limits and not value <= limits["maximum"]:
-        raise UserError(f"{key} is {value}; it must be at most {limits['maximum']}")
-    if "below" in limits and not value < limits["below"]:
-        raise UserError(f"{key} is {value}; it must be below {limits['below']}")
-
-
-def allowed_values(schema: type, key: str) -> list[str]:
-    """What a setting (its name with dots) may be, as it is written; empty where that is endless."""
-    kinds = [schema]
-    *sections, name = key.split(".")
-    for section in sections:
-        nested = [part for kind in kinds for part in _types(kind, section)]
-        parts = [p for p in nested if isinstance(p, type) and dataclasses.is_dataclass(p)]
-        # A model or a loss is of one of several kinds.
-        kinds = [kind for part in parts for kind in (part, *part.__subclasses__())]
-    found: dict[str, None] = {}
-    for kind in kinds:
-        for field in dataclasses.fields(kind):
-            if field.name == name:
-                is_flag = bool in _types(kind, name)
-                values = ("true", "false") if is_flag else field.metadata.get("choices", ())
-                found |= dict.fromkeys(values)
-    return list(found)
-
-
-def _types(schema: type, name: str) -> tuple[Any, ...]:
-    """The types that a field may have: one, or those of a union; none where there is no field."""
-    types = [field.type for field in dataclasses.fields(schema) if field.name == name]
-    return get_args(types[0]) or tuple(types) if types else ()
-
-
-def _check_training(config: TrainConfig) -> None:
-    """Raise UserError for settings that are each allowed but contradict each other."""
-    recipe = config.recipe
-    if (recipe.steps is None) == (recipe.epochs is None):
-        raise UserError("set exactly one of recipe.steps and recipe.epochs (the other to null)")
-    decays = [recipe.decay_steps, recipe.decay_periods].count(None)
-    if recipe.decay_shape == "exponential" and decays != 1:
-        raise UserError("set exactly one of recipe.decay_steps and recipe.decay_periods")
-    if recipe.decay_shape == "linear" and decays != 2:
-        raise UserError(
-            "recipe.decay_shape=linear ends with the run: set recipe.decay_steps and "
-            "recipe.decay_periods to null"
-        )
-    check_kinds(config.model, config.routing, config.loss)
-    if isinstance(config.model, CNNConfig):
-        model = config.model
-        if not len(model.channels) == len(model.kernels_px) == len(model.pools_px) > 0:
-            raise UserError(
-                "model.channels, model.kernels_px and model.pools_px have a value for each layer, "
-                f"but there are {len(model.channels)}, {len(model.kernels_px)} and "
-                f"{len(model.pools_px)}"
-            )
-    stop = config.stop
-    if stop.accuracy_percent is None and stop.on != "test":
-        raise UserError(
-            "stop.on needs stop.accuracy_percent=…; stop.patience is always of held-out images"
-        )
-    if not stop.asked and stop.every_steps is not None:
-        raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
-    if stop.accuracy_percent is not None and stop.patience is not None:
-        raise UserError("set one of stop.accuracy_percent and stop.patience: either ends the run")
-    on_validation = stop.accuracy_percent is not None and stop.on == "validation"
-    if (on_validation or stop.patience is not None) and not config.dataset.validation:
-        setting = "stop.on=validation" if on_validation else "stop.patience"
-        raise UserError(
-            f"{setting} needs held-out training images: dataset.validation=10000 (of MNIST)"
-        )
-    if config.name is not None and not is_name(config.name):
-        raise UserError(f"name={config.name} does not name a folder below runs_dir")
-
-
-def is_name(name: str) -> bool:
-    """Whether this can be the name of a run: a folder below another one."""
-    path = PurePath(name)
-    is_below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return is_below and "\0" not in name
-
-
-def check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
-    """Refuse a loss that is not for the outputs of the model."""
-    is_capsnet = isinstance(model, CapsNetConfig)
-    if is_capsnet and (isinstance(loss, CrossEntropyConfig) or routing is None):
-        raise UserError(
-            f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
-            "loss=paper"
-        )
-    if not is_capsnet and isinstance(loss, MarginLossConfig):
-        raise UserError(
-            f"loss={loss.name} is for capsules, which model={model.name} has not: "
-            "loss=cross_entropy or loss=sigmoid_cross_entropy"
-        )
-
-
-def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list:
-    """List `(key, our value, their value)` where two nested configurations differ."""
-    found = []
-    for key in sorted({*ours, *theirs}, key=str):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append((prefix + key, a, b))
-    return found

@@ -1,9 +1,13 @@
 """How mistakes and remarks reach the user."""
 
+import contextlib
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from capsrun.terminal import YELLOW, styled
@@ -45,12 +49,17 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-# What the user was told in this process.
+# What the user was told during this run: its result repeats it.
 notices: list[str] = []
 
 
+def begin_run() -> None:
+    """Forget what was told during an earlier run of this process, in a sweep say."""
+    notices.clear()
+
+
 def notice(message: str) -> None:
-    """Tell the user something that they need not act upon, once a process."""
+    """Tell the user something that they need not act upon, once a run."""
     if message not in notices:
         notices.append(message)
         if process_rank()[0] == 0:  # of several processes the first says what all of them find
@@ -60,6 +69,20 @@ def notice(message: str) -> None:
 def remark(message: str) -> None:
     """Tell the user something about one run, which is not kept for others of this process."""
     print(f"{styled('note:', YELLOW, sys.stderr)} {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call `handler`, where signals are this thread's business."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)  # None where it was set from C
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from capsrun import cli
 from capsrun import data as data_sets
-from capsrun.config import DataConfig, DatasetConfig, TrainConfig, from_dict
+from capsrun import experiments
+from capsrun.compose import compose
+from capsrun.config import DataConfig, DatasetConfig, TrainConfig
 from capsrun.errors import UserError
+from capsrun.settings import from_dict
 
 if TYPE_CHECKING:
     from capsrun.data import Dataset
@@ -33,7 +35,7 @@ def training_config(*overrides: str) -> TrainConfig:
         ...
     capsrun.errors.UserError: there is no setting 'iterations', did you mean ...
     """
-    return cli.training_config(cli.compose_checked("train", overrides))
+    return experiments.training_config(overrides)
 
 
 def load_dataset(
@@ -60,7 +62,7 @@ def load_dataset(
     torch.Size([3, 1])
     """
     if isinstance(dataset, str):
-        composed = cli.compose_checked("data", [f"dataset={dataset}", *overrides])
+        composed = compose("data", [f"dataset={dataset}", *overrides])
         dataset = from_dict(DataConfig, composed).dataset
     elif overrides:
         raise UserError("overrides go with the name of a data set; a configuration has its values")

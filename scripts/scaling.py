@@ -19,9 +19,9 @@ from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.library import training_config
 from capsrun.models import build_model
-from capsrun.runs import record
+from capsrun.training.device import describe_device, memory_gb, resolve_device, resolve_precision
 from capsrun.training.distributed import Ranks, join_ranks
-from capsrun.training.step import Trainer, resolve_device, resolve_precision
+from capsrun.training.step import Trainer
 
 WARM_UPS, TURNS = 3, 15
 
@@ -52,8 +52,8 @@ def main() -> None:
         "images_per_second": size / step_seconds,
         "exchanged_bytes": gradients.nbytes if ranks.count > 1 else 0,
         "exchange_alone_seconds": exchange_seconds,
-        "memory_gb": record.memory_gb(device),
-        "device": record.describe_device(device),
+        "memory_gb": memory_gb(device),
+        "device": describe_device(device),
         "torch": torch.__version__,
     }
     if ranks.first:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from capsrun import cli
+from capsrun import experiments
 from capsrun.config import TrainConfig
 from capsrun.data.splits import StoredImages
 
@@ -43,7 +43,7 @@ TINY = [
 
 def train_config(*overrides: str) -> TrainConfig:
     """The configuration that `capsrun train` makes of these overrides."""
-    return cli.training_config(cli.compose("train", overrides))
+    return experiments.training_config(overrides)
 
 
 def stored(images, labels, shift_px: int = 2) -> StoredImages:

@@ -7,16 +7,18 @@ import pytest
 import torch
 from conftest import run_capsrun, train_config
 
-from capsrun import cli
+from capsrun import cli, compose
 from capsrun.bench import tasks
 from capsrun.bench.breakdown import REST, breakdown_ms
 from capsrun.bench.textbook import ShiftedImages, TextbookCapsNet
 from capsrun.bench.timing import Task, ratio, spread_percent, time_in_turns, warm_up
 from capsrun.commands import bench as bench_command
 from capsrun.commands.bench import bench
-from capsrun.config import BenchConfig, from_dict
+from capsrun.config import BenchConfig
 from capsrun.errors import Noisy
-from capsrun.models import build_model, frequency_conv, routing_cpu
+from capsrun.models import build_model
+from capsrun.models.fast import frequency_conv, routing_cpu
+from capsrun.settings import from_dict
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -31,7 +33,7 @@ SMALL = [
 
 
 def bench_config(*overrides: str) -> BenchConfig:
-    return from_dict(BenchConfig, cli.compose("bench", [*SMALL, *overrides]))
+    return from_dict(BenchConfig, compose.compose("bench", [*SMALL, *overrides]))
 
 
 def full_size():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, train_config
 
-from capsrun.atomic import replacing
+from capsrun.disk import replacing
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.runs.checkpoint import (

@@ -18,22 +18,21 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY, run_capsrun, train_config, without_root
 
-from capsrun import cli, completion, terminal
+from capsrun import cli, completion, compose, names, terminal
+from capsrun.commands.list import ListConfig
+from capsrun.commands.report import ReportConfig
+from capsrun.commands.reproduce import ReproduceConfig
 from capsrun.config import (
     BenchConfig,
     DataConfig,
     EvalConfig,
     ExploreConfig,
     ExportConfig,
-    ListConfig,
     PerturbConfig,
-    ReportConfig,
-    ReproduceConfig,
     TrainConfig,
-    differing_keys,
-    from_dict,
 )
 from capsrun.errors import UserError
+from capsrun.settings import differing_keys, from_dict
 
 SCHEMAS = {
     "train": TrainConfig,
@@ -113,14 +112,14 @@ def test_version(capsys):
 def test_every_command_has_a_configuration_that_composes():
     assert set(cli.COMMANDS) == set(SCHEMAS)
     for name, schema in SCHEMAS.items():
-        from_dict(schema, cli.compose(name))
+        from_dict(schema, compose.compose(name))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes(choice):
     group, name = choice.split("=")
     if group in ("budget", "queue"):
-        config = from_dict(ReproduceConfig, cli.compose("reproduce", [choice]))
+        config = from_dict(ReproduceConfig, compose.compose("reproduce", [choice]))
         assert config.queue.entries if group == "queue" else config.budget.name == name
     elif group == "experiment":
         train_config(choice)
@@ -262,7 +261,7 @@ def test_a_file_where_the_output_folder_should_be(in_tmp, capsys):
 
 def test_run_names_follow_from_what_was_chosen():
     def name(*overrides):
-        return cli.run_name(train_config(*overrides), overrides)
+        return names.run_name(train_config(*overrides), overrides)
 
     assert name() == name("dataset=mnist", "seed=3", "device=cpu") == "mnist-capsnet-quick"
     assert name("record.log_every_steps=1", "runs_dir=x", "name=null") == "mnist-capsnet-quick"
@@ -487,9 +486,9 @@ def suggested_words(lines):
 def test_what_is_suggested_after_training_finds_the_model(name, overrides, words):
     config = train_config("dataset=mnist5k", f"name={name}", *overrides)
     folder = Path(config.runs_dir) / name / f"seed{config.seed}"
-    assert cli.model_words(config, folder) == ["dataset=mnist5k", *words]
-    assert cli.model_words(config, folder / "checkpoint.pt") == ["dataset=mnist5k", *words]
-    tested = from_dict(EvalConfig, cli.compose("eval", ["dataset=mnist5k", *words]))
+    assert names.model_words(config, folder) == ["dataset=mnist5k", *words]
+    assert names.model_words(config, folder / "checkpoint.pt") == ["dataset=mnist5k", *words]
+    tested = from_dict(EvalConfig, compose.compose("eval", ["dataset=mnist5k", *words]))
     assert Path(tested.checkpoint) == folder
     own = vars(config.dataset)
     assert differing_keys(vars(tested.dataset), own) == []
@@ -497,7 +496,7 @@ def test_what_is_suggested_after_training_finds_the_model(name, overrides, words
 
 def test_mnist_need_not_be_said():
     config = train_config()
-    assert cli.model_words(config, Path("runs/mnist-capsnet-quick/seed0")) == []
+    assert names.model_words(config, Path("runs/mnist-capsnet-quick/seed0")) == []
 
 
 def test_each_command_says_what_is_next(in_tmp, capsys):
@@ -506,7 +505,7 @@ def test_each_command_says_what_is_next(in_tmp, capsys):
         lines = capsys.readouterr().out.splitlines()
         found = suggested_words(lines)
         for command, *words in found:
-            from_dict(SCHEMAS[command], cli.compose(command, words))
+            from_dict(SCHEMAS[command], compose.compose(command, words))
         return [command for command, *_ in found], lines
 
     default = "name=mnist5k-capsnet-quick"

@@ -5,8 +5,8 @@ import torch
 from conftest import train_config
 from torch.nn import functional as F
 
-from capsrun.cli import configs_dir
 from capsrun.commands.train import train
+from capsrun.compose import configs_dir
 from capsrun.config import CrossEntropyConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches

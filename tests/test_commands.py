@@ -10,14 +10,15 @@ import torch
 from conftest import MNIST_DIR, TINY, train_config
 from PIL import Image
 
-from capsrun import cli
+from capsrun import cli, compose
 from capsrun.commands.perturb import perturbed, read_image, sweep_values
 from capsrun.commands.train import train
-from capsrun.config import PerturbConfig, from_dict
+from capsrun.config import PerturbConfig
 from capsrun.errors import UserError
 from capsrun.models import build_model
-from capsrun.runs import figures
+from capsrun.report import figures
 from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from capsrun.settings import from_dict
 
 
 def capsrun(capsys, *arguments):
@@ -60,7 +61,7 @@ def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, capsys)
 def test_averaged_weights_are_tested_apart(tmp_path, capsys):
     """With the numbers that training found for them."""
     run = tmp_path / "run" / "seed0"
-    config = cli.training_config(cli.compose("train", [*TINY, "name=run", "recipe.average=0.8"]))
+    config = train_config(*TINY, "name=run", "recipe.average=0.8")
     scores = train(config, run)["scores"]
     for weights, name in (("last", "test"), ("averaged", "test_averaged")):
         _, result = evaluate(capsys, run, tmp_path / name, f"weights={weights}")
@@ -172,7 +173,7 @@ def test_perturb_needs_a_decoder(tmp_path, capsys):
 
 
 def sweep(**changes):
-    composed = from_dict(PerturbConfig, cli.compose("perturb")).perturb
+    composed = from_dict(PerturbConfig, compose.compose("perturb")).perturb
     for key, value in changes.items():
         setattr(composed, key, value)
     return composed

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from capsrun import cli, completion, config
+from capsrun import cli, completion, compose, config
 
 # A program of the name that the shells look for.
 PROGRAM = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m capsrun "$@"\n'
@@ -104,9 +104,9 @@ def test_every_group_and_setting_is_offered_and_nothing_else(capsys):
     """What is offered with a value that it has can be composed."""
     for command in cli.COMMANDS:
         keys = [key.removesuffix("=") for key in offered(capsys, f"capsrun {command} ")]
-        settings = set(cli.setting_names(command, []))
-        assert set(cli.group_choices(command)) <= set(keys)
-        assert set(keys) <= settings | set(cli.group_choices(command))
+        settings = set(compose.setting_names(command, []))
+        assert set(compose.group_choices(command)) <= set(keys)
+        assert set(keys) <= settings | set(compose.group_choices(command))
         for key in ("runs_dir", "seed", "dataset.data_dir", "record.log_every_steps"):
             assert (key in keys) == (key in settings)
 
@@ -158,7 +158,7 @@ def test_a_failure_prints_nothing(capsys, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(cli, "group_choices", fail)
+    monkeypatch.setattr(compose, "group_choices", fail)
     assert offered(capsys, "capsrun train dataset=") == []
     assert offered(capsys, "") != ["Traceback"]
     assert cli.main(["completion", "words"]) == 0

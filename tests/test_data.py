@@ -13,11 +13,12 @@ import torch
 from conftest import MNIST_DIR, without_root
 from torchvision import datasets
 
-from capsrun import cli
-from capsrun.config import DataConfig, from_dict
+from capsrun import cli, compose
+from capsrun.config import DataConfig
 from capsrun.data import load_dataset, mnist
 from capsrun.data.files import IdxFile, read_idx
 from capsrun.errors import UserError
+from capsrun.settings import from_dict
 
 CPU = torch.device("cpu")
 NAMES = [
@@ -29,7 +30,7 @@ NAMES = [
 
 
 def dataset_config(name, *overrides):
-    return from_dict(DataConfig, cli.compose("data", [f"dataset={name}", *overrides])).dataset
+    return from_dict(DataConfig, compose.compose("data", [f"dataset={name}", *overrides])).dataset
 
 
 def small_files(count=20):

@@ -13,18 +13,19 @@ from conftest import REPOSITORY, TINY, train_config
 from PIL import Image
 from torch.nn import functional as F
 
-from capsrun import cli
+from capsrun import cli, compose
 from capsrun.commands.explore import (
     chosen_numbers,
     explore,
     page_within_limit,
     why_no_encoder,
 )
-from capsrun.config import ExploreConfig, ExploreSettings, from_dict
+from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page, part
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs.figures import TWO_COLOURS
+from capsrun.report.figures import TWO_COLOURS
+from capsrun.settings import from_dict
 
 GREY = 1 / 255
 IMAGES = 24
@@ -678,7 +679,7 @@ def test_images_and_mistakes_are_chosen():
 
 
 def explore_config(*overrides: str) -> ExploreConfig:
-    return from_dict(ExploreConfig, cli.compose("explore", overrides))
+    return from_dict(ExploreConfig, compose.compose("explore", overrides))
 
 
 def test_the_command_writes_the_page_of_a_run(tiny_run, in_tmp, capsys):

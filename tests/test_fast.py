@@ -19,15 +19,17 @@ from capsrun import errors, models
 from capsrun.commands.train import train
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
-from capsrun.models import build_model, frequency_conv, native, routing_cpu
+from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
-from capsrun.models.patch_conv import patch_conv2d
+from capsrun.models.fast import frequency_conv, native, routing_cpu
+from capsrun.models.fast.patch_conv import patch_conv2d
+from capsrun.models.fast.routing_cpu import load_kernels, route_fused, squash_fused
+from capsrun.models.fast.strided_conv import relu_strided_conv2d
 from capsrun.models.routing import capsule_votes, route, squash
-from capsrun.models.routing_cpu import load_kernels, route_fused, squash_fused
-from capsrun.models.strided_conv import relu_strided_conv2d
 from capsrun.training import graph
 from capsrun.training.graph import CapturedSteps, Way
-from capsrun.training.step import CORRECTED, Trainer, adam_rate
+from capsrun.training.schedule import adam_rate
+from capsrun.training.step import CORRECTED, Trainer
 
 CPU = torch.device("cpu")
 
@@ -304,7 +306,7 @@ def test_a_network_uses_triton_where_it_is_told_to(monkeypatch):
     gpu = torch.device("cuda")
     routing_gpu = types.SimpleNamespace(route_fused=lambda: "triton")
     monkeypatch.setattr(models, "routing_gpu", routing_gpu, raising=False)
-    monkeypatch.setitem(sys.modules, "capsrun.models.routing_gpu", routing_gpu)
+    monkeypatch.setitem(sys.modules, "capsrun.models.fast.routing_gpu", routing_gpu)
     assert model._fused_routing(gpu) is None
     model.fast = True
     assert model._fused_routing(gpu) is None

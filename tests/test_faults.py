@@ -178,7 +178,7 @@ def test_pictures_and_results_are_complete_after_a_fault_at_the_end(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("capsrun.runs.record.write_json", refuse)
+        patch.setattr("capsrun.disk.write_json", refuse)
         with pytest.raises(OSError, match="cannot be written any more"):
             train(config, tmp_path / "run")
     assert load_checkpoint(tmp_path / "run").finished

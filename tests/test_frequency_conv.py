@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
-from capsrun.models import build_model, frequency_conv, native
-from capsrun.models.frequency_conv import (
+from capsrun.models import build_model
+from capsrun.models.fast import frequency_conv, native
+from capsrun.models.fast.frequency_conv import (
     frequency_conv2d,
     load_kernels,
     relu_frequency_conv2d,

@@ -6,10 +6,11 @@ import torch
 from conftest import GOLDEN, needs_compiler, train_config
 
 from capsrun.data.batches import Batch
-from capsrun.interop import load_authors_weights, to_authors_arrays
-from capsrun.models import build_model, frequency_conv
-from capsrun.models.frequency_conv import relu_frequency_conv2d
-from capsrun.models.routing_cpu import load_kernels
+from capsrun.models import build_model
+from capsrun.models.authors import load_authors_weights, to_authors_arrays
+from capsrun.models.fast import frequency_conv
+from capsrun.models.fast.frequency_conv import relu_frequency_conv2d
+from capsrun.models.fast.routing_cpu import load_kernels
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import Score, predicted_classes
 from capsrun.training.step import Trainer, to_device

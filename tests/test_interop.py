@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import TINY, train_config
 
-from capsrun.interop import load_authors_weights, to_authors_arrays
 from capsrun.models import build_model
+from capsrun.models.authors import load_authors_weights, to_authors_arrays
 
 
 def make(*overrides, seed=0):

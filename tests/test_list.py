@@ -15,7 +15,7 @@ from conftest import TINY, run_capsrun, train_config
 from omegaconf import OmegaConf
 
 from capsrun import cli
-from capsrun.lock import locked
+from capsrun.disk import locked
 
 NOW = time.time()
 

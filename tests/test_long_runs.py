@@ -14,7 +14,8 @@ from conftest import TINY, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from capsrun.commands import train as train_command
-from capsrun.runs import figures, record
+from capsrun.report import figures
+from capsrun.runs import record
 
 # Of a run of the authors' length, in bytes.
 LARGEST_BOARD, LARGEST_METRICS = 4e6, 8e6

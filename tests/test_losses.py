@@ -6,7 +6,7 @@ from conftest import stored, train_config
 
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNetOutput
-from capsrun.runs.scores import class_errors
+from capsrun.report.pictures import class_errors
 from capsrun.training.losses import (
     capsnet_losses,
     class_presence,

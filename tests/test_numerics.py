@@ -19,12 +19,13 @@ from capsrun.data.batches import Batch
 from capsrun.data.splits import standardise
 from capsrun.errors import Stopped
 from capsrun.models import build_model
+from capsrun.models.fast.routing_cpu import load_kernels
 from capsrun.models.routing import coupling_coefficients, squash
-from capsrun.models.routing_cpu import load_kernels
-from capsrun.runs import parts, record
+from capsrun.runs import parts
 from capsrun.runs.checkpoint import read_checkpoint
-from capsrun.training import graph
-from capsrun.training.step import Trainer, set_deterministic
+from capsrun.training import device, graph
+from capsrun.training.device import set_deterministic
+from capsrun.training.step import Trainer
 
 CPU = torch.device("cpu")
 torch_version = str(torch.__version__)
@@ -195,8 +196,8 @@ def test_couplings_of_huge_logits(logit, leaky):
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e5, 1e10, 1e15, 1e25, 1e30])
 def test_the_fast_way_agrees_about_huge_votes(scale):
     """Where a formula overflows that is fine for usual numbers."""
+    from capsrun.models.fast.routing_cpu import route_fused
     from capsrun.models.routing import capsule_votes, route
-    from capsrun.models.routing_cpu import route_fused
 
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(5, 4, 8, generator=generator).requires_grad_()
@@ -333,7 +334,7 @@ def test_another_machine_or_torch_is_said(tmp_path, monkeypatch, capsys):
     interrupted(monkeypatch, tmp_path, config, 5)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "99.1")
-        patch.setattr(record, "describe_device", lambda _: "abacus, 1 threads")
+        patch.setattr(device, "describe_device", lambda _: "abacus, 1 threads")
         interrupted(patch, tmp_path, config, 2)
         said = capsys.readouterr().err
         assert "after step 5 the run went on with device abacus, 1 threads (before: " in said

@@ -13,22 +13,24 @@ import pytest
 import torch
 from conftest import MNIST_DIR, REPOSITORY, TINY, train_config
 
-from capsrun import cli
+from capsrun import compose, experiments
 from capsrun.commands import report as report_module
-from capsrun.commands.evaluate import evaluate
+from capsrun.commands.eval import evaluate
 from capsrun.commands.perturb import perturb
-from capsrun.config import EvalConfig, PerturbConfig, ReportConfig, from_dict
+from capsrun.commands.report import ReportConfig
+from capsrun.config import EvalConfig, PerturbConfig
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
-from capsrun.runs import questions
+from capsrun.report import questions
+from capsrun.report.page import to_html
+from capsrun.report.plots import error_by_iterations
+from capsrun.report.results import best_on_test, find_results, grouped, standard_error
+from capsrun.report.tables import SUMMARY, measured, summary_lines, table, verdict
 from capsrun.runs.checkpoint import load_checkpoint
-from capsrun.runs.page import to_html
-from capsrun.runs.plots import error_by_iterations
-from capsrun.runs.results import best_on_test, find_results, grouped, standard_error
-from capsrun.runs.tables import SUMMARY, measured, summary_lines, table, verdict
+from capsrun.settings import from_dict
 from capsrun.training.metrics import score_split
 
-EXPERIMENTS = cli.Experiments()
+EXPERIMENTS = experiments.Experiments()
 RESULTS = REPOSITORY / "results"
 COMMITTED = RESULTS / "capsnet-mnist.pt"
 ROW = "table1_mnist_3_reconstruction"
@@ -591,10 +593,10 @@ def test_half_precision(tmp_path, tiny_run, monkeypatch, capsys):
     torch.testing.assert_close(half.encode(images), whole.encode(images), rtol=0, atol=2e-3)
     monkeypatch.chdir(tmp_path)
     words = ["dataset=mnist5k", f"checkpoint={target}"]
-    evaluate(from_dict(EvalConfig, cli.compose("eval", words)), target)
+    evaluate(from_dict(EvalConfig, compose.compose("eval", words)), target)
     assert (tmp_path / "runs/small/eval-mnist5k-test/result.json").exists()
     words.append("perturb.digit=3")
-    perturb(from_dict(PerturbConfig, cli.compose("perturb", words)), target)
+    perturb(from_dict(PerturbConfig, compose.compose("perturb", words)), target)
     assert json.loads((tmp_path / "runs/small/perturb-mnist5k/result.json").read_text())
 
 

@@ -17,28 +17,22 @@ import pytest
 import torch
 from conftest import MNIST_DIR, REPOSITORY, TINY, has_logged, run_capsrun, train_config
 
-from capsrun import cli
+from capsrun import cli, compose, experiments, names
 from capsrun.bench import estimate
 from capsrun.bench.estimate import Cost
 from capsrun.commands import reproduce
-from capsrun.commands.reproduce import Outcome
-from capsrun.config import (
-    BudgetConfig,
-    EvalConfig,
-    PerturbConfig,
-    QueueEntry,
-    ReproduceConfig,
-    TrainConfig,
-    from_dict,
-)
+from capsrun.commands.reproduce import Outcome, ReproduceConfig
+from capsrun.config import EvalConfig, PerturbConfig, TrainConfig
 from capsrun.data import load_dataset, sizes
 from capsrun.errors import UserError
+from capsrun.experiments import GROUPS
 from capsrun.models.routing import route
-from capsrun.runs.jobs import GROUPS, Job, JobMaker, threads_each
+from capsrun.runs.jobs import BudgetConfig, Job, JobMaker, QueueEntry, threads_each
 from capsrun.runs.progress import StopRequest
-from capsrun.training.step import learning_rate
+from capsrun.settings import from_dict
+from capsrun.training.schedule import learning_rate
 
-EXPERIMENTS = cli.Experiments()
+EXPERIMENTS = experiments.Experiments()
 NAMES = EXPERIMENTS.names()
 BUDGETS = ("smoke", "short", "full")
 # Table 1, §5.2 and §7: error, standard deviation.
@@ -64,7 +58,7 @@ PAPER = {
 
 
 def budget(name: str) -> BudgetConfig:
-    return from_dict(ReproduceConfig, cli.compose("reproduce", [f"budget={name}"])).budget
+    return from_dict(ReproduceConfig, compose.compose("reproduce", [f"budget={name}"])).budget
 
 
 def maker(name: str = "smoke", runs_dir: str = "runs", device: str = "auto") -> JobMaker:
@@ -143,9 +137,9 @@ def test_uniform_coupling_is_one_iteration():
 def test_every_command_of_a_budget_composes(name):
     schemas = {"train": TrainConfig, "eval": EvalConfig, "perturb": PerturbConfig}
     for job in all_jobs(name):
-        composed = cli.compose(job.arguments[0], job.arguments[1:])
+        composed = compose.compose(job.arguments[0], job.arguments[1:])
         if job.trains:
-            config = cli.training_config(composed)
+            config = experiments.training_config(composed)
             folder = Path(config.runs_dir) / config.name / f"seed{config.seed}"
             longest = 600_000 if config.dataset.name == "cifar10" else 300_000
             limit = {"smoke": 4, "short": 30_000, "full": longest}[name]
@@ -216,7 +210,7 @@ def test_one_target_may_stand_alone(in_tmp, capsys):
 
 def test_a_folder_of_any_name_reaches_the_commands():
     (_, job) = maker("smoke", "my runs, (1)'s").queue([entry(["figure_4"], [0])])
-    composed = cli.compose(job.arguments[0], job.arguments[1:])
+    composed = compose.compose(job.arguments[0], job.arguments[1:])
     assert Path(composed.checkpoint) == job.needs[0].folder
     assert Path(composed.out_dir) == job.folder
     training = EXPERIMENTS.training(job.needs[0].arguments[1:])
@@ -262,7 +256,7 @@ def test_estimates():
     assert estimate.training_seconds(config, 0.5, 0, ended=40) == pytest.approx(
         8 + 0.5 * (40 + (1 + 1) * 10 / 3)
     )
-    test = from_dict(EvalConfig, cli.compose("eval", ["dataset=mnist5k"]))
+    test = from_dict(EvalConfig, compose.compose("eval", ["dataset=mnist5k"]))
     assert estimate.testing_seconds(0.3, test) == pytest.approx(100)
     test.images = 100
     assert estimate.testing_seconds(0.3, test) == pytest.approx(10)
@@ -477,7 +471,7 @@ def test_the_plan_of_the_cpu_queue_is_in_order_of_worth(in_tmp):
 
 
 def test_every_run_of_the_cpu_queue_composes():
-    queue = from_dict(ReproduceConfig, cli.compose("reproduce", ["queue=cpu"])).queue
+    queue = from_dict(ReproduceConfig, compose.compose("reproduce", ["queue=cpu"])).queue
     jobs = {job.folder: job for job in maker().queue(queue.entries)}
     trained = {path: EXPERIMENTS.training(j.arguments[1:]) for path, j in jobs.items() if j.trains}
     small = trained[Path("runs/questions/ablation_order/seed4")]
@@ -534,7 +528,7 @@ def test_a_step_that_is_killed_while_it_is_timed_is_one_sentence(monkeypatch):
 
 def test_the_plan_says_when_what_will_be_finished(capsys):
     jobs = [Job(name, 0, Path(name), (), (), "short") for name in ("one", "two")]
-    plan = from_dict(ReproduceConfig, cli.compose("reproduce", ["minutes=120"]))
+    plan = from_dict(ReproduceConfig, compose.compose("reproduce", ["minutes=120"]))
     before = datetime.datetime.now()
     costs = {jobs[0]: Cost(3600, 1), jobs[1]: Cost(7200, 1)}
     reproduce.show_plan(jobs, costs, plan, deadline=time.monotonic() + 7200)
@@ -644,12 +638,12 @@ def test_jobs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
 def test_what_a_queue_says_itself_is_not_taken_from_the_command_line(queue, word):
     words = [f"queue={queue}", word, "only_plan=true", "timing=false"]
     with pytest.raises(UserError, match=f"leave {word.partition('=')[0]}= away"):
-        cli.run_reproduce(cli.compose("reproduce", words), words)
+        cli.run_reproduce(compose.compose("reproduce", words), words)
 
 
 def test_a_queue_without_lengths_has_a_budget(in_tmp, capsys):
     words = ["queue=gpu", "budget=smoke", "only_plan=true", "timing=false"]
-    cli.run_reproduce(cli.compose("reproduce", words), words)
+    cli.run_reproduce(compose.compose("reproduce", words), words)
     assert "smoke/table1_mnist_3_reconstruction" in capsys.readouterr().out
 
 
@@ -669,7 +663,9 @@ def test_the_minutes_are_those_of_the_whole_command(in_tmp, monkeypatch):
     monkeypatch.setattr(reproduce, "run", lambda *words: seen.append(words) or Outcome())
     words = ["targets=[table1_mnist_3]", "seeds=[0]", "minutes=1"]
     began = time.monotonic()
-    reproduce.reproduce(from_dict(ReproduceConfig, cli.compose("reproduce", words)), EXPERIMENTS)
+    reproduce.reproduce(
+        from_dict(ReproduceConfig, compose.compose("reproduce", words)), EXPERIMENTS
+    )
     assert seen[0][2] - began == pytest.approx(60, abs=0.5)
 
 
@@ -746,7 +742,7 @@ def listed_jobs(seeds: tuple[int, ...]) -> set[tuple[str, int]]:
 def test_an_experiment_is_a_choice_of_train():
     config = train_config("experiment=table1_mnist_1", "recipe=quick", "loss=paper")
     overrides = ["experiment=table1_mnist_1", "recipe=quick", "loss=paper", "seed=3"]
-    assert cli.run_name(config, overrides) == "table1_mnist_1+loss-paper+recipe-quick"
+    assert names.run_name(config, overrides) == "table1_mnist_1+loss-paper+recipe-quick"
     assert config.routing.iterations == 1
     assert not config.model.reconstruction
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from capsrun import cli
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import figures
-from capsrun.runs.routing_maps import (
+from capsrun.report import figures
+from capsrun.report.routing_maps import (
     claims,
     claims_in_colour,
     entropy_bits,

@@ -12,7 +12,7 @@ from conftest import TINY, train_config
 from PIL import Image
 
 from capsrun import cli, errors
-from capsrun.runs.run_page import best, write_run_page
+from capsrun.report.run_page import best, write_run_page
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,9 @@ from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.training import step as training_step
-from capsrun.training.step import (
-    Trainer,
-    adam_rate,
-    learning_rate,
-    resolve_device,
-    resolve_precision,
-    total_steps,
-)
+from capsrun.training.device import resolve_device, resolve_precision
+from capsrun.training.schedule import adam_rate, learning_rate, total_steps
+from capsrun.training.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -190,7 +185,7 @@ def test_freed_memory_is_kept():
     """
     script = """
 import ctypes, resource, sys, torch
-from capsrun.training.step import keep_freed_memory
+from capsrun.training.device import keep_freed_memory
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     sys.exit("no glibc")
 if sys.argv[1] == "kept":

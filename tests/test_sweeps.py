@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY, has_logged, run_capsrun
 
-from capsrun import cli
+from capsrun import cli, compose, experiments, names
+from capsrun import sweep as sweeps
 from capsrun.errors import Stopped, Unfinished, UserError
-from capsrun.runs import sweep as sweeps
-from capsrun.runs.sweep import Done, Outcome, Sweep, conducted
+from capsrun.sweep import Done, Outcome, Sweep, conducted
 
 PLUGINS = {
     "local": ("hydra-joblib-launcher", "joblib"),
@@ -196,11 +196,11 @@ def test_each_choice_composes_or_names_what_to_install(choice, capsys, in_tmp):
 
 
 def test_a_choice_of_launcher_is_no_part_of_the_run():
-    without = cli.compose("train", ["seed=1"])
+    without = compose.compose("train", ["seed=1"])
     for choice in filter(installed, PLUGINS):
-        assert cli.compose("train", ["seed=1", f"sweep={choice}"]) == without
-    config = cli.training_config(without)
-    assert cli.run_name(config, ["sweep=local", "seed=1"]) == "mnist-capsnet-quick"
+        assert compose.compose("train", ["seed=1", f"sweep={choice}"]) == without
+    config = experiments.training_config(without)
+    assert names.run_name(config, ["sweep=local", "seed=1"]) == "mnist-capsnet-quick"
 
 
 def test_every_extra_is_one_of_the_package():

@@ -9,21 +9,21 @@ import signal
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import TINY, train_config
 from PIL import Image
 
-from capsrun import cli, errors
+from capsrun import cli, compose, errors
 from capsrun.bench import tasks
 from capsrun.commands import train as train_command
 from capsrun.commands.train import train
-from capsrun.config import DataConfig, from_dict, with_later_settings
+from capsrun.config import DataConfig
 from capsrun.data import load_dataset
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
-from capsrun.runs import figures, scores
+from capsrun.report import figures, pictures
+from capsrun.report.pictures import in_colours
 from capsrun.runs.checkpoint import check_dataset, load_checkpoint, read_checkpoint
-from capsrun.runs.scores import in_colours
+from capsrun.settings import from_dict
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import score_split
 
@@ -190,13 +190,13 @@ def test_two_digits_are_drawn_in_two_colours():
 
 def watch_reconstructions(monkeypatch):
     """Gathers which classes are reconstructed."""
-    asked, original = [], scores.reconstruct
+    asked, original = [], pictures.reconstruct
 
     def watch(model, images, labels):
         asked.append(labels)
         return original(model, images, labels)
 
-    monkeypatch.setattr(scores, "reconstruct", watch)
+    monkeypatch.setattr(pictures, "reconstruct", watch)
     return asked
 
 
@@ -208,7 +208,7 @@ def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
     asked = watch_reconstructions(monkeypatch)
     failures = (score.labels_NT != score.predicted_NT).any(1).nonzero().squeeze(1)[:100]
     names = [str(digit) for digit in range(10)]
-    scores._examples(model, test, names, score, failures, "label", True)
+    pictures._examples(model, test, names, score, failures, "label", True)
     labels, predicted = asked
     shared = 0
     for ours, theirs in zip(labels.tolist(), predicted.tolist()):
@@ -224,7 +224,7 @@ def test_a_digit_that_is_not_there_is_neither_label_nor_prediction(pairs_run, mo
     score = score_split(model, test, "fp32", most=16)
     asked = watch_reconstructions(monkeypatch)
     names = [str(digit) for digit in range(10)]
-    drawn = scores.score_figures(model, test, names, score)
+    drawn = pictures.score_figures(model, test, names, score)
     for (present, absent), labels, predicted in zip(
         asked[-1].tolist(), score.labels_NT.tolist(), score.predicted_NT.tolist()
     ):
@@ -303,7 +303,7 @@ def test_the_default_checkpoint_of_affnist_is_that_of_padded_mnist(in_tmp, capsy
 def test_training_digits_are_no_test_in_any_disguise(tmp_path, capsys):
     run = train_config(*TINY, "dataset=mnist_padded")
     test = from_dict(
-        DataConfig, cli.compose("data", ["dataset=affnist_like", "dataset.source=mnist5k"])
+        DataConfig, compose.compose("data", ["dataset=affnist_like", "dataset.source=mnist5k"])
     )
     with pytest.raises(UserError, match="training images of mnist"):
         check_dataset(test.dataset, run, "test")
@@ -315,7 +315,7 @@ def test_seeds_that_pick_images_must_agree_across_data_sets():
 
     def dataset(name, *settings):
         words = [f"dataset={name}", *settings]
-        return from_dict(DataConfig, cli.compose("data", words)).dataset
+        return from_dict(DataConfig, compose.compose("data", words)).dataset
 
     like = dataset("affnist_like", "dataset.source=mnist5k", "dataset.split_seed=1")
     with pytest.raises(UserError, match="split_seed=0"):
@@ -334,7 +334,7 @@ def test_a_model_of_other_images_is_said_to_be_one(monkeypatch, capsys):
     monkeypatch.setattr(errors, "notices", [])
     run = train_config(*TINY, "dataset.image_px=40")
     words = ["dataset=affnist_like", "dataset.source=mnist5k"]
-    check_dataset(from_dict(DataConfig, cli.compose("data", words)).dataset, run, "test")
+    check_dataset(from_dict(DataConfig, compose.compose("data", words)).dataset, run, "test")
     assert "was trained on mnist5k, not on mnist_padded" in capsys.readouterr().err
 
 
@@ -481,26 +481,6 @@ def test_the_recipe_for_affnist_says_when_to_stop():
 
 
 # What older versions wrote
-
-
-def test_checkpoints_from_before_are_read_and_finished_runs_left_alone(tiny_run, tmp_path, capsys):
-    folder = tmp_path / "seed0"
-    shutil.copytree(tiny_run, folder)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
-    later = ["trained_by", "digits", "source", "test", "flip", "brightness", "contrast"]
-    for values in (config, checkpoint["config"]):
-        for key in [*later, "standardise"]:
-            del values["dataset"][key]
-        del values["stop"], values["model"]["padding"], values["record"]["evaluate_images"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    torch.save(checkpoint, folder / "checkpoint.pt")
-    assert load_checkpoint(folder / "checkpoint.pt").config.dataset.digits == 1
-    train(train_config(*TINY, "name=run"), folder)
-    assert "is finished already" in capsys.readouterr().out
-    train(train_config(*TINY, "name=run", "dataset.trained_by=capsnet-mine"), folder)
-    assert "is finished already" in capsys.readouterr().out, "it says nothing of the run itself"
-    assert with_later_settings(config)["stop"]["accuracy_percent"] is None
 
 
 # capsrun data

@@ -14,9 +14,9 @@ from capsrun.bench.tasks import step_seconds
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import sizes
 from capsrun.errors import UserError
-from capsrun.runs.jobs import Experiments, Job, threads_each
-from capsrun.runs.record import memory_gb
-from capsrun.training.step import resolve_device, resolve_precision
+from capsrun.experiments import Experiments
+from capsrun.runs.jobs import Job, threads_each
+from capsrun.training.device import memory_gb, resolve_device, resolve_precision
 
 # What a job takes beside training and testing: starting Python, reading data, drawing pictures.
 START_SECONDS = 8.0

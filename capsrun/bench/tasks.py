@@ -20,9 +20,9 @@ from capsrun.data.files import RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs.record import memory_gb
+from capsrun.training.device import memory_gb, resolve_device
 from capsrun.training.metrics import score_split
-from capsrun.training.step import Trainer, resolve_device, to_device
+from capsrun.training.step import Trainer, to_device
 
 Run = Callable[[int], None]
 

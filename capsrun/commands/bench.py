@@ -2,27 +2,35 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from capsrun import errors
+from capsrun import disk, errors
 from capsrun.bench import tasks
 from capsrun.bench.breakdown import breakdown_ms
 from capsrun.bench.timing import Task, ratio, time_in_turns, warm_up
 from capsrun.config import BenchConfig, CapsNetConfig
 from capsrun.data import known
 from capsrun.errors import Noisy, UserError
-from capsrun.models.native import cpu_features
-from capsrun.runs import figures, record
+from capsrun.models.fast.native import cpu_features
+from capsrun.names import suggest
+from capsrun.report import figures
 from capsrun.runs.progress import bar
-from capsrun.training.step import resolve_device, resolve_precision
+from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
 
 # Features of a CPU that decide how fast its matrix products can be.
 MATRIX_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PROFILED_STEPS = 3
 TESTING_ROUNDS = 5  # on a CPU each takes seconds, and a step's spread is what matters
+
+
+def main(config: BenchConfig, overrides: Sequence[str]) -> None:
+    """`capsrun bench`: time training, and say how to train."""
+    bench(config)
+    suggest(["train", f"dataset={config.dataset.name}"])
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -40,10 +48,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")
-    record.make_folder(out_dir)
+    disk.make_folder(out_dir)
     load_before = os.getloadavg()[0]
     variants = tasks.variant_names(precision, device)
-    print(f"{config.rounds} turns each on {record.describe_device(device)}: {', '.join(variants)}")
+    print(f"{config.rounds} turns each on {describe_device(device)}: {', '.join(variants)}")
 
     processes = {name: tasks.OwnProcess(config, name) for name in variants}
     steps = {name: Task(run) for name, run in processes.items()}
@@ -75,7 +83,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     step_seconds = steps[variants[-1]].median_seconds
     result: dict[str, Any] = {
         "command": "bench",
-        **record.provenance(device, precision),
+        **provenance(device, precision),
         "cpu_features": [name for name in MATRIX_FEATURES if name in cpu_features()],
         "dataset": config.dataset.name,
         "batch_size": config.recipe.batch_size,
@@ -191,7 +199,7 @@ def finish(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     print_table(result)
     if "profile" in result:
         print_profile(result)
-    record.write_json(out_dir / "bench.json", result)
+    disk.write_json(out_dir / "bench.json", result)
     if noisy:
         (out_dir / "bench.png").unlink(missing_ok=True)
         limit = result["config"]["spread_percent"]

@@ -1,6 +1,7 @@
 """`capsrun data`: fetch, verify and show a data set."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,28 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from capsrun import disk
 from capsrun.config import DataConfig
 from capsrun.data import Dataset, Split, known, load_dataset
 from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
 from capsrun.data.multimnist import DigitPairs, ink_overlap
 from capsrun.data.splits import OfDigits
-from capsrun.runs import figures, record
+from capsrun.names import dataset_words, suggest
+from capsrun.report import figures
+from capsrun.report.pictures import displayed, in_colours
 from capsrun.runs.progress import bar
-from capsrun.runs.scores import displayed, in_colours
 from capsrun.terminal import duration
 
 AT_ONCE = 2000
 # Test images among which those of each class are looked for.
 LOOKED_THROUGH = 10_000
+
+
+def main(config: DataConfig, overrides: Sequence[str]) -> None:
+    """`capsrun data`: show the data set, and say what it is for."""
+    show_data(config)
+    use = "eval" if known(config.dataset.name).for_testing else "train"
+    suggest([use, *dataset_words(config.dataset)])
 
 
 def show_data(config: DataConfig) -> Path:
@@ -30,7 +40,7 @@ def show_data(config: DataConfig) -> Path:
     """
     dataset = load_dataset(config.dataset, torch.device("cpu"))
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"data-{dataset.name}")
-    record.make_folder(out_dir)
+    disk.make_folder(out_dir)
     for source in dataset.sources:
         state = "verified" if source.verified else "not verified: no published checksum for it"
         print(f"{source.name}: MD5 {source.md5} ({state})")
@@ -46,7 +56,7 @@ def show_data(config: DataConfig) -> Path:
         path = out_dir / "transforms.npz"
         np.savez_compressed(path, **{k: v.numpy() for k, v in transforms._asdict().items()})
         print(f"how each image was made: {path}")
-    record.write_json(out_dir / "statistics.json", statistics)
+    disk.write_json(out_dir / "statistics.json", statistics)
     sheet = out_dir / "contact_sheet.png"
     figures.save(contact_sheet(dataset, config.samples), sheet)
     print(f"contact sheet: {sheet}")

@@ -3,34 +3,46 @@
 Shapes: N images, T digits in one image, J classes.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from capsrun.atomic import replacing
+from capsrun import disk
 from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.data import Dataset, Split, load_dataset
 from capsrun.data.batches import in_class_order
+from capsrun.disk import replacing
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import record
+from capsrun.names import model_words, suggest
+from capsrun.report.run_page import refresh_run_page
 from capsrun.runs.checkpoint import (
     Trained,
     check_dataset,
+    find_model,
     load_drawing_model,
     output_folder,
 )
 from capsrun.runs.progress import bar
-from capsrun.runs.run_page import refresh_run_page
 from capsrun.terminal import size
+from capsrun.training.device import resolve_device
 from capsrun.training.metrics import score_split
-from capsrun.training.step import resolve_device, to_device
+from capsrun.training.step import to_device
 
 # Capsules are computed for so many images at once.
 BATCH_SIZE = 100
+
+
+def main(config: ExploreConfig, overrides: Sequence[str]) -> None:
+    """`capsrun explore`: make the page, and say what else can be done with the model."""
+    checkpoint = find_model(config)
+    explore(config, checkpoint)
+    words = model_words(config, checkpoint)
+    suggest(["perturb", *words, "perturb.format=gif"], ["export", *words])
 
 
 def explore(config: ExploreConfig, checkpoint: Path) -> Path:
@@ -45,7 +57,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     path = Path(config.out or output_folder(checkpoint, config.runs_dir) / file_name(dataset))
     if path.is_dir():
         raise UserError(f"{path} is a folder; out= is the file to write")
-    record.make_folder(path.parent)
+    disk.make_folder(path.parent)
     to_device(model, device, fast=False)
     shown = choose(config.explore, model, dataset.test)
     reason = why_no_encoder(config.explore, model, trained.config.dataset.standardise)

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from capsrun.atomic import replacing
+from capsrun import disk
 from capsrun.config import ExportConfig
 from capsrun.data.splits import standardise
+from capsrun.disk import replacing
 from capsrun.errors import UserError
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import record
-from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder
+from capsrun.runs.checkpoint import Trained, find_model, load_checkpoint, output_folder
 from capsrun.terminal import size
+from capsrun.training.device import provenance
 from capsrun.training.metrics import predicted_classes
 
 # A batch of one would be taken for a constant.
@@ -104,6 +105,11 @@ class Format:
     """What has to be installed to write and check it, beside what capsrun itself needs."""
 
 
+def main(config: ExportConfig, overrides: Sequence[str]) -> None:
+    """`capsrun export`: write the chosen or the default model."""
+    export(config, find_model(config))
+
+
 def export(config: ExportConfig, checkpoint: Path) -> dict[str, Any]:
     """Write the model of `checkpoint` in the chosen formats; returns what `export.json` holds.
 
@@ -116,7 +122,7 @@ def export(config: ExportConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = trained.config.dataset
     model = Exportable(trained.model, dataset.digits, dataset.standardise).requires_grad_(False)
     out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / "export")
-    record.make_folder(out_dir)
+    disk.make_folder(out_dir)
 
     print(f"{checkpoint}: {trained.config.model.name}, trained on {dataset.name}")
     if not trained.finished:
@@ -131,7 +137,7 @@ def export(config: ExportConfig, checkpoint: Path) -> dict[str, Any]:
         files[path.name] = {"bytes": count, "largest_difference": difference}
         print(f"{path}: {size(count)}, gives what the checkpoint gives to {difference:.1e}")
     result = {**description(model, trained, checkpoint, names), "files": files}
-    record.write_json(out_dir / "export.json", result)
+    disk.write_json(out_dir / "export.json", result)
     print_usage(result, [out_dir / FORMATS[name].file_name for name in names], names)
     return result
 
@@ -285,9 +291,9 @@ def description(
 ) -> dict[str, Any]:
     """What somebody who has only the files needs to know of them."""
     size = model.model.image_px
-    provenance = record.provenance(torch.device("cpu"), "fp32")
+    computed = provenance(torch.device("cpu"), "fp32")
     for package in (package for name in names for package in FORMATS[name].packages):
-        provenance["versions"][package] = importlib.metadata.version(package)
+        computed["versions"][package] = importlib.metadata.version(package)
     return {
         "command": "export",
         "name": trained.config.name,
@@ -308,7 +314,7 @@ def description(
             for name, shape in model.output_shapes().items()
         },
         "checked_batches": list(CHECKED_BATCHES),
-        **provenance,
+        **computed,
         "checkpoint": str(checkpoint),
         "trained": dataclasses.asdict(trained.config),
     }

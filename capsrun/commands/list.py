@@ -6,10 +6,12 @@ import json
 import re
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from capsrun.config import ListConfig
+from capsrun.config import TrainConfig
 from capsrun.errors import UserError, did_you_mean
+from capsrun.names import folder_words, model_words, suggest
 from capsrun.runs.inventory import (
     DAMAGED,
     FINISHED,
@@ -19,11 +21,42 @@ from capsrun.runs.inventory import (
     Test,
     find_runs,
 )
+from capsrun.settings import from_dict
 from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
 
 HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
 TO_THE_RIGHT = ("error", "steps", "written")
 STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
+
+
+@dataclass(kw_only=True)
+class ListConfig:
+    """What it needs. Values: `configs/list.yaml`."""
+
+    runs_dir: str
+    name: str | None
+    """Only runs whose folder has this in its name; None: all."""
+    json: bool
+
+
+def main(config: ListConfig, overrides: Sequence[str]) -> None:
+    """`capsrun list`: print the runs, and say what can be done with the latest."""
+    runs = list_runs(config)
+    if config.json:
+        return
+    finished = [run for run in runs if run.status == FINISHED]
+    if not runs:
+        suggest(["train", "dataset=mnist5k"], ["train", "dataset=mnist"])
+    elif finished:  # the latest is the last
+        try:
+            trained = from_dict(TrainConfig, finished[-1].config)
+        except UserError:  # it is of another version
+            return suggest(["report", *folder_words(config)])
+        trained.runs_dir = config.runs_dir  # the folder may have been moved
+        words = model_words(trained, finished[-1].folder)
+        suggest(["eval", *words], ["report", *folder_words(config)])
+    elif any(run.status == INTERRUPTED for run in runs):
+        print("next: the command that began a run goes on with it where it was interrupted")
 
 
 def list_runs(config: ListConfig) -> list[Run]:

@@ -5,6 +5,7 @@ Shapes: C channels, H and W pixels, D dimensions of a capsule, V values, J class
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,23 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from capsrun import disk
 from capsrun.config import PerturbConfig, SweepConfig
 from capsrun.data import Dataset, Split, load_dataset
 from capsrun.data.batches import in_class_order
 from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import figures, record
-from capsrun.runs.checkpoint import check_dataset, load_drawing_model, output_folder
+from capsrun.names import folder_words, model_words, suggest
+from capsrun.report import figures
+from capsrun.report.pictures import displayed
+from capsrun.report.run_page import write_run_page
+from capsrun.runs import record
+from capsrun.runs.checkpoint import check_dataset, find_model, load_drawing_model, output_folder
 from capsrun.runs.progress import bar
-from capsrun.runs.run_page import write_run_page
-from capsrun.runs.scores import displayed
+from capsrun.training.device import provenance, resolve_device
 from capsrun.training.metrics import predicted_classes
-from capsrun.training.step import resolve_device, to_device
+from capsrun.training.step import to_device
 
 MOST_VALUES = 101
 # Formats of an image of one's own. Pillow knows more, for some of which it runs other programs.
@@ -49,6 +54,13 @@ class Subject:
     label: int
     title: str
     file_name: str
+
+
+def main(config: PerturbConfig, overrides: Sequence[str]) -> None:
+    """`capsrun perturb`: draw, and say what else can be done with the model."""
+    checkpoint = find_model(config)
+    perturb(config, checkpoint)
+    suggest(["explore", *model_words(config, checkpoint)], ["report", *folder_words(config)])
 
 
 def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
@@ -85,12 +97,12 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
             "seed": trained.config.seed,
             "steps": trained.step,
             "pictures": [path.name for path in paths],
-            **record.provenance(device, "fp32"),
+            **provenance(device, "fp32"),
             "checkpoint": str(checkpoint),
             "config": dataclasses.asdict(config),
             "trained": dataclasses.asdict(trained.config),
         }
-        record.write_json(out_dir / "result.json", result)
+        disk.write_json(out_dir / "result.json", result)
         print(f"page: {write_run_page(out_dir)}")
     return paths
 

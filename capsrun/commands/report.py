@@ -3,21 +3,19 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from capsrun.atomic import replacing
-from capsrun.config import ReportConfig
-from capsrun.data import sizes
+from capsrun import disk
+from capsrun.disk import LOCK, locked, replacing
 from capsrun.errors import UserError
-from capsrun.lock import NAME as LOCK
-from capsrun.lock import locked
-from capsrun.runs import plots, record, run_page
-from capsrun.runs.gallery import Pictures, curves, paper_figures
-from capsrun.runs.jobs import Experiments
-from capsrun.runs.page import plain, to_html
-from capsrun.runs.progress import bar
-from capsrun.runs.questions import (
+from capsrun.experiments import Experiments
+from capsrun.names import folder_words, suggest
+from capsrun.report import plots, run_page
+from capsrun.report.gallery import Pictures, curves, paper_figures
+from capsrun.report.page import plain, to_html
+from capsrun.report.questions import (
     HEADER,
     Answer,
     Question,
@@ -27,7 +25,7 @@ from capsrun.runs.questions import (
     network,
     questions,
 )
-from capsrun.runs.results import (
+from capsrun.report.results import (
     Group,
     Result,
     Wanted,
@@ -36,7 +34,7 @@ from capsrun.runs.results import (
     of_network,
     own_test,
 )
-from capsrun.runs.tables import (
+from capsrun.report.tables import (
     CHOSEN,
     HOW,
     ROWS,
@@ -51,6 +49,7 @@ from capsrun.runs.tables import (
     summary_lines,
     table,
 )
+from capsrun.runs.progress import bar
 from capsrun.terminal import duration
 
 GROUP_TITLES = {
@@ -65,6 +64,22 @@ KEPT = ("result.json", "config.yaml", "metrics.jsonl")
 KEPT_BYTES = 500_000
 
 
+@dataclass(kw_only=True)
+class ReportConfig:
+    """What it needs. Values: `configs/report.yaml`."""
+
+    sources: list[str]
+    runs_dir: str
+    out_dir: str
+    keep: str | None
+
+
+def main(config: ReportConfig, overrides: Sequence[str]) -> None:
+    """`capsrun report`: build it, and say what makes the numbers that it lacks."""
+    report(config, Experiments())
+    suggest(["reproduce", "only_plan=true", *folder_words(config)])
+
+
 def report(config: ReportConfig, experiments: Experiments) -> Path:
     """Write `report.md`, `report.html` and the pictures; returns the page's path.
 
@@ -77,7 +92,7 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
             "`capsrun reproduce budget=smoke`, say"
         )
     out_dir = Path(config.out_dir)
-    record.make_folder(out_dir)
+    disk.make_folder(out_dir)
     with locked(out_dir / LOCK):
         rows = write_report(results, experiments, out_dir)
     if config.keep is not None:
@@ -90,7 +105,7 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
 def write_report(results: Sequence[Result], experiments: Experiments, out_dir: Path) -> list[Row]:
     """Write the files of the report into a folder, and return the rows of its tables."""
     shutil.rmtree(out_dir / "pictures", ignore_errors=True)
-    record.make_folder(out_dir / "pictures")
+    disk.make_folder(out_dir / "pictures")
     names = bar(experiments.names(), "experiment", "results")
     rows = [make_row(name, experiments, results) for name in names]
     text = "\n\n".join(page(rows, results, experiments, Pictures(out_dir))) + "\n"
@@ -151,7 +166,7 @@ def page(
     parts += ["## What the number depends on", *ablations(asked, found, pictures)]
     parts += others_table(of_ablations, others)
     parts += ["## Figures", *paper_figures(rows, results, pictures)]
-    parts += ["## What is missing", *missing(rows, experiments)]
+    parts += ["## What is missing", *missing(rows)]
     parts += ["## Every result", provenance(results, pictures.out_dir)]
     return parts
 
@@ -288,42 +303,32 @@ def others_table(rows: Sequence[Row], others: Mapping[str, Sequence[Group]]) -> 
     return ["Not the paper's, so nothing of the paper is beside them:", table(header, lines)]
 
 
-def seconds_at_full_length(
-    row: Row, by_name: Mapping[str, Row], experiments: Experiments
-) -> float | None:
-    """How long one seed takes at most, with the models that it needs, as it was once timed."""
-    measured, command = row.about.measured, row.about.command
-    if measured is None or command is None:
-        return None
-    count = 1.0
-    if measured.per == "step":
-        count = row.wanted.settings["recipe.steps"]
-    elif measured.per == "image":
-        test = experiments.tested(command.split())
-        count = sizes(test.dataset)[1] if test else 1.0
-    needed = [
-        seconds_at_full_length(by_name[used], by_name, experiments) or 0.0
-        for used in row.about.uses
-    ]
-    return measured.seconds * count + row.about.models * sum(needed)
+def seconds_at_full_length(row: Row) -> str:
+    """About how long one seed trains at full length, by the speed of its longest run."""
+    group, command = row.best, row.about.command
+    if group is None or command != "train":
+        return ""
+    result, training = group.results[0], row.wanted.settings
+    speed = result.values["train_seconds"] / result.values["steps"]
+    steps = training["recipe.steps"]
+    if not isinstance(steps, float):  # its length is in epochs
+        return ""
+    return f"{duration(speed * steps)} ({result.values['device']})"
 
 
-def missing(rows: Sequence[Row], experiments: Experiments) -> list[str]:
+def missing(rows: Sequence[Row]) -> list[str]:
     """The experiments that have too few seeds at full length, and what makes them."""
     lines = []
-    by_name = {row.name: row for row in rows}
     groups = (*GROUP_TITLES, "ablations", "figures")
     for row in (row for group in groups for row in of_group(group, rows)):
         if not row.missing or row.about.command is None:
             continue
-        seconds, measured = seconds_at_full_length(row, by_name, experiments), row.about.measured
-        on = f" ({measured.device}, {measured.date})" if measured else ""
         lines.append(
             [
                 row.label,
                 f"{row.missing} of {row.asked}",
                 f"`capsrun reproduce targets=[{row.name}] budget=full`",
-                duration(seconds) + on if seconds else "",
+                seconds_at_full_length(row),
             ]
         )
     if not lines:
@@ -396,7 +401,7 @@ def keep(results: Sequence[Result], folder: Path) -> None:
             target /= source.name if beside else source.parent.name
         if target.resolve() == source.resolve():  # kept before
             continue
-        record.make_folder(target)
+        disk.make_folder(target)
         for file in KEPT:
             path = source / file
             if path.exists() and path.stat().st_size <= KEPT_BYTES:

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from capsrun.config import ReproduceConfig
-from capsrun.errors import Stopped, Unfinished, notice
-from capsrun.runs.jobs import THREADS, Experiments, Job, JobMaker, threads_each
+from capsrun.config import setting
+from capsrun.errors import Stopped, Unfinished, UserError, notice
+from capsrun.experiments import Experiments
+from capsrun.names import folder_words, suggest
+from capsrun.runs.jobs import THREADS, BudgetConfig, Job, JobMaker, QueueConfig, threads_each
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
 
@@ -34,6 +36,22 @@ GRACE_SECONDS = 60.0
 FEW = 5
 
 
+@dataclass(kw_only=True)
+class ReproduceConfig:
+    """What it needs. Values: `configs/reproduce.yaml`."""
+
+    targets: list[str]
+    seeds: list[int] = setting(minimum=0)
+    budget: BudgetConfig
+    queue: QueueConfig
+    only_plan: bool
+    timing: bool
+    minutes: float | None = setting(above=0)
+    parallel: int = setting(minimum=1)
+    runs_dir: str
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+
+
 @dataclass
 class Outcome:
     """How the jobs ended."""
@@ -44,6 +62,27 @@ class Outcome:
     """Running when the time was over; they can go on."""
     waiting: list[Job] = field(default_factory=list)
     """Not begun: the time was over, or what they need failed."""
+
+
+def main(config: ReproduceConfig, overrides: Sequence[str]) -> None:
+    """`capsrun reproduce`: run what is asked for, and say what can be done with it."""
+    refuse_unused(config, overrides)
+    reproduce(config, Experiments())
+    if config.only_plan:
+        suggest(["reproduce", *(word for word in overrides if not word.startswith("only_plan="))])
+    else:
+        suggest(["list", *folder_words(config)], ["report", *folder_words(config)])
+
+
+def refuse_unused(config: ReproduceConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError where a queue says itself what was asked for on the command line."""
+    if not any(word.startswith("queue=") and word != "queue=targets" for word in overrides):
+        return
+    unused = ["targets", "seeds"]
+    unused += ["budget"] if all(entry.length is not None for entry in config.queue.entries) else []
+    for key in unused:
+        if any(word.startswith(f"{key}=") for word in overrides):
+            raise UserError(f"each entry of this queue has its own {key}: leave {key}= away")
 
 
 def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:

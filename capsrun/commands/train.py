@@ -20,9 +20,21 @@ from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
-from capsrun.runs import figures, parts, record
+from capsrun.names import model_words, run_name, suggest, uses_of_model
+from capsrun.report import figures
+from capsrun.report.pictures import (
+    almost_line,
+    answer,
+    counts,
+    reconstruction_grid,
+    score_figures,
+    score_summary,
+)
+from capsrun.report.results import best_on_test, read_metrics
+from capsrun.report.run_page import NAME as PAGE
+from capsrun.report.run_page import refresh_run_page, write_run_page
+from capsrun.runs import parts, record
 from capsrun.runs.checkpoint import load_weights, save_checkpoint
-from capsrun.runs.next_steps import command, next_lines, uses_of_model
 from capsrun.runs.parts import Part
 from capsrun.runs.progress import (
     ProgressLine,
@@ -32,31 +44,22 @@ from capsrun.runs.progress import (
     stop_requests,
     stoppable,
 )
-from capsrun.runs.results import best_on_test, read_metrics
-from capsrun.runs.run_page import NAME as PAGE
-from capsrun.runs.run_page import refresh_run_page, write_run_page
-from capsrun.runs.scores import (
-    almost_line,
-    answer,
-    counts,
-    reconstruction_grid,
-    score_figures,
-    score_summary,
-)
+from capsrun.sweep import Done, last_validation_error
 from capsrun.terminal import BOLD, duration, styled
-from capsrun.training.distributed import Ranks, join_ranks
-from capsrun.training.losses import class_presence
-from capsrun.training.metrics import Score, score_split
-from capsrun.training.step import (
-    Trainer,
-    Update,
+from capsrun.training.device import (
     autocast,
-    learning_rate,
+    describe_device,
+    memory_gb,
+    provenance,
     resolve_device,
     resolve_precision,
     set_deterministic,
-    total_steps,
 )
+from capsrun.training.distributed import Ranks, join_ranks
+from capsrun.training.losses import class_presence
+from capsrun.training.metrics import Score, score_split
+from capsrun.training.schedule import learning_rate, total_steps
+from capsrun.training.step import Trainer, Update
 
 NOT_FINITE = "not_finite.pt"
 # Images of the batch for which it is logged what routing does: they are routed once more for that,
@@ -107,6 +110,15 @@ class Run:
                 self.recorder.close()
 
 
+def main(config: TrainConfig, overrides: Sequence[str]) -> Done:
+    """`capsrun train`: name the run, and make what is left of it."""
+    config.name = config.name or run_name(config, overrides)
+    out_dir = Path(config.runs_dir) / config.name / f"seed{config.seed}"
+    already = (out_dir / "result.json").exists()
+    train(config, out_dir, model_words(config, out_dir))
+    return Done(last_validation_error(out_dir), already)
+
+
 def train(
     config: TrainConfig, out_dir: Path, model_words: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def train(
         print(stopped_line(result["stopped"]))
     if model_words is not None:
         uses = uses_of_model(config.model, model_words)
-        print(next_lines([command("eval", *model_words), *uses]))
+        suggest(["eval", *model_words], *uses)
     print(styled(answer("test", result["errors"], result["count"]), BOLD))
     return result
 
@@ -282,16 +294,16 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
             load_optimizer(trainer, checkpoint["optimizer"], folder.checkpoint)
         if trainer.averaged is not None:
             load_weights(trainer.averaged, checkpoint.get("averaged"), folder.checkpoint)
-    where = f"{precision} on {record.describe_device(device)}"
+    where = f"{precision} on {describe_device(device)}"
     where += f", {ranks.count} processes" if ranks.count > 1 else ""
     print(
         f"{folder.path}: {'going on after' if step else 'from'} step {step:,} of {steps:,}, {where}"
     )
-    provenance = {**record.provenance(device, precision), "processes": ranks.count}
+    made_with = {**provenance(device, precision), "processes": ranks.count}
     earlier = [] if checkpoint is None else parts.of_checkpoint(checkpoint)
     recorder = None
     if ranks.first:
-        for change in parts.changes_now(earlier, provenance) if step < steps else []:
+        for change in parts.changes_now(earlier, made_with) if step < steps else []:
             errors.remark(change)
         recorder = record.Recorder(folder.path, step, checkpoint)
         if not step:
@@ -306,7 +318,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         recorder,
         ProgressLine(step, steps, config.recipe.batch_size, shown=ranks.first),
         Stopwatch(seconds),
-        provenance,
+        made_with,
         earlier,
         step,
         steps,
@@ -370,7 +382,7 @@ def log_step(run: Run, update: Update) -> None:
     steps, seconds = run.step - run.logged[0], run.clock.seconds - run.logged[1]
     values["images_per_second"] = steps * run.config.recipe.batch_size / seconds
     run.logged = (run.step, run.clock.seconds)
-    values["memory_gb"] = record.memory_gb(run.trainer.device)
+    values["memory_gb"] = memory_gb(run.trainer.device)
     record_numbers(run, values)
     shown = {"loss": total}
     if output.reconstructions_BTCHW is not None:  # else it is all there is
@@ -562,7 +574,7 @@ def finish(run: Run, stop: StopRequest) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_seconds": run.clock.seconds,
         "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
-        "memory_gb": record.memory_gb(run.trainer.device),
+        "memory_gb": memory_gb(run.trainer.device),
         **run.provenance,
         "stopped": how_it_stopped(run, scores),
         "parts": computed,

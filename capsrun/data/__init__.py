@@ -12,8 +12,8 @@ from capsrun.data import (
     cifar10,
     mnist,
     mnist5k,
-    mnist_padded,
     multimnist,
+    padded,
     smallnorb,
     svhn,
 )
@@ -53,7 +53,7 @@ DATASETS = {
     "mnist5k": Entry(mnist5k.load, is_source=True, picked_from="mnist", images=(4_000, 1_000)),
     "fashion_mnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
     "kmnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
-    "mnist_padded": Entry(None, mnist_padded.make, sampled=True),
+    "mnist_padded": Entry(None, padded.make, sampled=True),
     "affnist": Entry(affnist.load, for_testing=True, images=(0, 320_000)),
     "affnist_like": Entry(None, affnist_like.make, for_testing=True, copies=32),
     "multimnist": Entry(None, multimnist.make, digits=2, sampled=True, copies=10),

@@ -19,10 +19,9 @@ from tqdm import tqdm
 from capsrun.config import DatasetConfig
 from capsrun.data import matlab
 from capsrun.data.download import file_md5, obtain
-from capsrun.data.files import RawData, Source, stored_bytes
+from capsrun.data.files import RawData, Source, read_at_most, stored_bytes
 from capsrun.data.splits import OF_PHOTOS, refuse_changes
 from capsrun.errors import UserError
-from capsrun.reading import read_at_most
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
 SIDE_PX = 40

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from capsrun.disk import locked
 from capsrun.errors import UserError
-from capsrun.lock import locked_in_turn
 from capsrun.terminal import size
 
 TIMEOUT_SECONDS = 30
@@ -30,7 +30,7 @@ def obtain(url: str, path: Path, md5: str | None, title: str, otherwise: str) ->
     new_folders = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked_in_turn(path.with_name(path.name + ".lock"), f"downloading {title}"):
+        with locked(path.with_name(path.name + ".lock"), f"downloading {title}"):
             if not path.is_file():  # else whoever was waited for has brought it
                 print(f"{title} is not in {path.parent}; downloading {url}")
                 _download(url, part)

@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from capsrun.disk import locked, read_bytes
 from capsrun.errors import UserError
-from capsrun.lock import locked_in_turn
-from capsrun.reading import read_at_most, read_bytes
+from capsrun.terminal import size
 
 # The largest of the files is 47 MB; more than this is no MNIST file, whatever its header says.
 MAX_FILE_BYTES = 200_000_000
@@ -87,6 +88,16 @@ def read_idx(folder: Path, file: IdxFile, dimensions: int) -> tuple[Tensor, Sour
             "delete it and run the command again to download it"
         )
     return array, Source(path.name, md5, verified=True)
+
+
+def read_at_most(stream: Any, most_bytes: int) -> bytes:
+    """All that an unpacked stream gives, piece by piece. Raises ValueError where it is too much."""
+    content = bytearray()
+    while piece := stream.read(1 << 20):
+        content += piece
+        if len(content) > most_bytes:
+            raise ValueError(f"holds more than {size(most_bytes)}")
+    return bytes(content)
 
 
 def stored_bytes(path: Path, most_bytes: int) -> bytes:
@@ -163,7 +174,7 @@ def fetch(
     is_new = not data_dir.exists()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = locked_in_turn(data_dir / f".{title}.lock", f"downloading {title}")
+        lock = locked(data_dir / f".{title}.lock", f"downloading {title}")
         with lock, tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
             if is_there():
                 return

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import to_pixels
 from capsrun.data.download import obtain
-from capsrun.data.files import RawData, Source, stored_bytes
+from capsrun.data.files import RawData, Source, read_at_most, stored_bytes
 from capsrun.errors import UserError
-from capsrun.reading import read_at_most
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 TRAIN, TEST = (

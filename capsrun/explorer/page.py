@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs.figures import TWO_COLOURS
+from capsrun.report.figures import TWO_COLOURS
 
 LIMIT_BYTES = 8_000_000
 

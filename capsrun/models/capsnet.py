@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capsrun.config import CapsNetConfig, RoutingConfig
-from capsrun.models import frequency_conv, routing_cpu
+from capsrun.models.fast import frequency_conv, routing_cpu
+from capsrun.models.fast.patch_conv import patch_conv2d
+from capsrun.models.fast.strided_conv import relu_strided_conv2d
 from capsrun.models.initialisation import initialise_as_authors
-from capsrun.models.patch_conv import patch_conv2d
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
-from capsrun.models.strided_conv import relu_strided_conv2d
 
 # Images do not depend on each other, and the votes of this many stay in a processor's cache while
 # they are routed: less than half the time of routing a batch of 128 as a whole.
@@ -251,7 +251,9 @@ class CapsNet(nn.Module):
             return routing_cpu.route_fused
         # Not asked here whether this is an export: PyTorch 2.11 says so of what it compiles, too.
         if self.fast and self.triton and device.type == "cuda":
-            from capsrun.models import routing_gpu  # not everywhere is there a Triton to import
+            from capsrun.models.fast import (
+                routing_gpu,  # not everywhere is there a Triton to import
+            )
 
             return routing_gpu.route_fused
         return None

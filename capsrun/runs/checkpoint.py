@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from capsrun.atomic import replacing
-from capsrun.config import DatasetConfig, TrainConfig, from_dict, with_later_settings
+from capsrun.config import CheckpointConfig, DatasetConfig, TrainConfig
 from capsrun.data import is_part_of, known
+from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean, notice
-from capsrun.models import Model, build_model, plan_model
+from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
+from capsrun.names import default_run, train_command
 from capsrun.runs import parts
-from capsrun.runs.archive import check_archive, check_values
+from capsrun.settings import from_dict
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
+# The weights of the largest network that is made, their average and Adam's moments.
+MOST_BYTES = 16 * MOST_PARAMETERS
 
 
 class Trained(NamedTuple):
@@ -54,9 +57,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     holds anything but tensors and plain types is refused before any of it is run.
     """
     try:
-        check_archive(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError("too large")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_values(checkpoint, path.stat().st_size)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load fails in many ways on a damaged or hostile file
@@ -96,6 +99,19 @@ def _are_sizes(sizes: Any) -> bool:
     """Whether these are lengths of files, by their names."""
     return isinstance(sizes, dict) and all(
         type(name) is str and type(length) is int and length >= 0 for name, length in sizes.items()
+    )
+
+
+def find_model(config: CheckpointConfig, split: str = "test") -> Path:
+    """The checkpoint that a command is told of, or that of the run which train makes for its data.
+
+    Raises UserError, with the command that makes it, when there is none.
+    """
+    if config.checkpoint is not None:
+        return find_checkpoint(config.checkpoint)
+    usual = Path(config.runs_dir) / default_run(config.dataset, split, config.seed)
+    return find_checkpoint(
+        str(usual / FILE_NAME), train_command(config.dataset, split, config.seed)
     )
 
 
@@ -160,7 +176,7 @@ def load_checkpoint(
     if weights is None:
         raise UserError(f"checkpoint {file} holds no averaged weights; train with recipe.average=…")
     try:
-        config = from_dict(TrainConfig, with_later_settings(checkpoint["config"]))
+        config = from_dict(TrainConfig, checkpoint["config"])
         # A configuration can ask for more memory than there is, so its sizes are looked at first.
         plan = plan_model(config.model, config.routing, config.dataset)
         check_weights(plan, weights, file)
@@ -192,16 +208,6 @@ def check_weights(model: Model, weights: Any, path: Path) -> None:
             )
 
 
-def train_command(dataset: DatasetConfig) -> str:
-    """The command that trains the model which is tested on a data set by default."""
-    model, _, recipe = dataset.trained_by.partition("-")
-    command = f"capsrun train dataset={dataset.trained_on}"
-    # What is made of MNIST, which is the default, is not said to be.
-    command += f" dataset.source={dataset.source}" if dataset.source not in (None, "mnist") else ""
-    command += f" model={model}" if model != "capsnet" else ""
-    return command + (f" recipe={recipe}" if recipe != "quick" else "")
-
-
 def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> None:
     """Refuse images that the model cannot take, and test images that it was trained on.
 
@@ -210,7 +216,7 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
     ours, theirs = (
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
-    instead = f"train one for such images (`{train_command(dataset)}`), or test this one on "
+    instead = f"train one for such images (`{train_command(dataset, split)}`), or test this one on "
     instead += f"dataset={trained.dataset.name}"
     if ours != theirs:
         raise UserError(

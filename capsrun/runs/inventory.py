@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capsrun.lock import NAME as LOCK
-from capsrun.lock import holder
-from capsrun.reading import MOST_TEXT_BYTES, parse_json, read_bytes, read_yaml
-from capsrun.reading import read_json as read_any_json
+from capsrun.disk import LOCK, MOST_TEXT_BYTES, holder, parse_json, read_bytes, read_yaml
+from capsrun.disk import read_json as read_any_json
 
 FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
 # Files that a run writes while it goes on.

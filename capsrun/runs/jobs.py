@@ -5,38 +5,57 @@ A job is one experiment with one seed and one budget. Its folder is
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from capsrun.config import BudgetConfig, EvalConfig, ExperimentConfig, QueueEntry, TrainConfig
+from capsrun.config import setting
+from capsrun.disk import LOCK, MOST_TEXT_BYTES, holder, parse_json, read_bytes, read_json
 from capsrun.errors import UserError, did_you_mean
-from capsrun.lock import NAME as LOCK
-from capsrun.lock import holder
-from capsrun.reading import parse_json, read_json, read_text
+from capsrun.experiments import GROUPS, Experiment, Experiments
+from capsrun.names import quoted, word
 
 # What says how many threads a program takes.
 THREADS = "OMP_NUM_THREADS"
-GROUPS = ("table1", "multimnist", "affnist", "section7", "figures", "ablations")
 
 
-class Experiments(Protocol):
-    """What is known of the experiments; `cli.py` reads it from `configs/experiment/`."""
+@dataclass(kw_only=True)
+class BudgetConfig:
+    """How long the experiments are made to run. Values: `configs/budget/`."""
 
-    def names(self) -> list[str]:
-        """Every experiment."""
+    name: str
+    train: list[str]
+    """Overrides of `capsrun train`."""
+    eval: list[str]
+    """Overrides of `capsrun eval`."""
+    stand_ins: dict[str, list[str]]
+    """Overrides that take a smaller data set in place of one, by its name."""
+    members: int = setting(minimum=1)
+    """How many models an ensemble has at most."""
+    seeds: list[int] = setting(minimum=0)
+    """The seeds to run if none are said."""
 
-    def about(self, name: str) -> ExperimentConfig:
-        """What is told about one."""
 
-    def training(self, overrides: Sequence[str]) -> TrainConfig:
-        """The run that `capsrun train` would make of these words."""
+@dataclass(kw_only=True)
+class QueueEntry:
+    """Some experiments, each with some seeds."""
 
-    def tested(self, arguments: Sequence[str]) -> EvalConfig | None:
-        """What a whole command tests, if it is an `eval`."""
+    targets: list[str]
+    seeds: list[int] = setting(minimum=0)
+    length: str | None = None
+    """Name of the folder of its runs, in place of the budget's; None: as long as that says."""
+    train: list[str] = dataclasses.field(default_factory=list)
+    """Overrides of `capsrun train`, in place of the budget's; only with a length of its own."""
+
+
+@dataclass(kw_only=True)
+class QueueConfig:
+    """What to run, in this order. Values: `configs/queue/`."""
+
+    entries: list[QueueEntry]
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ class Job:
         if not (self.folder / "checkpoint.pt").exists():
             return 0
         try:
-            last = read_text(self.folder / "metrics.jsonl").splitlines()[-1]
+            last = read_bytes(self.folder / "metrics.jsonl", MOST_TEXT_BYTES).splitlines()[-1]
             return int(parse_json(last)["step"])
         except (OSError, LookupError, ValueError, TypeError, OverflowError):
             return 0
@@ -199,7 +218,7 @@ class JobMaker:
         return Path(self.runs_dir) / self.budget.name / name / f"seed{seed}"
 
     def arguments(
-        self, name: str, about: ExperimentConfig, seed: int, models: Sequence[Job]
+        self, name: str, about: Experiment, seed: int, models: Sequence[Job]
     ) -> tuple[str, ...]:
         """The command that makes the result of an experiment, without `capsrun`."""
         assert about.command is not None
@@ -223,16 +242,3 @@ class JobMaker:
         if len(models) > 1:
             words.append(f"ensemble=[{','.join(quoted(job.folder) for job in models[1:])}]")
         return (*words, word("out_dir", self.folder(name, seed)))
-
-
-def word(key: str, path: str | Path) -> str:
-    """An override that Hydra understands, whatever characters the path has."""
-    return f"{key}={quoted(path)}"
-
-
-def quoted(path: str | Path) -> str:
-    """A path as a value in an override: in quotes where it needs them."""
-    text = str(path)
-    if re.fullmatch(r"[\w./+-]+", text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,48 +1,33 @@
 """What a run leaves behind: its folder, `result.json`, `metrics.jsonl`, TensorBoard."""
 
 import contextlib
-import datetime
 import glob
 import json
 import math
 import os
-import platform
 import re
-import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
-import capsrun
-from capsrun.atomic import remove_leftovers, replacing
-from capsrun.config import differing_keys, with_later_settings
-from capsrun.errors import Busy, UserError
-from capsrun.lock import NAME as LOCK
-from capsrun.lock import locked, refuse_if_locked
-from capsrun.reading import read_json, read_yaml
-from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
-from capsrun.runs.results import check_result
-
-# Settings that do not change what a run computes: they may differ when it is resumed.
-FREE_KEYS = (
-    "runs_dir",
-    "device",
-    "compile",
-    "dataset.data_dir",
-    "dataset.trained_on",
-    "dataset.trained_by",
+from capsrun.disk import (
+    LOCK,
+    locked,
+    read_json,
+    read_yaml,
+    refuse_if_locked,
+    remove_leftovers,
+    replacing,
 )
-FREE_SECTION = "record."
-# But for this one: test errors of one run are compared, and so are of the same images.
-NOT_FREE = "record.evaluate_images"
+from capsrun.errors import Busy, UserError
+from capsrun.report.results import check_result
+from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
+from capsrun.settings import differing_keys, role
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -142,15 +127,15 @@ class RunFolder:
             raise UserError(
                 f"{config_file} is damaged; move the folder away to start anew"
             ) from error
-        if not isinstance(before, dict) or self.config.keys() - with_later_settings(before).keys():
+        if not isinstance(before, dict) or self.config.keys() - before.keys():
             raise UserError(f"{config_file} is damaged; move the folder away to start anew")
         different = [
             f"{key} (there {theirs}, now {ours})"
             for key, theirs, ours in differing_keys(
-                with_later_settings(before),
+                before,
                 self.config,
             )
-            if key == NOT_FREE or not (key in FREE_KEYS or key.startswith(FREE_SECTION))
+            if role(key).resume
         ]
         if different:
             raise UserError(
@@ -274,75 +259,3 @@ def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> 
     with SummaryWriter(str(folder / "tensorboard"), filename_suffix=suffix) as board:
         for name, figure in drawn.items():
             board.add_figure(name, figure)
-
-
-def memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 10⁹ bytes: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 1e9  # with what graphs hold
-    try:
-        # Not getrusage: a process inherits that of the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
-    except (OSError, TypeError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def describe_device(device: torch.device) -> str:
-    """Name of the processor, and on a CPU how many threads are used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def provenance(device: torch.device, precision: str) -> dict[str, Any]:
-    """Where a number comes from: for `result.json`."""
-    return {
-        "device": describe_device(device),
-        "precision": precision,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(device),
-        "git_commit": git_commit(),
-    }
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Of what computes the numbers; on a GPU those of its libraries too."""
-    found = {
-        "capsrun": capsrun.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a plain string: a checkpoint holds nothing else
-    }
-    if device.type == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this code runs from, + if it was changed; None elsewhere."""
-    folder = Path(capsrun.__file__).parent
-    if not (folder.parent / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

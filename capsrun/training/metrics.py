@@ -12,9 +12,10 @@ from torch import Tensor
 from capsrun.data import Split
 from capsrun.data.batches import in_class_order
 from capsrun.models import Model
-from capsrun.models.frequency_conv import weights_stay
+from capsrun.models.fast.frequency_conv import weights_stay
+from capsrun.training.device import autocast
 from capsrun.training.losses import class_presence
-from capsrun.training.step import Progress, autocast
+from capsrun.training.step import Progress
 
 # Images tested at once. It changes no answer; 250 of MNIST need about 1 GB for their votes.
 BATCH_SIZE = 250

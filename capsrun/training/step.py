@@ -4,13 +4,7 @@ Shapes: B batch, T digits in one image, C channels, H and W pixels.
 """
 
 import copy
-import ctypes
-import math
-import os
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,82 +14,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.batches import Batch
 from capsrun.data.splits import TrainingBatches
-from capsrun.errors import UserError
 from capsrun.models import Model, Output
-from capsrun.models.native import cpu_features
+from capsrun.training.device import autocast, keep_freed_memory
 from capsrun.training.distributed import ALONE, Ranks, peers
 from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
 from capsrun.training.losses import Losses, model_losses
+from capsrun.training.schedule import adam_rate
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 SomeModel = TypeVar("SomeModel", bound=Model)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises UserError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device=cuda, but PyTorch finds no CUDA GPU here; use device=cpu or device=auto"
-        )
-    if name == "cpu":
-        heed_cpu_quota()
-    return torch.device(name)
-
-
-def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
-    """Use no more threads than a container may run at once, where it is limited by a quota.
-
-    PyTorch counts the cores that the process may use, but knows nothing of quotas: threads beyond
-    them would wait for each other.
-    """
-    try:
-        quota, period = group.read_text().split()
-        cores = int(quota) / int(period)
-    except (OSError, ValueError):  # no quota ("max"), or not a Linux with control groups
-        return
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, math.floor(cores))))
-
-
-def set_deterministic(on: bool) -> None:
-    """Have the same settings give the same bits on the same machine, or be as fast as can be.
-
-    On a CPU everything is deterministic in any case, for one number of threads: PyTorch adds in an
-    order that depends on it. On a GPU cuDNN and cuBLAS then take the algorithms that add in a fixed
-    order, none is chosen by its speed (see `training/graph.py`), and PyTorch raises RuntimeError
-    for an operation that has no such algorithm. To be called before the GPU computes anything.
-    """
-    torch.use_deterministic_algorithms(on)
-    torch.backends.cudnn.deterministic = on
-    # Filling all that is allocated with NaN would take time in every step, and only show what reads
-    # before it writes.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if on:
-        torch.backends.cudnn.benchmark = False
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the processor computes it in hardware, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & cpu_features() else "fp32"
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep memory that is freed for what is allocated next, in the whole process.
-
-    Large tensors would otherwise be given back and had again, page by page, in every step: up to
-    a sixth of its time. Returns whether that was possible: elsewhere than with glibc it is not.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    return mallopt(trim_threshold, -1) == mallopt(mmap_max, 0) == 1
 
 
 def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
@@ -119,51 +46,6 @@ def averaged_copy(model: SomeModel) -> SomeModel:
     copied = copy.deepcopy(model)
     copied.requires_grad_(False)
     return copied
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Convolutions and the decoder in bf16 or not; capsules and losses are float32 in any case."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def total_steps(recipe: RecipeConfig, training_images: int) -> int:
-    """Length of the run in steps; a last batch that is begun is a whole one."""
-    if recipe.steps is not None:
-        return recipe.steps
-    assert recipe.epochs is not None  # checked in config.py
-    return max(1, math.ceil(recipe.epochs * training_images / recipe.batch_size))
-
-
-def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
-    """The rate of a step, from 0: lr · decay_rate^(step / decay_steps), never below the floor.
-
-    steps: length of the whole run. With `hold_fraction` h the decay begins after h · steps, and
-    with `decay_periods` its period is what fits so often into the rest. A linear decay reaches 0
-    at the end of the rest.
-    """
-    held = recipe.hold_fraction * steps
-    decaying, rest = max(0.0, step - held), steps - held
-    if recipe.decay_shape == "linear":
-        share = 1 - decaying / rest
-    else:
-        # One of the two is set: config.py.
-        period = recipe.decay_steps or rest / (recipe.decay_periods or 1)
-        share = recipe.decay_rate ** (decaying / period)
-    return max(recipe.learning_rate * share, recipe.learning_rate_floor)
-
-
-def adam_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
-    """The rate to give to PyTorch's Adam at a step, from 0, for the recipe's form of Adam.
-
-    TensorFlow adds ε to sqrt(v) before the bias of v is corrected, PyTorch after it. TensorFlow's
-    form is θ −= α_t m / (sqrt(v) + ε) with α_t = lr · sqrt(1 − β₂^t) / (1 − β₁^t), t from 1: this
-    is α_t, for an Adam that corrects nothing itself (see `CORRECTED`).
-    """
-    rate = learning_rate(recipe, step, steps)
-    if recipe.adam_form == "pytorch":
-        return rate
-    unbiased_variance = math.sqrt(1 - recipe.adam_beta2 ** (step + 1))
-    return rate * unbiased_variance / (1 - recipe.adam_beta1 ** (step + 1))
 
 
 # A step count at which β^t is 0 for every β, so that PyTorch's Adam finds no bias to correct; in

@@ -14,7 +14,7 @@ from capsrun.data import Split
 from capsrun.data.batches import in_class_order
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import figures
+from capsrun.report import figures
 from capsrun.training.metrics import Score
 
 # How many images the pictures of a training run show.

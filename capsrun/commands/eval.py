@@ -10,27 +10,37 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from capsrun import disk
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import Split, known, load_dataset
 from capsrun.errors import UserError, notice
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
-from capsrun.runs import figures, record
+from capsrun.names import model_words, suggest, uses_of_model
+from capsrun.report import figures
+from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
+from capsrun.report.routing_maps import Routed, routed, routing_figure
+from capsrun.report.run_page import write_run_page
+from capsrun.runs import record
 from capsrun.runs.checkpoint import (
     Trained,
     check_dataset,
     find_checkpoint,
+    find_model,
     load_checkpoint,
     output_folder,
 )
-from capsrun.runs.next_steps import command, next_lines, uses_of_model
 from capsrun.runs.progress import bar
-from capsrun.runs.routing_maps import Routed, routed, routing_figure
-from capsrun.runs.run_page import write_run_page
-from capsrun.runs.scores import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.terminal import BOLD, duration, styled
+from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
 from capsrun.training.metrics import score_split
-from capsrun.training.step import resolve_device, resolve_precision, to_device
+from capsrun.training.step import to_device
+
+
+def main(config: EvalConfig, overrides: Sequence[str]) -> None:
+    """`capsrun eval`: test the chosen or the default model."""
+    checkpoint = find_model(config, config.split)
+    evaluate(config, checkpoint, model_words(config, checkpoint))
 
 
 def evaluate(
@@ -55,7 +65,7 @@ def evaluate(
     out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
     with record.output(out_dir):
         for path, member in zip([checkpoint, *others], ensemble):
-            print(f"{path}: {precision} on {record.describe_device(device)}")
+            print(f"{path}: {precision} on {describe_device(device)}")
             if not member.finished:
                 print(f"this run is not finished: its model after {member.step:,} steps is tested")
         began = time.perf_counter()
@@ -78,11 +88,11 @@ def evaluate(
             "train_seconds": trained.train_seconds,
             "eval_seconds": seconds,
             "images_per_second": score.count / seconds,
-            **record.provenance(device, precision),
+            **provenance(device, precision),
             "checkpoint": str(checkpoint),
             "ensemble": [str(path) for path in others],
         }
-        record.write_json(out_dir / "result.json", result)
+        disk.write_json(out_dir / "result.json", result)
         for number, routing in maps.items():
             print(f"routing of image {number}: {routing.entropy_text()}")
         page = write_run_page(out_dir)
@@ -94,7 +104,7 @@ def evaluate(
         print(almost_line(score.almost_correct, score.count))
     if model_words is not None:
         uses = uses_of_model(trained.config.model, model_words)
-        print(next_lines([*uses, command("report")]))
+        suggest(*uses, ["report"])
     print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
 

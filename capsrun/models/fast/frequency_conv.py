@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from capsrun.models.native import address, cpu_features, load_library
+from capsrun.models.fast.native import address, cpu_features, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MOST_SAMPLES = 32  # an axis; kernels for more take long to build, and were never measured

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from capsrun.runs import figures, plots
-from capsrun.runs.results import Group, Result, grouped
-from capsrun.runs.tables import Row, differences, how_trained, length
+from capsrun.report import figures, plots
+from capsrun.report.results import Group, Result, grouped
+from capsrun.report.tables import Row, differences, how_trained, length
 
 PERTURBED = 2  # how many pictures of figure 4 are shown
 

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from capsrun.config import ExperimentConfig, Published
-from capsrun.runs.results import (
+from capsrun.experiments import Experiment, Published
+from capsrun.report.results import (
     Group,
     Wanted,
     epochs_of_a_step,
@@ -24,7 +24,7 @@ class Row:
     """An experiment and what was found for it."""
 
     name: str
-    about: ExperimentConfig
+    about: Experiment
     wanted: Wanted
     groups: Sequence[Group]
     """What has the paper's length first, then the longest training."""

@@ -20,7 +20,7 @@ from capsrun.data import Split
 from capsrun.data.batches import in_class_order
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
-from capsrun.runs.figures import FONT_SIZE, TWO_COLOURS, new_figure
+from capsrun.report.figures import FONT_SIZE, TWO_COLOURS, new_figure
 from capsrun.training.metrics import predicted_classes
 
 CELL_INCHES = 1.1

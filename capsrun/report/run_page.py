@@ -12,13 +12,12 @@ from urllib.parse import quote
 
 from omegaconf import OmegaConf
 
-from capsrun.atomic import replacing
+from capsrun.disk import read_json, replacing
 from capsrun.errors import notice
-from capsrun.reading import read_json
-from capsrun.runs import figures, plots
-from capsrun.runs.page import plain, to_html
-from capsrun.runs.results import Result
-from capsrun.runs.tables import table
+from capsrun.report import figures, plots
+from capsrun.report.page import plain, to_html
+from capsrun.report.results import Result
+from capsrun.report.tables import table
 from capsrun.terminal import duration
 
 NAME = "index.html"

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from capsrun.runs.figures import FONT_SIZE, new_figure
+from capsrun.report.figures import FONT_SIZE, new_figure
 
 # Distinct for every kind of colour vision (Okabe and Ito); lines differ in their dashes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

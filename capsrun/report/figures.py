@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from capsrun.atomic import replacing
+from capsrun.disk import replacing
 
 DPI = 100
 GAP_PX = 2  # between the images of a grid, in pixels of an image

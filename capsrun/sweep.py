@@ -16,13 +16,14 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from capsrun.atomic import is_alive, replacing
+from capsrun.compose import compose, start_hydra, task_words
+from capsrun.disk import is_alive, replacing
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError
 from capsrun.runs import inventory
 from capsrun.terminal import BOLD, duration, styled
@@ -392,3 +393,39 @@ def last_validation_error(run: Path) -> float | None:
     ]
     found = [error for error in errors if error is not None]
     return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """What Hydra calls with the configuration of each job of a sweep, wherever that runs."""
+
+    command: str
+    arguments: tuple[str, ...]
+    """Of the sweep."""
+    sweep: Sweep
+
+    def __call__(self, cfg: Any) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        from capsrun.cli import run_command
+
+        words = task_words()
+        said = {word.replace(" ", "") for word in self.arguments}
+        number = HydraConfig.get().job.num
+        own = [word for word in words if word.replace(" ", "") not in said]
+        return self.sweep.run(
+            number, " ".join(own) or f"job {number}", lambda: run_command(self.command, cfg, words)
+        )
+
+
+def run_sweep(name: str, arguments: Sequence[str]) -> None:
+    """Let Hydra run the jobs of a sweep. Raises what `conducted` does."""
+    told = [word for word in arguments if word.startswith("runs_dir=")]
+    try:
+        runs_dir = compose(name, told).runs_dir
+    except UserError:  # several of them, say, or what Hydra will refuse
+        runs_dir = "runs"
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    sweep = Sweep(Path(runs_dir).absolute() / ".multirun" / stamp)
+    with conducted(sweep):
+        start_hydra(name, arguments, SweepJob(name, tuple(arguments), sweep))

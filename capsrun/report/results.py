@@ -11,26 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capsrun.config import (
-    DatasetConfig,
-    Published,
-    TrainConfig,
-    from_dict,
-    is_name,
-    with_later_settings,
-)
+from capsrun.config import DatasetConfig, TrainConfig
 from capsrun.data import sizes
+from capsrun.disk import MOST_TEXT_BYTES, parse_json, read_bytes, read_json
 from capsrun.errors import UserError
-from capsrun.reading import parse_json, read_json, read_text
+from capsrun.experiments import Published
+from capsrun.settings import deciding, deciding_test, from_dict, is_name, role
 
 METRICS = "metrics.jsonl"
-
-# Settings that do not change what is computed, or are told apart (the seed, the precision).
-FREE = ("name", "seed", "runs_dir", "device", "compile", "deterministic", "precision", "record")
-FREE_OF_DATASET = ("data_dir", "trained_on", "trained_by")
-# Settings of how a network is trained, not of which network on which images in which order.
-OF_LENGTH = ("recipe", "stop.accuracy_percent", "stop.patience", "stop.every_steps")
-OF_IMAGES = ("recipe.order",)
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,12 @@ class Result:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides about the trained model, but for the seed, with dots in the names."""
-        return settings_of(self.training) | {"precision": self.values["precision"]}
+        return deciding(self.training) | {"precision": self.values["precision"]}
 
     @property
     def reached_target(self) -> bool:
         """Whether the accuracy at which to stop was reached, where the run had one."""
-        training = with_later_settings(self.training)
+        training = self.training
         if training["stop"]["accuracy_percent"] is None:
             return True
         stopped = self.values.get("stopped")  # of training; eval does not tell
@@ -80,7 +68,7 @@ class Result:
             return {}
         config = self.values["config"]
         return {
-            **test_settings(config["dataset"]),
+            **deciding_test(config["dataset"]),
             "split": config["split"],
             "images": config.get("images"),
             "weights": config.get("weights", "last"),
@@ -92,7 +80,7 @@ class Result:
         """Whether the models of an ensemble differ in nothing but their seeds."""
         others = self.values.get("others_trained", [])
         seeds = {self.training["seed"], *(other["seed"] for other in others)}
-        alike = all(settings_of(other) == settings_of(self.training) for other in others)
+        alike = all(deciding(other) == deciding(self.training) for other in others)
         return alike and len(seeds) == 1 + len(others)
 
     @property
@@ -118,7 +106,9 @@ class Result:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; none where it is missing or damaged."""
     try:
-        rows = [parse_json(line) for line in read_text(folder / METRICS).splitlines()]
+        rows = [
+            parse_json(line) for line in read_bytes(folder / METRICS, MOST_TEXT_BYTES).splitlines()
+        ]
     except (OSError, ValueError):
         return []
     return rows if all(is_row(row) for row in rows) else []
@@ -135,7 +125,7 @@ def best_on_test(
     """
     key = "error_percent/test"
     tests = [(row["step"], row[key]) for row in rows if key in row]
-    complete = with_later_settings(training)
+    complete = training
     stop = complete["stop"]
     decides = stop["accuracy_percent"] is not None and stop["on"] == "test"
     count = images if decides else min(images, complete["record"]["evaluate_images"])
@@ -165,54 +155,20 @@ def total_steps(training: Mapping[str, Any]) -> int:
 
 def epochs_of_a_step(training: Mapping[str, Any]) -> float:
     """Which part of the training images a step sees."""
-    config = from_dict(TrainConfig, with_later_settings(training))
+    config = from_dict(TrainConfig, training)
     return config.recipe.batch_size / sizes(config.dataset)[0]
-
-
-def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a training run that decide what it computes, but for the seed."""
-    complete = with_later_settings(training)
-    kept = {key: value for key, value in complete.items() if key not in FREE}
-    kept["dataset"] = {k: v for k, v in kept["dataset"].items() if k not in FREE_OF_DATASET}
-    kept["model"] = {k: v for k, v in kept["model"].items() if k != "name"}
-    # The average of the weights is tested beside them, and changes nothing in them.
-    kept["recipe"] = {k: v for k, v in kept["recipe"].items() if k != "average"}
-    return dict(flattened(kept))
-
-
-def test_settings(dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a data set that decide which test images there are."""
-    complete = with_later_settings({"dataset": dataset})["dataset"]
-    ignored = (*FREE_OF_DATASET, "validation", "shift_px", "flip", "brightness", "contrast")
-    return {key: value for key, value in complete.items() if key not in ignored}
 
 
 def own_test(training: Mapping[str, Any]) -> dict[str, Any]:
     """What an eval on the test images of its training run is."""
-    dataset = with_later_settings(training)["dataset"]
+    dataset = training["dataset"]
     whole = {"split": "test", "images": None, "weights": "last", "ensemble": 1}
-    return {**test_settings(dataset), **whole}
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """`(key with dots, value)` of nested settings; a list counts as one value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            # 0 and 0.0 are the same setting, whichever way a file has it.
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            yield prefix + key, float(value) if number else repr(value)
+    return {**deciding_test(dataset), **whole}
 
 
 def of_network(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of which network is trained on which images, not of how long."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key in OF_IMAGES
-        or (key != "precision" and not any(key == k or key.startswith(k + ".") for k in OF_LENGTH))
-    }
+    return {k: v for k, v in settings.items() if k != "precision" and not role(k).length}
 
 
 @dataclass(frozen=True)
@@ -233,13 +189,13 @@ class Wanted:
             {}
             if tested is None
             else {
-                **test_settings(asdict(tested)),
+                **deciding_test(asdict(tested)),
                 "split": "test",
                 "images": None,
                 "weights": "last",
             }
         )
-        return cls(settings_of(asdict(training)), other, models)
+        return cls(deciding(asdict(training)), other, models)
 
     def fits(self, result: Result) -> bool:
         """Whether a result is of this network, these images and this test, whatever the length."""
@@ -276,7 +232,7 @@ class Group:
     @property
     def average(self) -> float | None:
         """How slowly all these runs averaged their weights; None: not all, or not alike."""
-        found = {with_later_settings(r.training)["recipe"]["average"] for r in self.results}
+        found = {r.training["recipe"]["average"] for r in self.results}
         tested = all("test_averaged" in r.values.get("scores", {}) for r in self.results)
         return found.pop() if tested and len(found) == 1 else None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from capsrun.errors import notice
-from capsrun.models.native import address, load_library
+from capsrun.models.fast.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # A thread has vectors of K and of J · D numbers for up to 16 images on its stack: with these limits

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capsrun.runs.results import Group
-from capsrun.runs.tables import NOT_RUN, Row, length, mean_and_spread
+from capsrun.report.results import Group
+from capsrun.report.tables import NOT_RUN, Row, length, mean_and_spread
 
 HEADER = (
     "one thing changed",

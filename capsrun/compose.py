@@ -1,0 +1,288 @@
+"""What Hydra makes of the words after a command, and what is said about mistakes in them.
+
+Only this file and `sweep.py` know Hydra. Nothing here imports PyTorch.
+"""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from capsrun.errors import UserError, did_you_mean
+
+# What is missing where a plugin of Hydra is not installed, as an extra of this package.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
+# What Hydra and OmegaConf let through where words or files are not what they expect.
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
+# Options of Hydra, with the values that some have.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "--help": (),
+    "--hydra-help": (),
+    "--version": (),
+    "--cfg": ("job", "hydra", "all"),
+    "--resolve": (),
+    "--package": (),
+    "--run": (),
+    "--multirun": (),
+    "--config-path": (),
+    "--config-name": (),
+    "--config-dir": (),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-cp", "-cn", "-cd", "-i")
+# Those that are of use here.
+OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--info")
+# Short forms of settings that Hydra's own options look like.
+FLAGS = {"bench": {"--profile": "profile=true"}}
+
+
+def configs_dir() -> Path:
+    """The YAML files: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> Any:
+    """The configuration that a command's overrides make.
+
+    Raises UserError, one sentence, for a mistake in the overrides.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return _compose(name, overrides)
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        raise UserError(describe_hydra_error(error, name, overrides)) from error
+
+
+def _compose(name: str, overrides: Sequence[str] = ()) -> Any:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    # A command asks for another one's configuration, or a program with a Hydra of its own for ours.
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
+            return hydra.compose(config_name=name, overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) -> None:
+    """Let Hydra answer its options, or call `job` with the configuration of each of its jobs.
+
+    Raises UserError for a mistake in the arguments, and whatever `job` raises of `BaseException`.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *arguments]
+    # Hydra then raises what goes wrong instead of printing it and ending the program.
+    saved_mode = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
+        start(job)()
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        raise UserError(describe_hydra_error(error, name, arguments)) from error
+    finally:
+        sys.argv = saved_argv
+        if saved_mode is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = saved_mode
+
+
+def composed(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]] | None:
+    """The configuration of a command and its overrides; None where Hydra has answered an option.
+
+    Raises UserError for a mistake in the arguments.
+    """
+    found: list[tuple[Any, list[str]]] = []
+    start_hydra(name, arguments, lambda cfg: found.append((cfg, task_words())))
+    return found[0] if found else None
+
+
+def task_words() -> list[str]:
+    """The overrides of the job that Hydra runs, without those that are about Hydra."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def is_sweep(arguments: Iterable[str]) -> bool:
+    """Whether these words ask Hydra for several jobs."""
+    return any(
+        word in ("-m", "hydra.mode=MULTIRUN")
+        or (word.startswith("--m") and "--multirun".startswith(word))
+        for word in arguments
+    )
+
+
+def group_choices(command: str) -> dict[str, list[str]]:
+    """The choices of dataset, model, … that a command has."""
+    from omegaconf import DictConfig, OmegaConf
+
+    defaults = OmegaConf.load(configs_dir() / f"{command}.yaml").defaults
+    groups = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
+    return {
+        group: sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
+        for group in groups
+        if not group.startswith("override ")
+    }
+
+
+def setting_names(command: str, choices: Sequence[str] = ()) -> list[str]:
+    """Every key of a command's configuration, with dots, for some choices of dataset, model, …."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    def names(values: dict[str, Any], prefix: str) -> Iterable[str]:
+        for key, value in values.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from names(value, f"{prefix}{key}.")
+
+    try:
+        chosen = _compose(command, choices)
+    except HydraException:  # a choice that this command does not have
+        chosen = _compose(command)
+    return list(names(OmegaConf.to_container(chosen), ""))  # type: ignore[arg-type]
+
+
+def setting_values(command: str, key: str) -> list[str]:
+    """What a setting may be, where that is not endless."""
+    from capsrun.settings import allowed_values
+
+    return targets() if key == "targets" else allowed_values(schema_of(command), key)
+
+
+def schema_of(command: str) -> type:
+    """The dataclass of a command's settings: in `config.py`, or in the command's own file."""
+    from capsrun import config
+
+    name = f"{command.capitalize()}Config"
+    if hasattr(config, name):  # so that a mistake is answered before PyTorch is imported
+        return getattr(config, name)
+    return getattr(importlib.import_module(f"capsrun.commands.{command}"), name)
+
+
+def targets() -> list[str]:
+    """What `capsrun reproduce targets=` takes."""
+    from capsrun.experiments import GROUPS, experiment_names
+
+    return ["all", *GROUPS, *experiment_names()]
+
+
+def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
+    """One sentence for what Hydra and OmegaConf say in several lines.
+
+    arguments: the words after the command.
+    """
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    from capsrun.settings import describe_config_error
+
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.options:
+        return _describe_missing(str(error.missing_cfg_file), error.options)
+    if isinstance(error, OverrideParseException):
+        return describe_unreadable(str(error.override), command)
+    group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
+    if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
+        return _describe_unknown_key(key, command, arguments)
+    if "Config group override must be" in str(error):
+        return (
+            f"dataset, model and the like take one of their choices; see `capsrun {command} --help`"
+        )
+    if isinstance(cause, OmegaConfBaseException):
+        return describe_config_error(cause)
+    return " ".join(str(error).split()) or repr(error)
+
+
+def _describe_missing(file: str, options: Sequence[str]) -> str:
+    folder, _, choice = file.rpartition("/")
+    if (extra := EXTRAS.get(f"{folder}/{choice}")) is not None:
+        package = f"pip install 'capsrun[{extra}]'"
+        return f"{folder}={choice} needs a package that is not installed: {package}"
+    hint = did_you_mean(choice, options)
+    return f"there is no {folder}={choice}{hint}; there are: {', '.join(options)}"
+
+
+def _describe_unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
+    groups = group_choices(command)
+    chosen = [w for w in arguments if w.partition("=")[0] in groups and re.match(r"\w+=\w+$", w)]
+    names = setting_names(command, chosen)
+    if key in setting_names(command):  # but not with what was chosen: a CNN has no routing
+        return f"with {' '.join(chosen)} there is no setting {key!r}"
+    hint = did_you_mean(key, names)
+    return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
+
+
+def describe_unreadable(word: str, command: str) -> str:
+    """One sentence for a word that is not key=value, maybe because the key was left out."""
+    groups = group_choices(command)
+    told = {choice: f"{group}={choice}" for group in groups for choice in groups[group]}
+    if command == "reproduce":
+        told |= {target: f"targets={target}" for target in targets()}
+    # `seed` lacks a value; `dataset` does too, and is no setting but a choice.
+    for key in (*groups, *setting_names(command)):
+        told.setdefault(key, f"{key}=…")
+    close = difflib.get_close_matches(word, told, n=1)
+    hint = f"did you mean {told[close[0]]}?" if close else "quote values with special characters"
+    return f"{word!r} cannot be read as key=value; {hint}"
+
+
+def describe_unknown_command(word: str, commands: Sequence[str]) -> str:
+    """One sentence for what is no command, maybe because the command was left out."""
+    missing = f"there is no command {word!r}"
+    if re.match(r"[\w.]+=", word):
+        return f"{missing}; settings come after a command: capsrun train {word}"
+    for command in ("train", "reproduce"):
+        for group, choices in group_choices(command).items():
+            if word in choices and group != "experiment":
+                return f"{missing}; did you mean `capsrun {command} {group}={word}`?"
+    if word in targets():
+        return f"{missing}; did you mean `capsrun reproduce targets={word}`?"
+    return f"{missing}{did_you_mean(word, commands) or '; `capsrun` lists them'}"
+
+
+def refuse_unknown_options(command: str, arguments: Sequence[str]) -> None:
+    """Raise UserError for an option that Hydra does not have: a setting with dashes, mostly."""
+    for number, word in enumerate(arguments):
+        option, _, value = word.partition("=")
+        values = (*OPTIONS["--cfg"], *OPTIONS["--info"])
+        known = option in SHORT_OPTIONS or (option[:2] in ("-c", "-i") and option[2:] in values)
+        if not word.startswith("-") or known:
+            continue
+        if option != "--" and any(full.startswith(option) for full in OPTIONS):
+            continue  # Hydra takes shortened ones too
+        key = option.lstrip("-").replace("-", "_")
+        names = (*group_choices(command), *setting_names(command))
+        meant = next((n for n in names if n == key or n.endswith("." + key)), None)
+        if meant is not None:
+            follows = arguments[number + 1 : number + 2]
+            value = value or (follows[0] if follows and "=" not in follows[0] else "…")
+            raise UserError(
+                f"there is no option {option}; settings are written without dashes: {meant}={value}"
+            )
+        hint = did_you_mean(option, (*OFFERED, *FLAGS.get(command, ())))
+        raise UserError(
+            f"there is no option {option}{hint}; `capsrun {command} --help` shows what there is"
+        )

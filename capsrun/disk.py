@@ -1,0 +1,201 @@
+"""Files: written whole or not at all, read up to a size, and kept by one process at a time.
+
+Nothing here imports PyTorch.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from capsrun.errors import Busy, UserError, notice
+from capsrun.terminal import size
+
+PART = ".capsrun-part"
+LOCK = ".lock"
+# `holder` takes a lock for a moment, to see whether it can; whoever wants it then tries again.
+RETRY_SECONDS, PAUSE_SECONDS = 0.5, 0.02
+# The largest text that capsrun writes is the metrics.jsonl of a long run, with a few MB.
+MOST_TEXT_BYTES, MOST_YAML_BYTES = 50_000_000, 100_000
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, then rename it to `path`, which is never half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # the new name too, where the system can: power may fail
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):  # what went wrong before is what the user is to hear of
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of `replacing` in a folder; only its owner may do that."""
+    for path in folder.iterdir():
+        match = re.fullmatch(rf"\..+\.(\d+){re.escape(PART)}", path.name)
+        if match and path.is_file() and not is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; one whose end was not looked at yet does not."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # not Linux
+        return True
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write indented JSON, with lists of numbers on one line."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[[\d\s.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to. Raises UserError when that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # permissions alone do not tell: the file system may be read-only or full
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises OSError for one that cannot be opened, and ValueError, with the end of a sentence that
+    begins with its name, for what is no regular file or is larger than `most_bytes`.
+    """
+    # A pipe would else be waited for until somebody writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is no regular file")
+        if status.st_size > most_bytes:
+            raise ValueError(f"holds more than {size(most_bytes)}")
+        return stream.read(status.st_size)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError or ValueError; see `read_bytes`."""
+    return parse_json(read_bytes(path, MOST_TEXT_BYTES))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises ValueError where it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, as plain values. Raises OSError or ValueError; see `read_bytes`."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few of them can stand for billions of values
+                raise ValueError("has aliases")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(read_bytes(path, MOST_YAML_BYTES), Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"is no YAML: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, doing: str | None = None) -> Iterator[None]:
+    """Hold the lock that is a file of this path; the system takes it back from a dead process.
+
+    doing: what its owner does meanwhile: then whoever holds it now is waited for, and a line says
+    so. Else raises Busy, naming the owner, if it is taken.
+    """
+    lock = FileLock(path, poll_interval=PAUSE_SECONDS, thread_local=False)
+    try:
+        try:
+            lock.acquire(timeout=RETRY_SECONDS)
+        except Timeout:
+            if doing is None:
+                raise Busy(_taken(path)) from None
+            print(f"{_taken(path)}, which is {doing}; waiting for it", flush=True)
+            lock.acquire(timeout=-1)
+    except OSError as error:
+        notice(
+            f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps two "
+            "processes from writing there at once"
+        )
+    try:
+        since = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
+        with contextlib.suppress(OSError):  # a full disk, of which others will tell
+            _owner(path).write_text(f"process {os.getpid()} on {platform.node()} since {since}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be gone, or the disk full
+            _owner(path).unlink(missing_ok=True)
+            lock.release()
+
+
+def refuse_if_locked(path: Path) -> None:
+    """Raise Busy, naming its owner, if the lock that is a file of this path is taken."""
+    if holder(path) is not None:
+        raise Busy(_taken(path))
+
+
+def holder(path: Path) -> str | None:
+    """Which process holds the lock that is a file of this path; None if none does."""
+    if not path.exists():
+        return None
+    try:
+        with FileLock(path, thread_local=False).acquire(timeout=0):
+            return None
+    except Timeout:
+        return _owner_of(path)
+    except OSError:  # no locks here, or none that this user may take
+        return None
+
+
+def _taken(path: Path) -> str:
+    return f"{path.parent} is in use by {_owner_of(path)}"
+
+
+def _owner_of(path: Path) -> str:
+    try:
+        return _owner(path).read_text() or "another process"
+    except OSError:
+        return "another process"
+
+
+def _owner(path: Path) -> Path:
+    """Where the owner of a lock is said: another program may empty the lock's own file."""
+    return path.with_name(path.name + "-owner")

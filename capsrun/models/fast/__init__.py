@@ -1,0 +1,1 @@
+"""The same numbers as the plain functions of `models/`, to rounding, faster."""

@@ -1,0 +1,148 @@
+"""What a run is called, which run a command takes by default, and which command makes it."""
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from capsrun.compose import compose, group_choices
+from capsrun.config import CapsNetConfig, DatasetConfig, ModelConfig, TrainConfig
+from capsrun.settings import differing_keys, from_dict, role
+
+# These choices make the first part of a run's name.
+FIRST_IN_NAME = ("dataset", "model", "recipe")
+
+
+def run_name(config: TrainConfig, overrides: Iterable[str]) -> str:
+    """Name a run's folder after what was chosen: `mnist-capsnet-quick+loss-paper`.
+
+    Only characters that neither a shell, make nor Hydra takes for something else.
+    """
+    overrides = list(overrides)
+    experiment = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
+    base, first = (experiment[-1], ()) if experiment else (base, FIRST_IN_NAME)
+    return with_choices(base, (w for w in overrides if w.partition("=")[0] not in first))
+
+
+def with_choices(base: str, overrides: Iterable[str]) -> str:
+    """A name with those of some overrides that belong into it; see `settings.ROLES`."""
+    chosen = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        is_length = override in ("recipe.epochs=null", "recipe.steps=null")  # the other one says it
+        if role(key).name and not is_length:
+            chosen.append(re.sub(r"[^\w.-]+", "_", f"{key}-{value}").strip("_"))
+    return "+".join([base, *sorted(chosen)])
+
+
+def must_match(dataset: DatasetConfig, split: str) -> list[str]:
+    """The settings that these images share with those of a model that is tested on them."""
+    from capsrun.data import known
+
+    keys = ["image_px", "channels", "classes", "standardise"]
+    # The seed decides about test images only where they are picked by it.
+    if split != "test":
+        return [*keys, "split_seed", "validation"]
+    return [*keys, "split_seed"] if known(dataset.source or dataset.name).picked_from else keys
+
+
+def changed_words(dataset: DatasetConfig, split: str) -> list[str]:
+    """The overrides without which the default model would not fit these images."""
+    usual = usual_dataset(dataset.trained_on)
+    keys = [*must_match(dataset, split), *(["source"] if dataset.source else [])]
+    differing = differing_keys(vars(dataset), vars(usual))
+    return [word(f"dataset.{key}", ours) for key, ours, _ in differing if key in keys]
+
+
+def default_run(dataset: DatasetConfig, split: str, seed: int) -> str:
+    """The folder, below runs_dir, of the model that is tested on these images by default."""
+    base = f"{dataset.trained_on}-{dataset.trained_by}"
+    return f"{with_choices(base, changed_words(dataset, split))}/seed{seed}"
+
+
+def train_command(dataset: DatasetConfig, split: str = "test", seed: int = 0) -> str:
+    """The command that makes the model of `default_run`."""
+    model, _, recipe = dataset.trained_by.partition("-")
+    words = [f"dataset={dataset.trained_on}", *changed_words(dataset, split)]
+    words += [f"model={model}"] if model != "capsnet" else []
+    words += [f"recipe={recipe}"] if recipe != "quick" else []
+    return command("train", *words, *seed_words(seed))
+
+
+def usual_dataset(name: str) -> DatasetConfig:
+    """The settings of a data set where nothing is said about it."""
+    return from_dict(DatasetConfig, compose("data", [f"dataset={name}"]).dataset)
+
+
+def model_words(config: Any, checkpoint: Path) -> list[str]:
+    """What eval, perturb and explore are to be told to use a model; no more than they need.
+
+    config: of a training run, or of a command that uses its model. checkpoint: a run's folder, or a
+    file.
+    """
+    words = dataset_words(config.dataset)
+    folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint
+    usual = default_run(config.dataset, getattr(config, "split", "test"), config.seed)
+    if folder == Path(config.runs_dir) / usual:  # where it is looked for if nothing is said
+        return [*words, *seed_words(config.seed), *folder_words(config)]
+    return [*words, word("checkpoint", folder)]
+
+
+def dataset_words(dataset: DatasetConfig) -> list[str]:
+    """What makes the settings of a data set on the command line."""
+    words = [] if dataset.name == "mnist" else [f"dataset={dataset.name}"]
+    if dataset.name not in group_choices("eval")["dataset"]:  # which will be said elsewhere
+        return words
+    changed = differing_keys(vars(dataset), vars(usual_dataset(dataset.name)))
+    return words + [
+        word(f"dataset.{key}", ours)
+        for key, ours, _ in changed
+        if key not in ("trained_on", "trained_by")
+    ]
+
+
+def seed_words(seed: int) -> list[str]:
+    """What tells another command of a seed that is not the usual one."""
+    return [f"seed={seed}"] if seed else []
+
+
+def folder_words(config: Any) -> list[str]:
+    """What tells another command where the runs are, if it does not know."""
+    return [] if config.runs_dir == "runs" else [word("runs_dir", config.runs_dir)]
+
+
+def word(key: str, value: Any) -> str:
+    """An override that Hydra understands, whatever characters the value has."""
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: Any) -> str:
+    """A value, a path say, as it is written in an override: in quotes where it needs them."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = str(value)
+    if re.fullmatch(r"[\w./+-]+", text):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def command(*words: str) -> str:
+    """A command of capsrun as it is typed into a shell."""
+    return shlex.join(["capsrun", *words])
+
+
+def uses_of_model(model: ModelConfig, words: Sequence[str]) -> list[list[str]]:
+    """The commands that look into a trained model, if it has capsules and a decoder to show them.
+
+    words: see `model_words`.
+    """
+    if not (isinstance(model, CapsNetConfig) and model.reconstruction):
+        return []
+    return [["perturb", *words], ["explore", *words]]
+
+
+def suggest(*commands: Sequence[str]) -> None:
+    """Say what to do next: a command on each line, to be copied."""
+    print("next: " + "\n      ".join(command(*words) for words in commands))

@@ -1,0 +1,328 @@
+"""Settings as plain data: checked, compared, and what each of them decides."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from capsrun.config import (
+    CapsNetConfig,
+    CNNConfig,
+    CrossEntropyConfig,
+    LossConfig,
+    MarginLossConfig,
+    ModelConfig,
+    RecipeConfig,
+    RoutingConfig,
+    TrainConfig,
+)
+from capsrun.errors import UserError, did_you_mean
+
+Config = TypeVar("Config")
+MOST_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a setting of a training run decides."""
+
+    result: bool = True
+    """What comes out: results that differ in it are never averaged."""
+    name: bool = True
+    """The name of the run's folder, where it is chosen on the command line."""
+    resume: bool = True
+    """Whether a run can be resumed: with another value it is another run."""
+    length: bool = False
+    """How long and how the network is optimised, not which network on which images."""
+    test: bool = True
+    """Which test images there are."""
+
+
+_NOTHING = Role(result=False, name=False, resume=False, test=False)
+_NO_TEST = Role(test=False)
+# The one home of what settings decide: those that are not here decide everything.
+ROLES = {
+    "name": Role(result=False, name=False),
+    "experiment": _NOTHING,
+    "sweep": _NOTHING,
+    "seed": Role(result=False, name=False),  # results of several seeds are what is averaged
+    "runs_dir": _NOTHING,
+    "device": _NOTHING,
+    "compile": _NOTHING,
+    "deterministic": Role(result=False),
+    "precision": Role(result=False),  # a result says which one was used
+    "record": _NOTHING,
+    # Test errors of one run are compared, and so are of the same images.
+    "record.evaluate_images": Role(result=False, name=False),
+    "dataset.data_dir": _NOTHING,
+    "dataset.trained_on": _NOTHING,
+    "dataset.trained_by": _NOTHING,
+    "dataset.validation": _NO_TEST,
+    "dataset.flip": _NO_TEST,
+    "dataset.brightness": _NO_TEST,
+    "dataset.contrast": _NO_TEST,
+    "model.name": Role(result=False),
+    "recipe": Role(length=True),
+    "recipe.order": Role(),
+    "recipe.average": Role(result=False),  # tested beside the weights, in which it changes nothing
+    "stop.accuracy_percent": Role(length=True),
+    "stop.patience": Role(length=True),
+    "stop.every_steps": Role(length=True),
+}
+
+
+def role(key: str) -> Role:
+    """What a setting (its name with dots) decides."""
+    while key:
+        if key in ROLES:
+            return ROLES[key]
+        key = key.rpartition(".")[0]
+    return Role()
+
+
+def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training run that decide what it computes, but for the seed."""
+    return {key: value for key, value in flattened(training) if role(key).result}
+
+
+def deciding_test(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a data set that decide which test images there are."""
+    kept = {key: value for key, value in dataset.items() if role(f"dataset.{key}").test}
+    if dataset["source"] is None:  # images that are not made of others are not moved for testing
+        del kept["shift_px"]
+    return kept
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """`(key with dots, value)` of nested settings; a list counts as one value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            # 0 and 0.0 are the same setting, whichever way a file has it.
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + str(key), float(value) if number else repr(value)
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list:
+    """List `(key, our value, their value)` where two nested configurations differ."""
+    found = []
+    for key in sorted({*ours, *theirs}, key=str):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def from_dict(schema: type[Config], values: Any) -> Config:
+    """Turn plain nested data (a dict or an OmegaConf node) into `schema`, checked.
+
+    One value stands for a list of one. Raises UserError for a missing or unknown key, a wrong
+    type, a value out of range, or settings that contradict each other.
+    """
+    try:
+        if not OmegaConf.is_config(values):  # what is composed is plain already
+            _check_stored(values)
+        given = OmegaConf.create(values) if isinstance(values, dict) else values
+        merged = OmegaConf.merge(_structured(schema, given), _with_lists(schema, given))
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(describe_config_error(error)) from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"this is not a configuration: {error}") from error
+    check_ranges(config)
+    _check_together(config)
+    return config
+
+
+def _check_stored(value: Any, depth: int = 0) -> None:
+    """Raise ValueError for values from a file that no run can have stored there."""
+    if depth > MOST_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, str) and "${" in value:  # it could ask for environment variables
+        raise ValueError(f"it holds {value!r}, whose value is elsewhere")
+    for part in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        _check_stored(part, depth + 1)
+
+
+def _structured(schema: type, given: Any) -> Any:
+    """An empty `schema` with the kind of model and of loss that the values are about."""
+    node = OmegaConf.structured(schema)
+    names = {field.name for field in dataclasses.fields(schema)}
+    if not isinstance(given, DictConfig):
+        return node  # merging will say what is wrong
+    if "model" in names:
+        is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
+        node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
+    if "loss" in names:
+        by_entropy = OmegaConf.select(given, "loss.activation") is not None
+        node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)
+    return node
+
+
+def _with_lists(schema: type, given: Any) -> Any:
+    """The values with a list of one in place of each single value where a list belongs."""
+    if not isinstance(given, DictConfig):
+        return given
+    given = given.copy()
+    for name, kind in get_type_hints(schema).items():
+        value = OmegaConf.select(given, name)
+        if get_origin(kind) is list and isinstance(value, str | int):
+            given[name] = [value]
+    return given
+
+
+def describe_config_error(error: OmegaConfBaseException) -> str:
+    """One sentence for what OmegaConf says in several lines."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"setting {error.full_key} has no value"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"there is no setting {error.full_key!r}"
+    reason = str(error.msg or error).split("\n")[0].rstrip(".")
+    key = error.full_key
+    return f"setting {key}: {reason}" if key and key not in reason else reason
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise UserError, naming the setting, where a value is outside what its field allows."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for item in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(item):
+                check_ranges(item, f"{prefix}{field.name}.")
+            elif item is not None:
+                _check_value(prefix + field.name, item, field.metadata)
+
+
+# How the limits of a number are said, and whether a value keeps them.
+LIMITS = {
+    "minimum": ("at least", lambda value, limit: value >= limit),
+    "above": ("above", lambda value, limit: value > limit),
+    "maximum": ("at most", lambda value, limit: value <= limit),
+    "below": ("below", lambda value, limit: value < limit),
+}
+
+
+def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if isinstance(value, list | dict) and limits:  # OmegaConf lets [[]] pass for a list of numbers
+        raise UserError(f"{key} holds {value}, which is neither a number nor text")
+    if "choices" in limits and value not in limits["choices"]:
+        allowed = ", ".join(limits["choices"])
+        hint = did_you_mean(str(value), limits["choices"])
+        raise UserError(f"{key} is {value!r}{hint}; it can be one of: {allowed}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} is {value}; it must be a finite number")
+    for name, (said, keeps) in LIMITS.items():
+        if name in limits and not keeps(value, limits[name]):
+            raise UserError(f"{key} is {value}; it must be {said} {limits[name]}")
+
+
+def allowed_values(schema: type, key: str) -> list[str]:
+    """What a setting (its name with dots) may be, as it is written; empty where that is endless."""
+    kinds = [schema]
+    *sections, name = key.split(".")
+    for section in sections:
+        nested = [part for kind in kinds for part in _types(kind, section)]
+        parts = [p for p in nested if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        # A model or a loss is of one of several kinds.
+        kinds = [kind for part in parts for kind in (part, *part.__subclasses__())]
+    found: dict[str, None] = {}
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            if field.name == name:
+                is_flag = bool in _types(kind, name)
+                values = ("true", "false") if is_flag else field.metadata.get("choices", ())
+                found |= dict.fromkeys(values)
+    return list(found)
+
+
+def _types(schema: type, name: str) -> tuple[Any, ...]:
+    """The types that a field may have: one, or those of a union; none where there is no field."""
+    types = [field.type for field in dataclasses.fields(schema) if field.name == name]
+    return get_args(types[0]) or tuple(types) if types else ()
+
+
+def _check_together(config: Any) -> None:
+    """Raise UserError for settings that are each allowed but contradict each other."""
+    if hasattr(config, "recipe"):
+        _check_recipe(config.recipe)
+    if hasattr(config, "model") and hasattr(config, "loss"):
+        _check_kinds(config.model, config.routing, config.loss)
+    if isinstance(config, TrainConfig):
+        _check_stop(config)
+        if config.name is not None and not is_name(config.name):
+            raise UserError(f"name={config.name} does not name a folder below runs_dir")
+
+
+def _check_recipe(recipe: RecipeConfig) -> None:
+    if (recipe.steps is None) == (recipe.epochs is None):
+        raise UserError("set exactly one of recipe.steps and recipe.epochs (the other to null)")
+    decays = [recipe.decay_steps, recipe.decay_periods].count(None)
+    if recipe.decay_shape == "exponential" and decays != 1:
+        raise UserError("set exactly one of recipe.decay_steps and recipe.decay_periods")
+    if recipe.decay_shape == "linear" and decays != 2:
+        raise UserError(
+            "recipe.decay_shape=linear ends with the run: set recipe.decay_steps and "
+            "recipe.decay_periods to null"
+        )
+
+
+def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
+    """Refuse a loss that is not for the outputs of the model, and layers that do not match."""
+    is_capsnet = isinstance(model, CapsNetConfig)
+    if is_capsnet and (isinstance(loss, CrossEntropyConfig) or routing is None):
+        raise UserError(
+            f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
+            "loss=paper"
+        )
+    if not is_capsnet and isinstance(loss, MarginLossConfig):
+        raise UserError(
+            f"loss={loss.name} is for capsules, which model={model.name} has not: "
+            "loss=cross_entropy or loss=sigmoid_cross_entropy"
+        )
+    if isinstance(model, CNNConfig):
+        counts = [len(model.channels), len(model.kernels_px), len(model.pools_px)]
+        if len(set(counts)) > 1 or not counts[0]:
+            raise UserError(
+                "model.channels, model.kernels_px and model.pools_px have a value for each layer, "
+                f"but there are {counts[0]}, {counts[1]} and {counts[2]}"
+            )
+
+
+def _check_stop(config: TrainConfig) -> None:
+    stop = config.stop
+    if stop.accuracy_percent is None and stop.on != "test":
+        raise UserError(
+            "stop.on needs stop.accuracy_percent=…; stop.patience is always of held-out images"
+        )
+    if not stop.asked and stop.every_steps is not None:
+        raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
+    if stop.accuracy_percent is not None and stop.patience is not None:
+        raise UserError("set one of stop.accuracy_percent and stop.patience: either ends the run")
+    on_validation = stop.accuracy_percent is not None and stop.on == "validation"
+    if (on_validation or stop.patience is not None) and not config.dataset.validation:
+        setting = "stop.on=validation" if on_validation else "stop.patience"
+        raise UserError(
+            f"{setting} needs held-out training images: dataset.validation=10000 (of MNIST)"
+        )
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a run: a folder below another one."""
+    path = PurePath(name)
+    is_below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return is_below and "\0" not in name
