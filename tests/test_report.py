@@ -24,9 +24,10 @@ from capsrun.errors import UserError
 from capsrun.report import questions
 from capsrun.report.page import to_html
 from capsrun.report.plots import error_by_iterations
-from capsrun.report.results import best_on_test, find_results, grouped, standard_error
+from capsrun.report.rows import grouped, standard_error
 from capsrun.report.tables import SUMMARY, measured, summary_lines, table, verdict
 from capsrun.runs.checkpoint import load_checkpoint
+from capsrun.runs.reader import best_on_test, find_results
 from capsrun.settings import from_dict
 from capsrun.training.metrics import score_split
 

@@ -25,15 +25,7 @@ from capsrun.report.questions import (
     network,
     questions,
 )
-from capsrun.report.results import (
-    Group,
-    Result,
-    Wanted,
-    find_results,
-    grouped,
-    of_network,
-    own_test,
-)
+from capsrun.report.rows import Group, Wanted, grouped, of_network, own_test
 from capsrun.report.tables import (
     CHOSEN,
     HOW,
@@ -50,6 +42,7 @@ from capsrun.report.tables import (
     table,
 )
 from capsrun.runs.progress import bar
+from capsrun.runs.reader import Result, find_results
 from capsrun.terminal import duration
 
 GROUP_TITLES = {

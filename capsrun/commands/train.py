@@ -30,7 +30,6 @@ from capsrun.report.pictures import (
     score_figures,
     score_summary,
 )
-from capsrun.report.results import best_on_test, read_metrics
 from capsrun.report.run_page import NAME as PAGE
 from capsrun.report.run_page import refresh_run_page, write_run_page
 from capsrun.runs import parts, record
@@ -44,6 +43,7 @@ from capsrun.runs.progress import (
     stop_requests,
     stoppable,
 )
+from capsrun.runs.reader import best_on_test, read_metrics
 from capsrun.sweep import Done, last_validation_error
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import (

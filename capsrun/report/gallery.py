@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from capsrun.report import figures, plots
-from capsrun.report.results import Group, Result, grouped
+from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import Row, differences, how_trained, length
+from capsrun.runs.reader import Result
 
 PERTURBED = 2  # how many pictures of figure 4 are shown
 

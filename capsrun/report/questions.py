@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capsrun.report.results import Group
+from capsrun.report.rows import Group
 from capsrun.report.tables import NOT_RUN, Row, length, mean_and_spread
 
 HEADER = (

@@ -16,8 +16,8 @@ from capsrun.disk import read_json, replacing
 from capsrun.errors import notice
 from capsrun.report import figures, plots
 from capsrun.report.page import plain, to_html
-from capsrun.report.results import Result
 from capsrun.report.tables import table
+from capsrun.runs.reader import Result
 from capsrun.terminal import duration
 
 NAME = "index.html"

@@ -5,14 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from capsrun.experiments import Experiment, Published
-from capsrun.report.results import (
-    Group,
-    Wanted,
-    epochs_of_a_step,
-    of_network,
-    own_test,
-    standard_error,
-)
+from capsrun.report.rows import Group, Wanted, of_network, own_test, standard_error
+from capsrun.runs.reader import epochs_of_a_step
 
 SEEDS = 3  # as many trials as the paper made
 NOT_RUN = "not run yet"

@@ -25,8 +25,8 @@ from capsrun.disk import (
     replacing,
 )
 from capsrun.errors import Busy, UserError
-from capsrun.report.results import check_result
 from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
+from capsrun.runs.reader import check_result
 from capsrun.settings import differing_keys, role
 
 
