@@ -138,7 +138,7 @@ def test_the_textbook_learns(few_images):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextbookCapsNet, "forward", watch)
         still = bench_config("dataset.shift_px=0").dataset
-        images, labels = raw.train_images, raw.train_labels
+        images, labels = raw.train
         tasks.textbook_steps(model, images, labels, still, 16, CPU)(40)
     assert seen[-1] > seen[0] + 0.1, "the capsule of the right class does not get longer"
 

@@ -228,35 +228,26 @@ def test_a_job_whose_run_was_taken_at_the_last_moment_is_tried_again(tmp_path, m
     assert (outcome.finished, outcome.failed, codes) == ([job], [], [])
 
 
-@pytest.mark.parametrize("kind", ["archive", "idx"])
-def test_two_downloads_of_the_same_set_both_succeed(kind, tmp_path):
+def test_two_downloads_of_the_same_set_both_succeed(tmp_path):
     """The second waits for the first, and then finds what it wants: it is downloaded once."""
     script = (
         "import sys, time, pathlib\n"
-        "from capsrun.data import download, files\n"
-        "from capsrun import disk\n"
+        "from capsrun.data import files\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "def slowly(url, part):\n"
+        "def slowly(path, *arguments):\n"
         "    with open(folder / 'downloads', 'a') as log: log.write('x')\n"
-        "    time.sleep(3); part.write_bytes(b'whole')\n"
-        "if sys.argv[2] == 'archive':\n"
-        "    download._download = slowly\n"
-        "    path = download.obtain('http://x', folder / 'data' / 'set.zip', None, 'A set', 'no')\n"
-        "else:\n"
-        "    path = folder / 'data' / 'raw' / 'set'\n"
-        "    def fetch(temporary):\n"
-        "        (temporary / 'raw').mkdir(); slowly('', temporary / 'raw' / 'set')\n"
-        "    files.fetch(fetch, path.is_file, 'raw', folder / 'data', 'A set')\n"
+        "    time.sleep(3); path.write_bytes(b'whole')\n"
+        "files._download = slowly\n"
+        "path = files.obtain(folder / 'data' / 'set.zip', ['http://x'], None, 'A set', 'no')\n"
         "assert path.read_bytes() == b'whole'\n"
     )
-    words = [sys.executable, "-c", script, str(tmp_path), kind]
+    words = [sys.executable, "-c", script, str(tmp_path)]
     both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=100)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert (tmp_path / "downloads").read_text() == "x"
     assert sum("which is downloading A set; waiting for it" in text for text in said) == 1
-    assert not list((tmp_path / "data").glob("*.lock"))
-    assert not list((tmp_path / "data").glob(".*"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["set.zip"]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):

@@ -16,7 +16,7 @@ from capsrun.bench.textbook import textbook_steps
 from capsrun.bench.timing import captured, wait_for
 from capsrun.config import BenchConfig, DatasetConfig, TrainConfig
 from capsrun.data import known
-from capsrun.data.files import RawData
+from capsrun.data.files import Part, RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
@@ -58,7 +58,7 @@ def random_images(dataset: DatasetConfig, count: int) -> RawData:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, dataset.classes, (count,), dtype=torch.uint8, generator=generator)
     names = tuple(str(number) for number in range(dataset.classes))
-    return RawData(images, labels, images[:0], labels[:0], names, ())
+    return RawData(Part(images, labels), Part(images[:0], labels[:0]), names, ())
 
 
 def random_split(dataset: DatasetConfig, count: int, device: torch.device) -> TrainingSplit:
@@ -87,8 +87,7 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     if kind == "textbook":
         raw = random_images(config.dataset, TRAINING_IMAGES)
         like = make_model(config, device, False)
-        images, labels = raw.train_images, raw.train_labels
-        return textbook_steps(like, images, labels, config.dataset, size, device)
+        return textbook_steps(like, *raw.train, config.dataset, size, device)
     split = random_split(config.dataset, TRAINING_IMAGES, device)
     model = make_model(config, torch.device("cpu"), False)
     model.direct = kind == "direct"

@@ -6,17 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from capsrun.config import DatasetConfig
-from capsrun.data import (
-    affnist,
-    affnist_like,
-    cifar10,
-    mnist,
-    mnist5k,
-    multimnist,
-    padded,
-    smallnorb,
-    svhn,
-)
+from capsrun.data import affnist, affnist_like, multimnist, official, padded, smallnorb
 from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset, Split, stored_dataset
 from capsrun.errors import UserError, did_you_mean
@@ -49,16 +39,16 @@ class Entry:
 
 
 DATASETS = {
-    "mnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
-    "mnist5k": Entry(mnist5k.load, is_source=True, picked_from="mnist", images=(4_000, 1_000)),
-    "fashion_mnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
-    "kmnist": Entry(mnist.load, is_source=True, images=(60_000, 10_000)),
+    "mnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
+    "mnist5k": Entry(official.mnist5k, is_source=True, picked_from="mnist", images=(4_000, 1_000)),
+    "fashion_mnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
+    "kmnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
     "mnist_padded": Entry(None, padded.make, sampled=True),
     "affnist": Entry(affnist.load, for_testing=True, images=(0, 320_000)),
     "affnist_like": Entry(None, affnist_like.make, for_testing=True, copies=32),
     "multimnist": Entry(None, multimnist.make, digits=2, sampled=True, copies=10),
-    "cifar10": Entry(cifar10.load, images=(50_000, 10_000)),
-    "svhn": Entry(svhn.load, images=(73_257, 26_032)),
+    "cifar10": Entry(official.cifar10, images=(50_000, 10_000)),
+    "svhn": Entry(official.svhn, images=(73_257, 26_032)),
     "smallnorb": Entry(smallnorb.load, images=(24_300, 24_300)),
 }
 
@@ -96,17 +86,18 @@ def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
             f"images of {config.name} have {entry.digits} digit(s) each, but dataset.digits is "
             f"{config.digits}"
         )
-    return entry.make(_reader(entry, config)(config), config, device)
+    return entry.make(_reader(config)(config), config, device)
 
 
-def _reader(entry: Entry, config: DatasetConfig) -> Callable[[DatasetConfig], RawData]:
+def _reader(config: DatasetConfig) -> Callable[[DatasetConfig], RawData]:
     """What reads the images of a data set: its own files, or those of its source."""
-    if entry.read is not None:
+    read = known(config.name).read
+    if read is not None:
         if config.source is not None:
-            made = ", ".join(name for name, other in DATASETS.items() if other.read is None)
+            made = ", ".join(name for name, entry in DATASETS.items() if entry.read is None)
             raise UserError(f"dataset.source is for {made}; {config.name} has its own files")
-        return entry.read
-    sources = {name: other.read for name, other in DATASETS.items() if other.is_source}
+        return read
+    sources = {name: entry.read for name, entry in DATASETS.items() if entry.is_source}
     read = sources.get(config.source or "")
     if read is None:
         raise UserError(

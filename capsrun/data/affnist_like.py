@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import WARP, Batch, random_unit, to_pixels
 from capsrun.data.files import RawData
-from capsrun.data.splits import OF_PHOTOS, Dataset, OfDigits, no_images, parts, refuse_changes
+from capsrun.data.splits import (
+    OF_PHOTOS,
+    Dataset,
+    OfDigits,
+    StoredImages,
+    parts,
+    refuse_changes,
+)
 from capsrun.errors import UserError
 
 VERSIONS = 32
@@ -74,27 +81,25 @@ class TransformedDigits(OfDigits):
 
         Raises UserError for a digit that is too large for the canvas.
         """
-        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
-        drawn, room_B2, places_B2 = self._draw(indices_B, digits_BCHW, 0)
+        drawn_B8 = self._draw(indices_B, 0)
         for attempt in range(1, ATTEMPTS):
-            too_large_B = (room_B2 < 0).any(1)
+            too_large_B = (drawn_B8[:, 6:] < 0).any(1)
             if not too_large_B.any():
                 break
-            others = self._draw(indices_B, digits_BCHW, attempt)
-            drawn = torch.where(too_large_B[:, None], others[0], drawn)
-            room_B2 = torch.where(too_large_B[:, None], others[1], room_B2)
-            places_B2 = torch.where(too_large_B[:, None], others[2], places_B2)
-        if (room_B2 < 0).any():
+            again_B8 = self._draw(indices_B, attempt)
+            drawn_B8 = torch.where(too_large_B[:, None], again_B8, drawn_B8)
+        if (drawn_B8[:, 6:] < 0).any():
             raise UserError(
                 f"some digits do not fit on {self.config.name}'s canvas of "
                 f"{self.config.image_px} px; choose a larger dataset.image_px"
             )
-        return Transforms(*drawn.unbind(1), *places_B2.unbind(1))
+        return Transforms(*drawn_B8[:, :6].unbind(1))
 
-    def _draw(
-        self, indices_B: Tensor, digits_BCHW: Tensor, attempt: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotation, shear and scales (B, 4), the room (B, 2) that is left, and the place (B, 2)."""
+    def _draw(self, indices_B: Tensor, attempt: int) -> Tensor:
+        """The numbers (B, 6) of `Transforms`, and the room (B, 2) that the places are drawn from.
+
+        The room, of rows and columns, is below 0 where a digit is too large.
+        """
         counters_B6 = indices_B[:, None] * 6 + torch.arange(6, device=self.device)
         drawn_B6 = random_unit(counters_B6, self.config.split_seed, WARP, attempt)
         low, high = SCALE
@@ -107,17 +112,15 @@ class TransformedDigits(OfDigits):
             ],
             dim=1,
         )
-        zero_B = torch.zeros_like(linear_B4[:, 0])
-        rotation_B, shear_B, rows_B, columns_B = linear_B4.unbind(1)
-        in_place = Transforms(rotation_B, shear_B, rows_B, columns_B, zero_B, zero_B)
-        matrices_B22 = in_place.matrices()
-        first_B2, last_B2 = ink_extent(digits_BCHW, matrices_B22)
+        unmoved = Transforms(*linear_B4.unbind(1), *torch.zeros_like(drawn_B6[:, 4:]).unbind(1))
+        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
+        first_B2, last_B2 = ink_extent(digits_BCHW, unmoved.matrices())
         # Ink may touch the pixels that surround the canvas, where bilinear interpolation makes
         # nothing of it, but not reach over them.
         middle = (self.config.image_px - 1) / 2
         low_B2 = -1 - middle - first_B2
         room_B2 = self.config.image_px - middle - last_B2 - low_B2
-        return linear_B4, room_B2, low_B2 + drawn_B6[:, 4:] * room_B2
+        return torch.cat([linear_B4, low_B2 + drawn_B6[:, 4:] * room_B2, room_B2], dim=1)
 
 
 def ink_extent(digits_BCHW: Tensor, matrices_B22: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +162,7 @@ def _positions(side: int, device: torch.device) -> Tensor:
 def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     """Transform the test digits; there is nothing to train on."""
     refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation"))
-    _, _, test = parts(raw, config, device)
-    nothing = no_images(config, device)
-    digits = TransformedDigits(test.images_NCHW, test.labels_N, config)
+    _, validation, test = parts(raw, config, device)
+    nothing = StoredImages(*validation, config)
+    digits = TransformedDigits(*test, config)
     return Dataset(config.name, raw.class_names, nothing, nothing, digits, raw.sources)

@@ -20,14 +20,13 @@ from capsrun.data.batches import (
     random_offsets,
     to_pixels,
 )
-from capsrun.data.files import RawData
+from capsrun.data.files import Part, RawData
 from capsrun.data.splits import (
     OF_PHOTOS,
     Dataset,
     OfDigits,
-    Part,
     TrainingSplit,
-    check_canvas,
+    check_shift,
     parts,
     refuse_changes,
 )
@@ -137,17 +136,15 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     few to have partners.
     """
     refuse_changes(config, OF_PHOTOS)
-    check_canvas(config, raw.train_images.shape[-1], OVER_PX)
+    check_shift(config, raw.train.images_NCHW.shape[-1], OVER_PX)
     train, validation, test = parts(raw, config, device)
     sampled = SAMPLED_PARTNERS if config.test == "sample" else PARTNERS
-    return Dataset(
-        config.name,
-        raw.class_names,
+    splits = (
         digit_pairs(train, config, PARTNERS, 0),
         digit_pairs(validation, config, sampled, 1),
         digit_pairs(test, config, sampled, 2),
-        raw.sources,
     )
+    return Dataset(config.name, raw.class_names, *splits, raw.sources)
 
 
 def digit_pairs(part: Part, config: DatasetConfig, partners: int, key: int) -> DigitPairs:

