@@ -112,6 +112,13 @@ class RoutingConfig:
 
 
 @dataclass(kw_only=True)
+class OtherRoutingConfig(RoutingConfig):
+    """Another algorithm than the paper's: one of `ROUTINGS` in `models/capsnet.py`."""
+
+    algorithm: str
+
+
+@dataclass(kw_only=True)
 class LossConfig:
     """Some loss. Values: `configs/loss/`."""
 

@@ -22,6 +22,7 @@ from capsrun.config import (
     LossConfig,
     MarginLossConfig,
     ModelConfig,
+    OtherRoutingConfig,
     RecipeConfig,
     RoutingConfig,
     TrainConfig,
@@ -160,7 +161,7 @@ def _check_stored(value: Any, depth: int = 0) -> None:
 
 
 def _structured(schema: type, given: Any) -> Any:
-    """An empty `schema` with the kind of model and of loss that the values are about."""
+    """An empty `schema` with the kinds of model, routing and loss that the values are about."""
     node = OmegaConf.structured(schema)
     names = {field.name for field in dataclasses.fields(schema)}
     if not isinstance(given, DictConfig):
@@ -168,6 +169,8 @@ def _structured(schema: type, given: Any) -> Any:
     if "model" in names:
         is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
         node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
+    if "routing" in names and OmegaConf.select(given, "routing.algorithm") is not None:
+        node.routing = OmegaConf.structured(OtherRoutingConfig)
     if "loss" in names:
         by_entropy = OmegaConf.select(given, "loss.activation") is not None
         node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)

@@ -202,7 +202,7 @@ ODD_SHAPES = [
 
 
 def check_triton_routing(device, cases):
-    from capsrun.models import routing_gpu
+    from capsrun.models.fast import routing_gpu
 
     if device == "cpu":
         routing_gpu.CHUNK = (
@@ -278,7 +278,7 @@ def test_testing_keeps_nothing_for_a_backward_pass(monkeypatch):
 @pytest.mark.parametrize("sizes", [(8, 10, 16), (3, 7, 5), (1, 2, 1), (8, 1, 1)])
 def test_triton_kernels_compile_for_a_gpu(sizes):
     """For an H100, which need not be there: what the interpreter takes, a compiler may not."""
-    from capsrun.models import routing_gpu
+    from capsrun.models.fast import routing_gpu
 
     compiler = pytest.importorskip("triton.compiler")
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)

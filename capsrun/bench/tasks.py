@@ -90,7 +90,6 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
         return textbook_steps(like, *raw.train, config.dataset, size, device)
     split = random_split(config.dataset, TRAINING_IMAGES, device)
     model = make_model(config, torch.device("cpu"), False)
-    model.direct = kind == "direct"
     fast = kind in ("direct", "fast") and (capture or device.type == "cpu")
     trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     return Steps(trainer, TrainingBatches(split, 0, size))
@@ -153,7 +152,6 @@ def routing_alone(
 def testing(config: BenchConfig, device: torch.device, precision: str, direct: bool) -> Run:
     """Classify as many images as MNIST has for testing. direct: see `CapsNet.direct`."""
     model = make_model(config, device, fast=True)
-    model.direct = direct
     split = random_split(config.dataset, TRAINING_IMAGES, device)
 
     def run(count: int) -> None:

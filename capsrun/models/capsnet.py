@@ -13,16 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsrun.config import CapsNetConfig, RoutingConfig
-from capsrun.models.fast import frequency_conv, routing_cpu
-from capsrun.models.fast.patch_conv import patch_conv2d
-from capsrun.models.fast.strided_conv import relu_strided_conv2d
+from capsrun.config import CapsNetConfig, OtherRoutingConfig, RoutingConfig
+from capsrun.errors import UserError, did_you_mean
+from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 
-# Images do not depend on each other, and the votes of this many stay in a processor's cache while
-# they are routed: less than half the time of routing a batch of 128 as a whole.
-ROUTED_AT_ONCE_ON_CPU = 8
+ROUTINGS: dict[str, Callable[..., Tensor]] = {
+    "dynamic": route,
+}
+"""Routing algorithms by their name, which is `routing.algorithm` for all but the paper's. Each is a
+function with the arguments of `route`, in their order."""
+
+
+def algorithm_of(routing: RoutingConfig) -> Callable[..., Tensor]:
+    """The function for `routing`. Raises UserError for an algorithm that there is not."""
+    name = routing.algorithm if isinstance(routing, OtherRoutingConfig) else "dynamic"
+    if name not in ROUTINGS:
+        hint, names = did_you_mean(name, ROUTINGS), ", ".join(ROUTINGS)
+        raise UserError(f"routing.algorithm is {name!r}{hint}; it can be one of: {names}")
+    return ROUTINGS[name]
 
 
 class CapsNetOutput(NamedTuple):
@@ -48,6 +58,11 @@ def same_padding(size_px: int, kernel_px: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def padded(maps: Tensor, pads: tuple[int, int]) -> Tensor:
+    """Maps with so many zeros before and after, along both axes."""
+    return F.pad(maps, 2 * pads) if any(pads) else maps
+
+
 class CapsNet(nn.Module):
     """The network of §4, in the authors' variant or the paper's, as `config` and `routing` say.
 
@@ -56,7 +71,8 @@ class CapsNet(nn.Module):
     labels (B, T) whose capsules are to be drawn; see `forward` and `CapsNetOutput`.
     config, routing: of `capsrun.training_config(…)`; every value and its source in the paper is in
     `configs/model/capsnet.yaml`. Weights are drawn from torch's global generator.
-    Raises ValueError when the image is too small for the two convolutions.
+    Raises ValueError when the image is too small for the two convolutions, and UserError for a
+    routing algorithm that there is not.
 
     >>> import capsrun, torch
     >>> config = capsrun.training_config()
@@ -70,16 +86,8 @@ class CapsNet(nn.Module):
     torch.Size([2, 1, 1, 28, 28])
     """
 
-    fast = False
-    """Whether to compute the same numbers, to rounding, in the fastest way that is known here."""
-    direct = False
-    """Whether a fast network on a CPU convolves directly all the same, and makes its capsules with
-    PyTorch's operations; `capsrun bench` compares with this."""
-    frequency = False
-    """Whether PrimaryCaps is `frequency_conv2d` of PyTorch's operations in training: on a GPU if it
-    is faster there, which was not measured yet."""
-    triton = False
-    """Whether a fast network routes with Triton kernels on a GPU, not with PyTorch's operations."""
+    fast = triton = frequency = False
+    """Which ways of `models/fast/` to take: they compute the same numbers, to rounding."""
 
     def __init__(
         self,
@@ -102,7 +110,7 @@ class CapsNet(nn.Module):
                 f"images of {image_px} px are too small for two {kernel_px}×"
                 f"{kernel_px} convolutions: at least {2 * kernel_px - 1} px"
             )
-        self.config, self.routing = config, routing
+        self.config, self.routing, self.algorithm = config, routing, algorithm_of(routing)
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
@@ -162,49 +170,20 @@ class CapsNet(nn.Module):
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """
-        seen_BCHW = images_BCHW[..., : self.seen_px, : self.seen_px]
-        if self.config.padding == "same":
-            maps = F.pad(self._conv1(F.pad(seen_BCHW, 2 * self.conv1_pads)), 2 * self.primary_pads)
-        else:
-            maps = self._conv1(seen_BCHW)
+        maps = padded(images_BCHW[..., : self.seen_px, : self.seen_px], self.conv1_pads)
+        maps = padded(fast.conv2d(self.conv1, maps, self.fast), self.primary_pads)
+        maps = fast.relu_conv2d(maps, self.primarycaps.weight, 2, self.fast, self.frequency)
         # Capsules compute in the precision of their weights (float32), whatever autocast does.
-        maps = self._relu_primary_conv(maps).to(self.digitcaps_weight.dtype)
+        maps = maps.to(self.digitcaps_weight.dtype)
         bias = self.primarycaps.bias
         assert bias is not None
-        if self._on_fast_cpu(maps.device) and not self.direct:
-            poses = routing_cpu.squash_fused(maps, bias, self.primary_scale, self.digitcaps_weight)
-            if poses is not None:
-                return poses
+        if self.fast:
+            poses_BIK = fast.primary_capsules(maps, bias, self.primary_scale, self.digitcaps_weight)
+            if poses_BIK is not None:
+                return poses_BIK
         maps = maps * self.primary_scale + bias[:, None, None]
         maps_BTKHW = maps.unflatten(1, (self.config.primary_types, self.config.primary_dimensions))
         return squash(maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3))
-
-    def _conv1(self, images_BCHW: Tensor) -> Tensor:
-        """Conv1 without its ReLU."""
-        weight, bias = self.conv1.weight, self.conv1.bias
-        training = (
-            torch.is_grad_enabled() and weight.requires_grad and not images_BCHW.requires_grad
-        )
-        if training and self._on_fast_cpu(images_BCHW.device) and not self.direct:
-            assert bias is not None
-            return patch_conv2d(images_BCHW, weight, bias)
-        return self.conv1(images_BCHW)
-
-    def _on_fast_cpu(self, device: torch.device) -> bool:
-        # What is exported consists of PyTorch's operations only.
-        return self.fast and device.type == "cpu" and not torch.compiler.is_exporting()
-
-    def _relu_primary_conv(self, maps_BCHW: Tensor) -> Tensor:
-        """ReLU and the PrimaryCaps convolution, in the fastest way that there is for them here."""
-        weight = self.primarycaps.weight
-        if self.frequency and torch.is_grad_enabled():
-            return frequency_conv.frequency_conv2d(F.relu(maps_BCHW), weight, stride=2)
-        if not self._on_fast_cpu(maps_BCHW.device):
-            return F.conv2d(F.relu(maps_BCHW), weight, stride=2)
-        found = None
-        if not self.direct and frequency_conv.is_faster(maps_BCHW, weight, stride=2):
-            found = frequency_conv.relu_frequency_conv2d(maps_BCHW, weight, stride=2)
-        return relu_strided_conv2d(maps_BCHW, weight, stride=2) if found is None else found
 
     @property
     def primary_scale(self) -> float:
@@ -229,57 +208,20 @@ class CapsNet(nn.Module):
         self, poses_BIK: Tensor, history: list[RoutingIteration] | None = None
     ) -> Tensor:
         """Input capsules u (B, I, K) to class capsules v (B, J, D), in float32; see `route`."""
+        weights_IKJD, bias_JD, settings = self.digitcaps_weight, self.digitcaps_bias, self.routing
+
+        def routed(poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
+            votes_BIJD = capsule_votes(poses_BIK, weights_IKJD)
+            how = settings.iterations, settings.leaky, settings.detach
+            return self.algorithm(votes_BIJD, bias_JD, *how, history)
+
         with torch.autocast(poses_BIK.device.type, enabled=False):
-            fused = None if history is not None else self._fused_routing(poses_BIK.device)
-            if fused is not None:
-                routed_BJD = fused(
-                    poses_BIK,
-                    self.digitcaps_weight,
-                    self.digitcaps_bias,
-                    self.routing.iterations,
-                    self.routing.leaky,
-                )
-                if routed_BJD is not None:
-                    return routed_BJD
-            return self._route_plainly(poses_BIK, history)
-
-    def _fused_routing(self, device: torch.device) -> Callable[..., Tensor | None] | None:
-        """Votes and routing as one function, where there is one for the device."""
-        if self.routing.detach:
-            return None  # a gradient that only the plain functions can leave out
-        if self._on_fast_cpu(device):
-            return routing_cpu.route_fused
-        # Not asked here whether this is an export: PyTorch 2.11 says so of what it compiles, too.
-        if self.fast and self.triton and device.type == "cuda":
-            from capsrun.models.fast import (
-                routing_gpu,  # not everywhere is there a Triton to import
-            )
-
-            return routing_gpu.route_fused
-        return None
-
-    def _route_plainly(self, poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
-        """Votes and routing as the functions of `routing.py`."""
-        # An exported program is for batches of any size, so it cannot count on a number of pieces.
-        in_pieces = poses_BIK.device.type == "cpu" and not torch.compiler.is_exporting()
-        pieces = poses_BIK.split(ROUTED_AT_ONCE_ON_CPU) if in_pieces else [poses_BIK]
-        capsules: list[Tensor] = []
-        histories: list[list[RoutingIteration]] = []
-        for piece_BIK in pieces:
-            histories.append([])
-            capsules_BJD = route(
-                capsule_votes(piece_BIK, self.digitcaps_weight),
-                self.digitcaps_bias,
-                self.routing.iterations,
-                self.routing.leaky,
-                self.routing.detach,
-                None if history is None else histories[-1],
-            )
-            capsules.append(capsules_BJD)
-        if history is not None:
-            for parts in zip(*histories):
-                history.append(RoutingIteration(*map(torch.cat, zip(*parts))))
-        return torch.cat(capsules)
+            if self.fast and self.algorithm is route and history is None:
+                given = poses_BIK, weights_IKJD, bias_JD, settings
+                capsules_BJD = fast.class_capsules(*given, self.triton)
+                if capsules_BJD is not None:
+                    return capsules_BJD
+            return fast.in_pieces(routed, poses_BIK, history)
 
     def decode(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
         """Draw each image's `labels_B` class from its capsule, all others masked out (§4.1).

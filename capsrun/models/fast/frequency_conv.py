@@ -6,8 +6,7 @@ N = G + T − 1 samples an axis these give the G outputs of an axis exactly: wha
 only outputs that are left out. There a convolution is a product of spectra (the convolution
 theorem), for each frequency one complex matrix product over phases and channels.
 
-`frequency_conv2d` is that in PyTorch's operations, on any device. `relu_frequency_conv2d` is it in
-the kernels of `frequency_conv.cpp`, on a CPU.
+Here that is done by the kernels of `frequency_conv.cpp`, on a CPU.
 
 Shapes: B batch, C input channels, O output channels, H and W pixels, M kernel rows and columns,
 G output rows and columns, N samples of an axis, P phases, F frequencies.
@@ -18,54 +17,22 @@ import ctypes
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from capsrun.models.fast.native import address, cpu_features, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of the kernels, by the maps' type
 MOST_SAMPLES = 32  # an axis; kernels for more take long to build, and were never measured
 # With fewer images the kernel's transforms weigh more than what they save, and with fewer taps an
 # axis there is little to save (`benchmarks/notes.md`).
 LEAST_IN_TRAINING, LEAST_IN_TESTING, LEAST_TAPS = 4, 32, 3
-
-
-def frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor:
-    """`F.conv2d(maps, weight, stride=stride)` by the convolution theorem; (B, O, G, G).
-
-    Square maps and kernels. Products are computed in the type of `maps_BCHW`, transforms in float32
-    at least; differentiable.
-    """
-    sizes = Sizes.of(maps_BCHW, weight_OCMN, stride)
-    exact = torch.promote_types(maps_BCHW.dtype, torch.float32)
-    spectra = []
-    for samples, pixels in ((maps_BCHW, sizes.seen_px), (weight_OCMN, sizes.kernel_px)):
-        phases = _phases(samples[..., :pixels, :pixels].to(exact), stride, sizes.samples)
-        spectra.append(torch.fft.rfft2(phases).permute(3, 4, 0, 1, 2).flatten(3).flatten(0, 1))
-    maps_FBK, weight_FOK = spectra
-    # A complex product as a real one: [re, im] · [re, im]ᵀ is the real part of x · conj(w).
-    maps, weight = torch.view_as_real(maps_FBK), torch.view_as_real(weight_FOK)
-    turned = torch.stack([-weight[..., 1], weight[..., 0]], dim=-1)  # by i, for the imaginary part
-    right = torch.cat([weight, turned], dim=1).flatten(2).to(maps_BCHW.dtype)
-    products = torch.bmm(maps.flatten(2).to(maps_BCHW.dtype), right.transpose(1, 2)).to(exact)
-    spectrum_FBO = torch.complex(*products.chunk(2, dim=2))
-    spectrum = spectrum_FBO.unflatten(0, (sizes.samples, -1)).permute(2, 3, 0, 1)
-    outputs = torch.fft.irfft2(spectrum, s=(sizes.samples, sizes.samples))
-    return outputs[..., : sizes.grid_px, : sizes.grid_px].to(maps_BCHW.dtype)
-
-
-def _phases(images_BCHW: Tensor, stride: int, samples: int) -> Tensor:
-    """(B, C, H, W) to (B, P, C, N, N), with zeros where a phase has fewer samples."""
-    missing = stride * samples - images_BCHW.shape[-1]
-    padded = F.pad(images_BCHW, (0, missing, 0, missing))
-    phases = padded.unflatten(3, (samples, stride)).unflatten(2, (samples, stride))
-    return phases.permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
 
 
 class Sizes(NamedTuple):
@@ -124,13 +91,12 @@ def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -
     Products are of the type of `maps_BCHW`, float32 or bfloat16; transforms and sums are float32.
     None where the kernels cannot be built (which is said once), or do not take these tensors.
     """
-    types = (torch.float32, torch.bfloat16)
-    if maps_BCHW.device.type != "cpu" or maps_BCHW.dtype not in types:
-        return None
-    if weight_OCMN.dtype != torch.float32:
-        return None
     sizes = Sizes.of(maps_BCHW, weight_OCMN, stride)
-    if sizes.samples > MOST_SAMPLES or sizes.batch == 0:
+    if (
+        maps_BCHW.dtype not in SUFFIXES
+        or weight_OCMN.dtype != torch.float32
+        or sizes.samples > MOST_SAMPLES
+    ):
         return None
     kernels = load_kernels(sizes.samples, sizes.taps)
     if kernels is None:
@@ -142,7 +108,7 @@ def relu_frequency_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -
 class _ReluFrequencyConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int, kernels: "Kernels"
+        ctx: Any, maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int, kernels: ctypes.CDLL
     ) -> Tensor:
         maps_BCHW = maps_BCHW.contiguous(memory_format=torch.channels_last)
         sizes = Sizes.of(maps_BCHW, weight_OCMN, stride)
@@ -166,10 +132,10 @@ class _ReluFrequencyConv(torch.autograd.Function):
         to_weight = None
         if ctx.needs_input_grad[1]:
             to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
-        batch, outputs, depth = _blocks(sizes, kernels.lanes)
+        batch, outputs, depth = _blocks(sizes, kernels.lanes())
         size, dtype = kernels.matrix_size, maps_BCHW.dtype
         products = max(size(batch, depth), size(outputs, depth))
-        kernels.backward[dtype](
+        kernels[f"backward_{SUFFIXES[dtype]}"](
             address(gradient),
             buffers.take("masks", 0, torch.int16),
             *sizes,
@@ -187,24 +153,24 @@ def _transform(
     maps_BCHW: Tensor,
     weight_OCMN: Tensor,
     sizes: Sizes,
-    kernels: "Kernels",
+    kernels: ctypes.CDLL,
     outputs_BGGO: Tensor | None,
 ) -> object:
     """Write the spectra of maps and kernel, and the outputs when asked; returns a mark of these."""
     buffers, dtype = _buffers, maps_BCHW.dtype
-    batch, outputs, depth = _blocks(sizes, kernels.lanes)
+    batch, outputs, depth = _blocks(sizes, kernels.lanes())
     # Tensors of inference mode do not count their changes.
     version = object() if weight_OCMN.is_inference() else weight_OCMN._version
     weight = (weight_OCMN.data_ptr(), version, sizes[2:], sizes.samples, dtype)
     known = buffers.weights_stay and buffers.weight == weight
     buffers.weight = buffers.written = None  # until all of it is there
     kernel = weight_OCMN.contiguous(memory_format=torch.channels_last)
-    kernels.forward[dtype](
+    kernels[f"forward_{SUFFIXES[dtype]}"](
         *map(address, (maps_BCHW, kernel)),
         *sizes,
         int(not known),
         torch.get_num_threads(),
-        buffers.take("masks", kernels.lanes * batch * depth * sizes.samples**2, torch.int16),
+        buffers.take("masks", kernels.lanes() * batch * depth * sizes.samples**2, torch.int16),
         buffers.take("maps", kernels.matrix_size(batch, depth), dtype),
         buffers.take("weight", kernels.matrix_size(outputs, depth), dtype),
         buffers.take("outputs", kernels.matrix_size(batch, outputs), torch.float32),
@@ -234,13 +200,13 @@ class _Buffers(threading.local):
         self.weight: object = None
         self.weights_stay = False
 
-    def take(self, name: str, count: int, dtype: torch.dtype) -> int:
+    def take(self, name: str, count: int, dtype: torch.dtype) -> ctypes.c_void_p:
         """The address of memory for so many numbers, which keeps what is in it if it is enough."""
         size = count * dtype.itemsize
         if name not in self.memory or self.memory[name].numel() < size:
             self.memory.pop(name, None)
             self.memory[name] = torch.empty(size, dtype=torch.uint8)
-        return self.memory[name].data_ptr()
+        return address(self.memory[name])
 
 
 _buffers = _Buffers()
@@ -261,31 +227,13 @@ def weights_stay() -> Iterator[None]:
         _buffers.weights_stay = before
 
 
-class Kernels(NamedTuple):
-    """The functions of `frequency_conv.cpp`; those of a type by that type."""
-
-    lanes: int
-    matrix_size: Callable[[int, int], int]
-    forward: dict[torch.dtype, Callable[..., None]]
-    backward: dict[torch.dtype, Callable[..., None]]
-
-
 @functools.cache
-def load_kernels(samples: int, taps: int) -> Kernels | None:
+def load_kernels(samples: int, taps: int) -> ctypes.CDLL | None:
     """The kernels for N samples and T taps; None, having said why once, where there are none."""
-    constants: dict[str, int | None] = {"N": samples, "T": taps}
-    library = load_library(SOURCE, constants)
-    if library is not None and not library.ready():  # Linux does not lend the tile registers
-        library = load_library(SOURCE, {**constants, "NO_AMX": None})
-    if library is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    library.matrix_size.argtypes, library.matrix_size.restype = [number] * 2, ctypes.c_size_t
-    kernels = Kernels(library.lanes(), library.matrix_size, {}, {})
-    for dtype, suffix in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        forward, backward = (library[f"{name}_{suffix}"] for name in ("forward", "backward"))
-        forward.argtypes = [pointer] * 2 + [number] * 8 + [pointer] * 5
-        backward.argtypes = [pointer] * 2 + [number] * 7 + [pointer] * 7
-        forward.restype = backward.restype = None
-        kernels.forward[dtype], kernels.backward[dtype] = forward, backward
+    macros = f"N={samples}", f"T={taps}"
+    kernels = load_library(SOURCE, *macros)
+    if kernels is not None and not kernels.ready():  # Linux does not lend the tile registers
+        kernels = load_library(SOURCE, *macros, "NO_AMX")
+    if kernels is not None:
+        kernels.matrix_size.restype = ctypes.c_size_t
     return kernels

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,24 +19,24 @@ from torch import Tensor
 
 from capsrun.errors import notice
 
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
-def load_library(source: Path, constants: Mapping[str, int | None]) -> ctypes.CDLL | None:
-    """Build `source`, or take it from the cache, with these constants; None where that fails.
+
+def load_library(source: Path, *macros: str) -> ctypes.CDLL | None:
+    """Build `source` with these macros (`K=8`), or take it from the cache; None where that fails.
 
     Says once why it failed, and that it makes steps slower.
     """
-    compiler = find_compiler()
+    found = shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
     if not compiler:
         notice(
             "no C++ compiler (g++ or clang++) here, so a step takes several times longer; install "
             "g++ for the fast way"
         )
         return None
-    defines = [
-        f"-D{name}" + ("" if value is None else f"={value}") for name, value in constants.items()
-    ]
     try:
-        return ctypes.CDLL(str(_build(source, compiler, defines)))
+        return ctypes.CDLL(str(_build(source, compiler, [f"-D{macro}" for macro in macros])))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         reason = next(iter(said.strip().splitlines()), type(error).__name__)
@@ -48,25 +47,20 @@ def load_library(source: Path, constants: Mapping[str, int | None]) -> ctypes.CD
         return None
 
 
-def find_compiler() -> list[str]:
-    """The command of the C++ compiler; empty where there is none."""
-    found = shutil.which("g++") or shutil.which("clang++")
-    return shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers begin, for a kernel's pointer."""
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, for a kernel; null without one."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _build(source: Path, compiler: list[str], defines: list[str]) -> Path:
     """Compile the kernels into the cache folder, unless they are there; returns the library."""
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi", *defines]
     # Two OpenMP runtimes in one process would fight for the cores, so PyTorch's own is linked.
     openmp = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
-    version = _run(*compiler, "--version")
-    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
-    key = "\n".join([source.read_text(), *headers, *compiler, version, *flags, *openmp, _cpu()])
+    flags = [*FLAGS, *defines]
+    code = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    # What `-march=native` depends on, for a cache folder that several machines share.
+    processor = [platform.machine(), platform.processor(), *sorted(cpu_features())]
+    key = "\n".join([*code, *compiler, _run(*compiler, "--version"), *flags, *openmp, *processor])
     library = _cache_dir() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -108,8 +102,3 @@ def cpu_features() -> frozenset[str]:
     # Every core has a line; "Features" on Arm.
     names = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(names.split())
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on, for a cache folder that several machines share."""
-    return " ".join([platform.machine(), platform.processor(), *sorted(cpu_features())])

@@ -92,7 +92,9 @@ class _Squash(torch.autograd.Function):
         inputs_BIK = maps_BCHW.new_empty(batch, sizes[1] * sizes[2], dimensions)
         kernels.poses_forward(
             *map(address, (maps_BCHW, bias_C)),
-            *(scale, *sizes, torch.get_num_threads()),
+            ctypes.c_float(scale),
+            *sizes,
+            torch.get_num_threads(),
             address(inputs_BIK),
         )
         ctx.save_for_backward(maps_BCHW, bias_C)
@@ -107,7 +109,10 @@ class _Squash(torch.autograd.Function):
         to_maps_BCHW = torch.empty_like(maps_BCHW)
         ctx.kernels.poses_backward(
             *map(address, (maps_BCHW, bias_C)),
-            *(ctx.scale, address(to_inputs_BIK), *ctx.sizes, torch.get_num_threads()),
+            ctypes.c_float(ctx.scale),
+            address(to_inputs_BIK),
+            *ctx.sizes,
+            torch.get_num_threads(),
             address(to_maps_BCHW),
         )
         return to_maps_BCHW, to_maps_BCHW.sum((0, 2, 3)) / ctx.scale, None, None, None
@@ -173,20 +178,4 @@ class _Route(torch.autograd.Function):
 @functools.cache
 def load_kernels(dimensions: int, outputs: int, output_dimensions: int) -> ctypes.CDLL | None:
     """The kernels for these sizes (K, J, D); None, having said why once, where there are none."""
-    kernels = load_library(SOURCE, {"K": dimensions, "J": outputs, "D": output_dimensions})
-    if kernels is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    kernels.route_forward.argtypes = [pointer] * 3 + [number] * 5 + [pointer] * 3
-    kernels.route_backward.argtypes = [pointer] * 5 + [number] * 5 + [pointer] * 5
-    kernels.poses_forward.argtypes = [pointer] * 2 + [ctypes.c_float] + [number] * 4 + [pointer]
-    kernels.poses_backward.argtypes = [
-        *[pointer] * 2,
-        ctypes.c_float,
-        pointer,
-        *[number] * 4,
-        pointer,
-    ]
-    kernels.poses_forward.restype = kernels.poses_backward.restype = None
-    kernels.route_forward.restype = kernels.route_backward.restype = None
-    return kernels
+    return load_library(SOURCE, f"K={dimensions}", f"J={outputs}", f"D={output_dimensions}")

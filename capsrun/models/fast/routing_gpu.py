@@ -204,46 +204,40 @@ def _launch(weights_IKJD: Tensor) -> dict[str, int]:
     }
 
 
+def _chunks(inputs_BIK: Tensor, weights_IKJD: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """The grid of images and chunks of input capsules, and memory for the sums of each chunk."""
+    batch, count = inputs_BIK.shape[:2]
+    chunks = triton.cdiv(count, CHUNK)
+    partial_SBJD = inputs_BIK.new_empty(chunks, batch, *weights_IKJD.shape[2:])
+    return (triton.cdiv(batch, IMAGES_AT_ONCE), chunks), partial_SBJD
+
+
 @torch.library.custom_op("capsrun::route_forward", mutates_args=())
 def _forward(
     inputs_BIK: Tensor, weights_IKJD: Tensor, bias_JD: Tensor, iterations: int, leaky: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns v (B, J, D), s (R, B, J, D), all v but the last (R−1, B, J, D), c (R−1, B, I, J)."""
-    batch, count = inputs_BIK.shape[:2]
-    outputs, dimensions = weights_IKJD.shape[2:]
-    chunks = triton.cdiv(count, CHUNK)
-    grid = (triton.cdiv(batch, IMAGES_AT_ONCE), chunks)
-    partial_SBJD = inputs_BIK.new_empty(chunks, batch, outputs, dimensions)
-    logits_BIJ = inputs_BIK.new_empty(batch, count, outputs)
-    couplings = inputs_BIK.new_empty(iterations - 1, batch, count, outputs)
+    """Returns v (B, J, D); s and v of each iteration (R, B, J, D); c of all but the first one.
+
+    In the first all couplings are equal. The others are (R−1, B, I, J), or with one iteration
+    (1, B, I, J), which nothing reads.
+    """
+    grid, partial_SBJD = _chunks(inputs_BIK, weights_IKJD)
+    couplings = inputs_BIK.new_empty(
+        max(iterations - 1, 1), *inputs_BIK.shape[:2], weights_IKJD.shape[2]
+    )
+    logits_BIJ = torch.empty_like(couplings[0])
     sums: list[Tensor] = []
     capsules: list[Tensor] = []
     for r in range(iterations):
-        _forward_pass[grid](
-            inputs_BIK,
-            weights_IKJD,
-            capsules[-1] if r else partial_SBJD,  # not read in the first iteration
-            logits_BIJ,
-            couplings[r - 1] if r else logits_BIJ,
-            partial_SBJD,
-            batch,
-            count,
-            FIRST=r == 0,
-            SECOND=r == 1,
-            LEAKY=leaky,
-            STEP=CHUNK,
-            **_launch(weights_IKJD),
-        )
-        shares = 1 if r else outputs + leaky  # at first all outputs, and no one, get the same
+        before = capsules[-1] if r else partial_SBJD  # not read in the first iteration
+        tensors = inputs_BIK, weights_IKJD, before, logits_BIJ, couplings[r - 1], partial_SBJD
+        flags = {"FIRST": r == 0, "SECOND": r == 1, "LEAKY": leaky, "STEP": CHUNK}
+        _forward_pass[grid](*tensors, *inputs_BIK.shape[:2], **flags, **_launch(weights_IKJD))
+        # At first all outputs, and no one, get the same.
+        shares = 1 if r else weights_IKJD.shape[2] + leaky
         sums.append(partial_SBJD.sum(0) / shares + bias_JD)
         capsules.append(squash(sums[-1]))
-    # Without earlier capsules (one iteration) an empty tensor of their shape.
-    earlier = (
-        torch.stack(capsules[:-1])
-        if iterations > 1
-        else partial_SBJD.new_empty(0, batch, outputs, dimensions)
-    )
-    return capsules[-1], torch.stack(sums), earlier, couplings
+    return capsules[-1], torch.stack(sums), torch.stack(capsules), couplings
 
 
 @_forward.register_fake
@@ -251,13 +245,10 @@ def _(
     inputs_BIK: Tensor, weights_IKJD: Tensor, bias_JD: Tensor, iterations: int, leaky: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, count = inputs_BIK.shape[:2]
-    outputs, dimensions = weights_IKJD.shape[2:]
-    return (
-        inputs_BIK.new_empty(batch, outputs, dimensions),
-        inputs_BIK.new_empty(iterations, batch, outputs, dimensions),
-        inputs_BIK.new_empty(iterations - 1, batch, outputs, dimensions),
-        inputs_BIK.new_empty(iterations - 1, batch, count, outputs),
-    )
+    capsules_BJD = inputs_BIK.new_empty(batch, *bias_JD.shape)
+    of_each_RBJD = inputs_BIK.new_empty(iterations, batch, *bias_JD.shape)
+    couplings = inputs_BIK.new_empty(max(iterations - 1, 1), batch, count, len(bias_JD))
+    return capsules_BJD, of_each_RBJD, torch.empty_like(of_each_RBJD), couplings
 
 
 def _squash_gradient(sums: Tensor, to_capsules: Tensor) -> Tensor:
@@ -279,55 +270,31 @@ def _backward(
     inputs_BIK: Tensor,
     weights_IKJD: Tensor,
     sums_RBJD: Tensor,
-    earlier: Tensor,
+    capsules_RBJD: Tensor,
     couplings: Tensor,
     leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs, the weights and the bias."""
-    iterations, batch, outputs, dimensions = sums_RBJD.shape
-    count = inputs_BIK.shape[1]
-    chunks = triton.cdiv(count, CHUNK)
-    grid = (triton.cdiv(batch, IMAGES_AT_ONCE), chunks)
-    partial_SBJD = inputs_BIK.new_empty(chunks, batch, outputs, dimensions)
-    to_logits = torch.empty_like(couplings)
-    to_sums_RBJD = torch.empty_like(sums_RBJD)
+    iterations, sizes = len(sums_RBJD), inputs_BIK.shape[:2]
+    grid, partial_SBJD = _chunks(inputs_BIK, weights_IKJD)
+    to_logits, to_sums_RBJD = torch.empty_like(couplings), torch.empty_like(sums_RBJD)
     for r in reversed(range(iterations)):
         to_sums_RBJD[r] = _squash_gradient(sums_RBJD[r], to_capsules_BJD)
         if r == 0:
             break
         last = r == iterations - 1
-        _backward_pass[grid](
-            inputs_BIK,
-            weights_IKJD,
-            to_sums_RBJD[r],
-            couplings[r - 1],
-            to_logits[r - 1 if last else r],
-            to_logits[r - 1],
-            partial_SBJD,
-            batch,
-            count,
-            LAST=last,
-            STEP=CHUNK,
-            **_launch(weights_IKJD),
-        )
+        later = to_logits[r - 1 if last else r]  # not read in the last iteration
+        gradients = later, to_logits[r - 1], partial_SBJD
+        tensors = inputs_BIK, weights_IKJD, to_sums_RBJD[r], couplings[r - 1], *gradients
+        _backward_pass[grid](*tensors, *sizes, LAST=last, STEP=CHUNK, **_launch(weights_IKJD))
         to_capsules_BJD = partial_SBJD.sum(0)
-    to_inputs_BIK, to_weights_IKJD = torch.empty_like(inputs_BIK), torch.empty_like(weights_IKJD)
-    _input_gradients[(count,)](
-        inputs_BIK,
-        weights_IKJD,
-        couplings if iterations > 1 else inputs_BIK,  # not read with one iteration
-        to_logits if iterations > 1 else inputs_BIK,
-        to_sums_RBJD,
-        earlier if iterations > 1 else inputs_BIK,
-        to_inputs_BIK,
-        to_weights_IKJD,
-        batch,
-        count,
-        SHARES=outputs + leaky,
-        R=iterations,
-        **_launch(weights_IKJD),
+    results = torch.empty_like(inputs_BIK), torch.empty_like(weights_IKJD)
+    kept = couplings, to_logits, to_sums_RBJD, capsules_RBJD
+    counts = {"SHARES": weights_IKJD.shape[2] + leaky, "R": iterations}
+    _input_gradients[(sizes[1],)](
+        inputs_BIK, weights_IKJD, *kept, *results, *sizes, **counts, **_launch(weights_IKJD)
     )
-    return to_inputs_BIK, to_weights_IKJD, to_sums_RBJD.sum((0, 1))
+    return *results, to_sums_RBJD.sum((0, 1))
 
 
 @_backward.register_fake
@@ -336,7 +303,7 @@ def _(
     inputs_BIK: Tensor,
     weights_IKJD: Tensor,
     sums_RBJD: Tensor,
-    earlier: Tensor,
+    capsules_RBJD: Tensor,
     couplings: Tensor,
     leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,8 +313,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     inputs_BIK, weights_IKJD, _, _, ctx.leaky = inputs
-    _, sums_RBJD, earlier, couplings = output
-    ctx.save_for_backward(inputs_BIK, weights_IKJD, sums_RBJD, earlier, couplings)
+    ctx.save_for_backward(inputs_BIK, weights_IKJD, *output[1:])
 
 
 def _gradients(ctx, to_capsules_BJD, *_):

@@ -86,19 +86,10 @@ def weight_gradient(
         (pixels - 1) * stride + kernel
         for pixels, kernel in zip(gradient_BOYX.shape[2:], weight_OCMN.shape[2:])
     )
+    features_CBHW = features_BCHW[:, :, :height, :width].transpose(0, 1)
     result_COMN = F.conv2d(
-        swap_batch_and_channels(features_BCHW[:, :, :height, :width]),
-        swap_batch_and_channels(gradient_BOYX),
+        features_CBHW.contiguous(memory_format=torch.channels_last),
+        gradient_BOYX.transpose(0, 1).contiguous(memory_format=torch.channels_last),
         dilation=stride,
     )
     return torch.empty_like(weight_OCMN).copy_(result_COMN.transpose(0, 1))
-
-
-def swap_batch_and_channels(images_BCHW: Tensor) -> Tensor:
-    """Copy channels-last (B, C, H, W) to channels-last (C, B, H, W).
-
-    One transposed matrix a pixel: twice as fast as one copy of the whole transposed tensor.
-    """
-    pixels = images_BCHW.permute(2, 3, 0, 1).flatten(0, 1)
-    swapped = torch.stack([pixel_BC.t() for pixel_BC in pixels.unbind()], dim=1)
-    return swapped.unflatten(1, images_BCHW.shape[2:]).permute(0, 3, 1, 2)
