@@ -20,16 +20,12 @@ from capsrun.commands.train import train
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.models import build_model
-from capsrun.models.capsnet import CapsNet
 from capsrun.models.fast import frequency_conv, native, routing_cpu
 from capsrun.models.fast.patch_conv import patch_conv2d
 from capsrun.models.fast.routing_cpu import load_kernels, route_fused, squash_fused
 from capsrun.models.fast.strided_conv import relu_strided_conv2d
 from capsrun.models.routing import capsule_votes, route, squash
-from capsrun.training import graph
-from capsrun.training.graph import CapturedSteps, Way
-from capsrun.training.schedule import adam_rate
-from capsrun.training.step import CORRECTED, Trainer
+from capsrun.training.step import Trainer
 
 CPU = torch.device("cpu")
 
@@ -521,45 +517,6 @@ def test_a_fast_run_can_go_on_without_compiling(tmp_path, monkeypatch):
     assert result["errors"] == pytest.approx(straight["errors"], abs=30)
 
 
-SMALL_CNN = ["model.channels=[8]", "model.kernels_px=[5]", "model.pools_px=[4]"]
-# What is captured: images moved, pairs made, and dropout drawn, all on the device.
-KINDS = {
-    "mnist5k": [],
-    "mnist_padded": ["dataset=mnist_padded", "dataset.source=mnist5k"],
-    "multimnist": ["dataset=multimnist", "dataset.source=mnist5k"],
-    "cnn": ["model=cnn_baseline", *SMALL_CNN],
-    "averaged, in the authors' order": ["recipe.average=0.8", "recipe.order=authors"],
-}
-
-
-def config_of(kind):
-    of_capsules = ("model.", "routing.") if kind == "cnn" else ()
-    tiny = [word for word in TINY if not word.startswith(of_capsules)]
-    return train_config(*tiny, *KINDS[kind])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_from_buffers_are_the_steps(kind):
-    """What a GPU captures, run on the CPU: several steps that read buffers on the device."""
-    config = config_of(kind)
-    reference, losses = trained(config, 12, False)
-    digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits, 0, 16, order=config.recipe.order)
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
-    rates = torch.tensor(
-        [adam_rate(config.recipe, step, 12) for step in range(12)], dtype=torch.float64
-    )
-    several = CapturedSteps(trainer, batches, rates, 5)
-    single = CapturedSteps(trainer, batches, rates, 1)
-    seen = [s.replay(step).losses.total.item() for s, step in ((several, 0), (several, 5))]
-    seen += [single.replay(step).losses.total.item() for step in (10, 11)]
-    torch.testing.assert_close(torch.tensor(seen), losses[[4, 9, 10, 11]], rtol=1e-6, atol=0)
-    pairs = zip(trainer.changing_tensors(), reference.changing_tensors(), strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
@@ -576,164 +533,3 @@ def test_three_epochs_err_the_same_over_three_seeds(tmp_path):
     # The standard error of a mean of three counts around 85 is 5; of the difference of two, 7.5.
     assert abs(means[0] - means[1]) < 3 * 7.5
     assert max(means) < 150
-
-
-class FakeSteps:
-    """Captured steps that take as long as the test says, or do not work."""
-
-    took: dict
-
-    def __init__(self, trainer, batches, rates, count, pool=None):
-        self.way = Way(
-            trainer.compute != trainer.forward, trainer.model.triton, trainer.model.frequency
-        )
-        self.count, self.pool = count, pool or "pool"
-        if isinstance(self.took.get(self.way), Exception):
-            raise self.took[self.way]
-
-    def seconds(self):
-        return self.took[self.way]
-
-
-BROKEN = RuntimeError("no compiler\nand more about it")
-
-
-@pytest.mark.parametrize(
-    ("took", "chosen", "said"),
-    [
-        ({Way(True, True): 1.0, Way(True, False): 2.0}, Way(True, True), 0),
-        ({Way(True, True): 2.0, Way(True, False): 1.0}, Way(True, False), 0),
-        ({Way(True, True): 2.0, Way(True, True, True): 1.0}, Way(True, True, True), 0),
-        ({Way(True, True): BROKEN, Way(True, False): 3.0}, Way(True, False), 1),
-        (
-            {Way(True, True): BROKEN, Way(True, False): BROKEN, Way(False, True): 3.0}
-            | {Way(False, False): 2.0},
-            Way(False, False),
-            2,
-        ),
-    ],
-)
-def test_a_gpu_takes_the_fastest_way_that_works(monkeypatch, capsys, took, chosen, said):
-    monkeypatch.setattr(errors, "notices", [])
-    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
-    monkeypatch.setattr(FakeSteps, "took", took, raising=False)
-    config = train_config(*TINY)
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
-    steps = graph.GraphedSteps(trainer, torch.zeros(12))
-    monkeypatch.setattr(steps, "_outcome", lambda way, batches: steps._use(way) or torch.ones(1))
-    steps._choose_way(None)
-    assert not steps.failed
-    assert {size: s.way for size, s in steps._captured.items()} == {1: chosen, 10: chosen}
-    assert capsys.readouterr().err.count("(no compiler)") == said
-
-
-def test_a_way_that_computes_something_else_is_not_taken(monkeypatch, capsys):
-    """Even if it is the fastest: here Triton routing gives a tenth more."""
-    monkeypatch.setattr(errors, "notices", [])
-    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
-    monkeypatch.setattr(FakeSteps, "took", {w: 2.0 - w.triton for w in graph.WAYS}, raising=False)
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda batch: function(batch))
-    original = CapsNet.route_poses
-
-    def wrong_with_triton(self, poses, history=None):
-        return original(self, poses, history) * (1.1 if self.triton else 1.0)
-
-    monkeypatch.setattr(CapsNet, "route_poses", wrong_with_triton)
-    config = train_config(*TINY)
-    digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits, 0, 16)
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
-    steps = graph.GraphedSteps(trainer, torch.zeros(12))
-    steps._choose_way(batches)
-    assert list(steps.seconds) == [Way(True, False)]
-    assert "compiled, Triton routing (" in capsys.readouterr().err
-
-
-def test_where_nothing_can_be_captured_steps_are_made_one_by_one(monkeypatch, capsys):
-    monkeypatch.setattr(errors, "notices", [])
-    monkeypatch.setattr(graph, "CapturedSteps", FakeSteps)
-    monkeypatch.setattr(FakeSteps, "took", dict.fromkeys(graph.WAYS, BROKEN), raising=False)
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda batch: function(batch))
-    config = train_config(*TINY)
-    digits = load_dataset(config.dataset, CPU).train
-    batches = TrainingBatches(digits, 0, 16)
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
-    trainer._graphs = graph.GraphedSteps(trainer, torch.zeros(12))
-    assert trainer.steps_at_once == 10
-    update = trainer.advance(batches, 0, 10)
-    assert trainer.steps_at_once == 1
-    _, losses = trained(config, 12, False)
-    assert update.losses.total.item() == losses[9].item()
-    assert trainer.compute == trainer.forward
-    assert not trainer.model.triton
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_captured_training_is_plain_training(kind):
-    """Every way in which a GPU may compute an update, 30 steps in turns of 10 and of 1."""
-    config = config_of(kind)
-    gpu = torch.device("cuda")
-    digits = load_dataset(config.dataset, gpu).train
-    batches = TrainingBatches(digits, 0, 16, order=config.recipe.order)
-
-    def losses(fast, ways=graph.WAYS):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(graph, "WAYS", ways)
-            model = build_model(config.model, config.routing, config.dataset)
-            trainer = Trainer(model, config.loss, config.recipe, 30, gpu, "fp32", fast)
-            counts = [10, 1, 9, 10]
-            firsts = [sum(counts[:n]) for n in range(4)]
-            values = [
-                trainer.advance(batches, first, count).losses.total.item()
-                for first, count in zip(firsts, counts)
-            ]
-        values += [tensor.norm().item() for tensor in trainer._averages()]
-        if fast:
-            assert list(trainer._graphs.seconds) == list(ways)
-            assert not trainer._graphs.failed
-        return torch.tensor(values)
-
-    plain = losses(False)
-    # A CNN routes nothing, so for it there are fewer ways.
-    for way in [way for way in graph.WAYS if not (kind == "cnn" and way.triton)]:
-        torch.testing.assert_close(losses(True, (way,)), plain, rtol=2e-3, atol=0)
-
-
-@pytest.mark.gpu
-def test_fast_training_on_a_gpu_in_bf16():
-    config = train_config("dataset=mnist5k", "recipe.epochs=null", "recipe.steps=100")
-    gpu = torch.device("cuda")
-    digits = load_dataset(config.dataset, gpu).train
-    batches = TrainingBatches(digits, 0, 128)
-    values = []
-    for fast in (False, True):
-        model = build_model(config.model, config.routing, config.dataset)
-        trainer = Trainer(model, config.loss, config.recipe, 100, gpu, "bf16", fast)
-        values.append(
-            [trainer.advance(batches, s, 10).losses.total.item() for s in range(0, 100, 10)]
-        )
-    torch.testing.assert_close(*map(torch.tensor, values), rtol=0.05, atol=0)
-
-
-def test_the_optimisers_state_is_taken_over():
-    """Also from a device whose optimiser has other settings."""
-    config = train_config(*TINY)
-    trainer, _ = trained(config, 3, False)
-    state = trainer.optimizer.state_dict()
-    state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(7.0), "fused": None}
-    other, _ = trained(config, 1, False)
-    settings = dict(other.optimizer.param_groups[0])
-    other.load_optimizer(state)
-    for moments in state["state"].values():
-        moments["step"] = torch.tensor(3.0)  # as an older capsrun counted them
-    other.load_optimizer(state)
-    assert all(s["step"] == CORRECTED for s in other.optimizer.state.values())
-    for key in ("capturable", "lr", "fused", "eps", "betas"):
-        assert other.optimizer.param_groups[0][key] == settings[key]
-    moments = [s["exp_avg"] for s in other.optimizer.state.values()]
-    expected = [s["exp_avg"] for s in trainer.optimizer.state.values()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, expected))

@@ -67,14 +67,16 @@ def test_total_is_margin_plus_weighted_reconstruction():
     assert losses.total.item() == pytest.approx(losses.classification.item() + 0.0005 * squares)
 
 
+def score_of(labels_NT, predicted_NT, classes, surplus_N=None):
+    counted = confusion_matrix(labels_NT, predicted_NT, classes)
+    return Score(labels_NT, predicted_NT, counted, None, surplus_N)
+
+
 def test_no_half_credit_for_one_of_two_digits():
     lengths = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.1, 0.8, 0.2], [0.9, 0.1, 0.8, 0.2]])
-    labels = torch.tensor([[1, 0], [0, 1], [3, 1]])
     predicted = predicted_classes(lengths, 2)
     assert predicted.tolist() == [[0, 1], [0, 2], [0, 2]]
-    score = Score(
-        labels.sort(1).values, predicted, torch.zeros(4, 4), None, torch.zeros(len(labels))
-    )
+    score = score_of(torch.tensor([[0, 1], [0, 1], [1, 3]]), predicted, 4)
     assert (score.errors, score.almost_correct, score.count) == (2, 2, 3)
 
 
@@ -84,7 +86,7 @@ def test_the_worst_mistakes_are_those_that_the_model_was_surest_of():
     predicted = predicted_classes(scores, 1)
     by_hand = torch.tensor([0.0, 0.1, 0.8, 0.6])
     torch.testing.assert_close(surplus(scores, labels, predicted), by_hand)
-    score = Score(labels, predicted, torch.zeros(3, 3), None, by_hand)
+    score = score_of(labels, predicted, 3, by_hand)
     assert score.worst_first.tolist() == [2, 3, 1]
     # Of two digits, 0 was found; 3 was missed and 1 was seen instead.
     pair = torch.tensor([[0.9, 0.7, 0.1, 0.3], [0.9, 0.1, 0.2, 0.8]])
@@ -103,10 +105,9 @@ def test_confusion_of_two_digits_by_hand():
     """Found digits are on the diagonal; a missed one was taken for what was not there."""
     labels = torch.tensor([[0, 1], [0, 1], [0, 3], [2, 3]])
     predicted = torch.tensor([[0, 1], [1, 2], [1, 2], [2, 3]])
-    counted = confusion_matrix(labels, predicted, 4)
+    score = score_of(labels, predicted, 4)
     # Of the third image both were missed.
-    assert counted.tolist() == [[1, 0, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    score = Score(labels, predicted, counted, None, torch.zeros(len(labels)))
+    assert score.confusion_JJ.tolist() == [[1, 0, 1, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert score.digits_J.tolist() == [3, 2, 1, 2]
     assert class_errors(score) == [2, 0, 0, 1]
 
@@ -117,26 +118,21 @@ def model():
     return build_model(config.model, config.routing, config.dataset)
 
 
-def test_score_counts_what_the_model_says(model):
-    images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
-    predicted = model(images.float() / 255).lengths_BJ.argmax(1)
-    labels = predicted.clone()
-    labels[2] = (labels[2] + 1) % 10
-    result = score_split(model, stored(images, labels), "fp32")
-    assert (result.errors, result.count) == (1, 7)
-    assert result.error_percent == pytest.approx(100 / 7)
-    assert torch.equal(result.predicted_NT[:, 0], predicted)
-    assert result.squared_error is None
-
-
-@pytest.mark.parametrize("mask", ["label", "longest"])
-def test_mask_chooses_what_is_reconstructed(model, mask):
+@pytest.mark.parametrize("mask", [None, "label", "longest"])
+def test_score_counts_what_the_model_says_and_the_mask_chooses_what_is_drawn(model, mask):
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     pixels = images.float() / 255
     output = model(pixels)
     predicted = output.lengths_BJ.argmax(1)
-    labels = (predicted + 1) % 10
+    labels = predicted.clone()
+    labels[2] = (labels[2] + 1) % 10
     result = score_split(model, stored(images, labels), "fp32", mask)
+    assert (result.errors, result.count) == (1, 7)
+    assert result.error_percent == pytest.approx(100 / 7)
+    assert torch.equal(result.predicted_NT[:, 0], predicted)
+    if mask is None:
+        assert result.squared_error is None
+        return
     drawn = model.decode(output.capsules_BJD, labels if mask == "label" else predicted)
     expected = (drawn - pixels).square().sum((1, 2, 3)).mean().item()
     assert result.squared_error == pytest.approx(expected, rel=1e-5)

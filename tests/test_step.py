@@ -1,5 +1,6 @@
-"""Schedule, Adam, device and precision."""
+"""Schedule, Adam, one step, device, precision and memory."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -9,12 +10,12 @@ import torch
 from conftest import TINY, train_config
 from torch import nn
 
+from capsrun.config import TrainConfig
 from capsrun.data import load_dataset
-from capsrun.data.batches import Batch
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.models import build_model
-from capsrun.training import step as training_step
+from capsrun.training import device
 from capsrun.training.device import resolve_device, resolve_precision
 from capsrun.training.schedule import adam_rate, learning_rate, total_steps
 from capsrun.training.step import Trainer
@@ -22,20 +23,45 @@ from capsrun.training.step import Trainer
 CPU = torch.device("cpu")
 
 
-def test_authors_schedule():
-    recipe = train_config("recipe=authors").recipe
-    assert total_steps(recipe, 60_000) == 300_000
-    assert learning_rate(recipe, 0, 300_000) == 0.001
-    assert learning_rate(recipe, 2000, 300_000) == pytest.approx(0.00096)
-    assert learning_rate(recipe, 1000, 300_000) == pytest.approx(0.001 * 0.96**0.5)
-    assert learning_rate(recipe, 10**6, 300_000) == 1e-6
+def make_tiny(
+    config: TrainConfig, kind=Trainer, device=CPU, precision: str = "fp32", fast: bool = False
+) -> tuple[Trainer, TrainingBatches]:
+    """A new trainer for a configuration, and its batches."""
+    recipe = config.recipe
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = kind(model, config.loss, recipe, recipe.steps, device, precision, fast)
+    split = load_dataset(config.dataset, device).train
+    return trainer, TrainingBatches(split, 0, recipe.batch_size, order=recipe.order)
+
+
+HELD = ["recipe.hold_fraction=0.5", "recipe.decay_periods=100"]
+LINEAR = ["recipe.decay_shape=linear", "recipe.decay_periods=null", "recipe.hold_fraction=0.2"]
+LR = 0.001  # of every recipe here
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "steps", "rates"),
+    [
+        (["recipe=authors"], 60_000, 300_000, {0: LR, 1000: LR * 0.96**0.5, 2000: LR * 0.96}),
+        (["recipe=authors"], 60_000, 300_000, {10**6: 1e-6}),
+        (HELD, 12_800, 1000, {0: LR, 500: LR, 510: LR * 0.96 ** (10 * 100 / 500)}),
+        (LINEAR, 12_800, 1000, {200: LR, 600: LR / 2, 999: LR / 800, 1000: 1e-6}),
+        (["recipe.epochs=0.5"], 60_000, 235, {}),
+        (["recipe.epochs=0.5"], 10, 1, {}),
+    ],
+)
+def test_a_schedule(words, images, steps, rates):
+    recipe = train_config("recipe.learning_rate=0.001", *words).recipe
+    assert total_steps(recipe, images) == steps
+    for step, rate in rates.items():
+        assert learning_rate(recipe, step, steps) == pytest.approx(rate, rel=1e-6)
 
 
 def test_the_rate_for_cifar10_reaches_its_floor_on_the_way():
     recipe = train_config("dataset=cifar10", "model=capsnet_cifar10", "recipe=cifar10").recipe
     assert total_steps(recipe, 50_000) == 600_000
-    assert learning_rate(recipe, 338_433, 600_000) == pytest.approx(1e-6, rel=1e-6)
-    assert learning_rate(recipe, 338_433, 600_000) > 1e-6 == learning_rate(recipe, 338_434, 600_000)
+    before, after = (learning_rate(recipe, step, 600_000) for step in (338_433, 338_434))
+    assert after == 1e-6 < before == pytest.approx(1e-6, rel=1e-6)
 
 
 def test_the_quick_schedule_ends_where_the_long_one_ends():
@@ -47,49 +73,16 @@ def test_the_quick_schedule_ends_where_the_long_one_ends():
     )
 
 
-def test_the_quick_schedule_holds_the_rate_before_it_decays():
-    recipe = train_config("recipe.hold_fraction=0.5", "recipe.decay_periods=100").recipe
-    rate = recipe.learning_rate
-    assert learning_rate(recipe, 0, 1000) == learning_rate(recipe, 500, 1000) == rate
-    assert learning_rate(recipe, 510, 1000) == pytest.approx(rate * 0.96 ** (10 * 100 / 500))
-
-
-def test_a_linear_schedule_ends_at_nothing():
-    words = ["recipe.decay_shape=linear", "recipe.decay_periods=null", "recipe.hold_fraction=0.2"]
-    recipe = train_config(*words).recipe
-    assert learning_rate(recipe, 200, 1000) == recipe.learning_rate
-    assert learning_rate(recipe, 600, 1000) == pytest.approx(recipe.learning_rate / 2)
-    assert learning_rate(recipe, 999, 1000) == pytest.approx(recipe.learning_rate / 800)
-    assert learning_rate(recipe, 1000, 1000) == recipe.learning_rate_floor
-
-
-def test_a_schedule_that_contradicts_itself_is_refused():
-    with pytest.raises(UserError, match=r"set exactly one of recipe\.decay_steps"):
-        train_config("recipe.decay_periods=null")
-    with pytest.raises(UserError, match="decay_shape=linear ends with the run"):
-        train_config("recipe.decay_shape=linear")
-
-
-@torch.no_grad()
-def test_averaged_weights_by_hand():
-    """a ← 0.75 a + 0.25 w after every update, from the initial weights on."""
-    config = train_config(*TINY, "recipe.average=0.75")
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", False)
-    batches = TrainingBatches(load_dataset(config.dataset, CPU).train, 0, 16)
-    expected = [weight.clone() for weight in model.parameters()]
-    for step in range(3):
-        with torch.enable_grad():
-            trainer.advance(batches, step, 1)
-        expected = [0.75 * a + 0.25 * w for a, w in zip(expected, model.parameters())]
-    for ours, by_hand in zip(trainer.averaged.parameters(), expected):
-        torch.testing.assert_close(ours, by_hand)
-
-
-def test_epochs_may_be_fractions():
-    recipe = train_config("recipe.epochs=0.5").recipe
-    assert total_steps(recipe, 60_000) == 235
-    assert total_steps(recipe, 10) == 1
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("recipe.decay_periods=null", r"set exactly one of recipe\.decay_steps"),
+        ("recipe.decay_shape=linear", "decay_shape=linear ends with the run"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(word, message):
+    with pytest.raises(UserError, match=message):
+        train_config(word)
 
 
 def test_tensorflows_adam_by_hand():
@@ -124,14 +117,37 @@ def test_pytorchs_adam_is_pytorchs():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_steps_lower_the_loss():
-    config = train_config(*TINY, "recipe.learning_rate=0.01")
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 100, CPU, "fp32", False)
-    images = torch.rand(8, 1, 28, 28)
-    batch = Batch(images, torch.arange(8)[:, None], images[:, None])
-    losses = [trainer.step(batch, step).losses.total.item() for step in range(20)]
-    assert losses[-1] < 0.8 * losses[0]
+def test_averaged_weights_by_hand():
+    """a ← 0.75 a + 0.25 w after every update, from the initial weights on."""
+    trainer, batches = make_tiny(train_config(*TINY, "recipe.average=0.75"))
+    expected = [weight.detach().clone() for weight in trainer.model.parameters()]
+    for step in range(3):
+        trainer.advance(batches, step, 1)
+        weights = [weight.detach() for weight in trainer.model.parameters()]
+        expected = [0.75 * a + 0.25 * w for a, w in zip(expected, weights)]
+    for ours, by_hand in zip(trainer.averaged.parameters(), expected):
+        torch.testing.assert_close(ours, by_hand)
+
+
+def test_the_optimisers_state_is_taken_over():
+    """Also from a device whose optimiser has other settings, but not from another network."""
+    trainer, batches = make_tiny(train_config(*TINY))
+    trainer.advance(batches, 0, 3)
+    state = copy.deepcopy(trainer.optimizer.state_dict())
+    state["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(7.0), "fused": None}
+    other, _ = make_tiny(train_config(*TINY))
+    settings = dict(other.optimizer.param_groups[0])
+    assert other.fits_optimizer(state)
+    other.load_optimizer(state)
+    for key in ("capturable", "lr", "fused", "eps", "betas"):
+        assert other.optimizer.param_groups[0][key] == settings[key]
+    for ours, theirs in zip(
+        other.optimizer.state.values(), trainer.optimizer.state.values(), strict=True
+    ):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    wider, _ = make_tiny(train_config(*TINY, "model.primary_types=4"))
+    assert not wider.fits_optimizer(state)
+    assert not wider.fits_optimizer({})
 
 
 def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
@@ -140,24 +156,23 @@ def test_device_and_precision_of_a_machine_without_gpu(monkeypatch):
     with pytest.raises(UserError, match="no CUDA GPU here; use device=cpu"):
         resolve_device("cuda")
     assert resolve_precision("bf16", CPU) == "bf16"
-    monkeypatch.setattr(training_step, "cpu_features", lambda: {"avx2", "avx512f"})
-    assert resolve_precision("auto", CPU) == "fp32"
-    monkeypatch.setattr(training_step, "cpu_features", lambda: {"avx512f", "avx512_bf16"})
-    assert resolve_precision("auto", CPU) == "bf16"
+    for features, precision in (({"avx2", "avx512f"}, "fp32"), ({"avx512_bf16"}, "bf16")):
+        monkeypatch.setattr(device, "cpu_features", lambda features=features: features)
+        assert resolve_precision("auto", CPU) == precision
 
 
 @pytest.mark.parametrize(
-    ("said", "threads"),
+    ("quota", "threads"),
     [("250000 100000", 2), ("20000 100000", 1), ("max 100000", 4), ("900000 100000", 4), (None, 4)],
 )
-def test_threads_are_no_more_than_a_container_may_use(tmp_path, said, threads):
+def test_threads_are_no_more_than_a_container_may_use(tmp_path, quota, threads):
     group = tmp_path / "cpu.max"
-    if said is not None:
-        group.write_text(said + "\n")
+    if quota is not None:
+        group.write_text(quota + "\n")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        training_step.heed_cpu_quota(group)
+        device.heed_cpu_quota(group)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -166,15 +181,22 @@ def test_threads_are_no_more_than_a_container_may_use(tmp_path, said, threads):
 @pytest.mark.gpu
 def test_the_gpu_is_used_and_computes_the_same():
     assert resolve_device("auto").type == "cuda"
-    config = train_config(*TINY)
-    images = torch.rand(8, 1, 28, 28)
     losses = []
-    for device in (CPU, torch.device("cuda")):
-        model = build_model(config.model, config.routing, config.dataset)
-        trainer = Trainer(model, config.loss, config.recipe, 100, device, "fp32", False)
-        batch = Batch(*(t.to(device) for t in (images, torch.arange(8)[:, None], images[:, None])))
-        losses.append([trainer.step(batch, step).losses.total.item() for step in range(10)])
+    for place in (CPU, torch.device("cuda")):
+        trainer, batches = make_tiny(train_config(*TINY), device=place)
+        losses.append([trainer.advance(batches, s, 1).losses.total.item() for s in range(10)])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_the_memory_of_a_run_is_not_that_of_one_before_it():
+    torch.ones(100_000_000)
+    with_earlier = device.memory_gb(CPU)
+    device.begin_memory_count(CPU)
+    began = device.memory_gb(CPU)
+    assert began < with_earlier - 0.3
+    torch.ones(50_000_000)
+    assert device.memory_gb(CPU) - began == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
@@ -184,24 +206,23 @@ def test_freed_memory_is_kept():
     The heap may have to grow once more for it, where something small took a piece of its place.
     """
     script = """
-import ctypes, resource, sys, torch
+import ctypes, resource, torch
 from capsrun.training.device import keep_freed_memory
-if not hasattr(ctypes.CDLL(None), "mallopt"):
-    sys.exit("no glibc")
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-faults = []
-for _ in range(8):
-    torch.ones(25_000_000)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[7] - faults[3])
+def faults():
+    for turn in range(8):
+        if turn == 4:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    print(faults(), keep_freed_memory(), faults())
 """
-    counts = {}
-    for kind in ("kept", "given back"):
-        command = [sys.executable, "-c", script, kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.stderr == "no glibc\n":
-            pytest.skip("another C library than glibc")
-        counts[kind] = int(done.stdout)
-    assert counts["kept"] < 100
-    assert counts["given back"] > 4 * 20_000
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    if not done.stdout:
+        pytest.skip("another C library than glibc")
+    given_back, possible, kept = done.stdout.split()
+    assert possible == "True"
+    assert int(kept) < 100
+    assert int(given_back) > 4 * 20_000

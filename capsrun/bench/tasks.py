@@ -21,6 +21,7 @@ from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.training.device import memory_gb, resolve_device
+from capsrun.training.graph import make_trainer
 from capsrun.training.metrics import score_split
 from capsrun.training.step import Trainer, to_device
 
@@ -91,7 +92,7 @@ def training_steps(config: BenchConfig, device: torch.device, name: str, capture
     split = random_split(config.dataset, TRAINING_IMAGES, device)
     model = make_model(config, torch.device("cpu"), False)
     fast = kind in ("direct", "fast") and (capture or device.type == "cpu")
-    trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
+    trainer = make_trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     return Steps(trainer, TrainingBatches(split, 0, size))
 
 

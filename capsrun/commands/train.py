@@ -48,6 +48,7 @@ from capsrun.sweep import Done, last_validation_error
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import (
     autocast,
+    begin_memory_count,
     describe_device,
     memory_gb,
     provenance,
@@ -56,6 +57,7 @@ from capsrun.training.device import (
     set_deterministic,
 )
 from capsrun.training.distributed import Ranks, join_ranks
+from capsrun.training.graph import make_trainer
 from capsrun.training.losses import class_presence
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.schedule import learning_rate, total_steps
@@ -272,6 +274,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
         )
     set_deterministic(config.deterministic)
     device = ranks.together(lambda: resolve_device(config.device))
+    begin_memory_count(device)
     precision = ranks.from_first(lambda: resolve_precision(config.precision, device))
     dataset = ranks.together(lambda: load_dataset(config.dataset, device))
     steps = total_steps(config.recipe, dataset.train.epoch_images)
@@ -282,7 +285,7 @@ def open_run(config: TrainConfig, folder: record.RunFolder, ranks: Ranks) -> Run
     if checkpoint is not None:
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         load_weights(model, checkpoint["model"], folder.checkpoint)
-    trainer = Trainer(
+    trainer = make_trainer(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
     step, seconds, ended = 0, 0.0, False

@@ -1,8 +1,8 @@
 """Where and in which precision the numbers are computed, and what a result says of that."""
 
+import contextlib
 import ctypes
 import datetime
-import math
 import os
 import platform
 import re
@@ -39,12 +39,10 @@ def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     PyTorch counts the cores that the process may use, but knows nothing of quotas: threads beyond
     them would wait for each other.
     """
-    try:
-        quota, period = group.read_text().split()
-        cores = int(quota) / int(period)
-    except (OSError, ValueError):  # no quota ("max"), or not a Linux with control groups
-        return
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, math.floor(cores))))
+    # No quota is "max", and only a Linux with control groups has the file.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, group.read_text().split())
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))
 
 
 def set_deterministic(on: bool) -> None:
@@ -92,17 +90,35 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def begin_memory_count(device: torch.device) -> None:
+    """Let `memory_gb` count from now on, so that a run's peak is not that of one before it.
+
+    On a CPU this works on Linux alone, and not where a sandbox forbids it; elsewhere the peak stays
+    that of the whole process.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what `keep_freed_memory` has kept of earlier runs
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now
+
+
 def memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in 10⁹ bytes: of the GPU, or of this process on a CPU."""
+    """Most memory held since `begin_memory_count`, or the process's start, in 10⁹ bytes.
+
+    Of the GPU, or of this process on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9  # with what graphs hold
-    try:
-        # Not getrusage: a process inherits that of the one that started it.
+    if sys.platform == "linux":  # not getrusage: a process inherits that of the one that started it
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
-    except (OSError, TypeError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(found[1]) * 1024 / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def describe_device(device: torch.device) -> str:
@@ -110,55 +126,40 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def provenance(device: torch.device, precision: str) -> dict[str, Any]:
     """Where a number comes from: for `result.json`."""
-    return {
-        "device": describe_device(device),
-        "precision": precision,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": versions(device),
-        "git_commit": git_commit(),
-    }
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Of what computes the numbers; on a GPU those of its libraries too."""
-    found = {
+    versions = {
         "capsrun": capsrun.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a plain string: a checkpoint holds nothing else
     }
     if device.type == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
+        versions["cuda"] = str(torch.version.cuda)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return {
+        "device": describe_device(device),
+        "precision": precision,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions,
+        "git_commit": git_commit(),
+    }
 
 
 def git_commit() -> str | None:
     """Commit of the checkout that this code runs from, + if it was changed; None elsewhere."""
-    folder = Path(capsrun.__file__).parent
-    if not (folder.parent / ".git").exists():
+    checkout = Path(capsrun.__file__).parents[1]
+    if not (checkout / ".git").exists():
         return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.strip()

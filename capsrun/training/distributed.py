@@ -57,11 +57,10 @@ class Ranks:
 
     def highest(self, *values: int) -> list[int]:
         """The highest of what the processes say; all wait for the last one."""
-        if self.count == 1:
-            return [*values]
         highest = torch.tensor(values)  # on the CPU, so that no GPU is waited for
-        with peers():
-            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        if self.count > 1:
+            with peers():
+                distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         return highest.tolist()
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -76,26 +75,27 @@ class Ranks:
         errors: list[UserError | None] = [None] * self.count
         with peers():
             distributed.all_gather_object(errors, error)
-        for raised_there in errors:
-            if raised_there is not None:
-                raise raised_there
+        for error in filter(None, errors):
+            raise error
         return result
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Do something in the first process only; what it returns or raises goes to all."""
         if self.count == 1:
             return work()
-        outcome: list[Any] = [None, None]
+        result, error = None, None
         if self.first:
             try:
-                outcome[0] = work()
+                result = work()
             except Exception as raised:
-                outcome[1] = raised
+                error = raised
+        sent: list[Any] = [result, error]
         with peers():
-            distributed.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            distributed.broadcast_object_list(sent)
+        result, error = sent
+        if error is not None:
+            raise error
+        return result
 
     def share_model(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model as one that gives all processes the first one's weights, and mean gradients."""
@@ -117,28 +117,19 @@ class Ranks:
 ALONE = Ranks()
 
 
-LOST = (
-    "another process of this job has ended, so this one ends too; the same command goes on after "
-    "the last checkpoint, with any number of processes"
-)
-
-
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
     """Turn what PyTorch raises where another process is gone into an Unfinished that says so."""
     try:
         yield
-    except Exception as error:
-        if is_lost_peer(error):
-            raise Unfinished(LOST) from error
-        raise
-
-
-def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether an exception tells that another process is gone; Gloo's is a plain RuntimeError."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    except RuntimeError as error:
+        # Gloo's is no more than a RuntimeError.
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise Unfinished(
+            "another process of this job has ended, so this one ends too; the same command goes on "
+            "after the last checkpoint, with any number of processes"
+        ) from error
 
 
 def join_ranks(use_gpu: bool) -> Ranks:

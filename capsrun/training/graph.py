@@ -3,22 +3,23 @@
 Shapes: B batch, S steps of one graph.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import notice
+from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
-
-if TYPE_CHECKING:
-    from capsrun.training.step import Trainer, Update
+from capsrun.training.device import begin_memory_count
+from capsrun.training.distributed import ALONE, Ranks
+from capsrun.training.schedule import adam_rate
+from capsrun.training.step import Trainer, Update
 
 STEPS_PER_REPLAY = 10
 WARM_UPS = 3  # libraries choose their algorithms and allocate during the first calls
@@ -29,8 +30,8 @@ class Way(NamedTuple):
 
     compiled: bool
     """Whether the forward and backward pass go through `torch.compile`."""
-    triton: bool
-    """Whether votes and routing are the Triton kernels of `models/routing_gpu.py`."""
+    triton: bool = False
+    """Whether votes and routing are Triton kernels."""
     frequency: bool = False
     """Whether PrimaryCaps is `frequency_conv2d`; how fast that is there was not measured yet."""
 
@@ -40,64 +41,99 @@ class Way(NamedTuple):
         return ", ".join(parts)
 
 
+PLAIN = Way(compiled=False)
 WAYS = (
-    *(Way(True, True), Way(True, True, True), Way(True, False)),
-    *(Way(False, True), Way(False, True, True), Way(False, False)),
+    *(Way(True, True), Way(True, True, True), Way(True)),
+    *(Way(False, True), Way(False, True, True), PLAIN),
 )
 # Neither is chosen by a measurement: a compiler tries kernels that add in different orders, and the
 # fastest way is not always the same one. Of these the first that works here is taken.
-DETERMINISTIC_WAYS = (Way(False, True), Way(False, False))
+DETERMINISTIC_WAYS = (Way(False, True), PLAIN)
 
 
-class GraphedSteps:
-    """Makes a trainer's updates by replaying graphs, captured when the first is asked for."""
+def make_trainer(
+    model: Model,
+    loss: LossConfig,
+    recipe: RecipeConfig,
+    steps: int,
+    device: torch.device,
+    precision: str,
+    fast: bool,
+    ranks: Ranks = ALONE,
+) -> Trainer:
+    """The trainer for these arguments of `Trainer`; when fast, one process on a GPU uses graphs."""
+    graphed = fast and device.type == "cuda" and ranks.count == 1
+    kind = GraphedTrainer if graphed else Trainer
+    return kind(model, loss, recipe, steps, device, precision, fast, ranks)
 
-    def __init__(self, trainer: Trainer, rates: Tensor) -> None:
-        """rates: what `adam_rate` gives for every step of the run, on the trainer's device."""
-        self.failed = False
-        """Whether steps cannot be captured here; then the trainer makes them one by one."""
-        self.seconds: dict[Way, float] = {}
-        """How long an update took in each of the ways that work here."""
-        self._trainer, self._rates = trainer, rates
+
+class GraphedTrainer(Trainer):
+    """A trainer that replays its updates as CUDA graphs, captured when the first is due.
+
+    Where none can be captured it makes them one by one.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        """arguments: those of `Trainer`."""
+        super().__init__(*arguments)
+        self.steps_at_once = STEPS_PER_REPLAY
+        self.optimizer.param_groups[0]["capturable"] = True
+        rates = [adam_rate(self.recipe, step, self.steps) for step in range(self.steps)]
+        self.rates = torch.tensor(rates, device=self.device)
+        """What `adam_rate` gives for every step of the run."""
+        self._captured: dict[int, CapturedSteps] | None = None
         self._deterministic = torch.are_deterministic_algorithms_enabled()
         # Shapes never change, so the library may try its algorithms once and keep the fastest.
         torch.backends.cudnn.benchmark = not self._deterministic
-        self._captured: dict[int, CapturedSteps] = {}
 
     def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
         """Make `count` updates from number `step` on; returns the last one.
 
         What it returns is overwritten by the next call. Nothing is waited for.
         """
+        if self._captured is None:
+            with own_stream(self.device):
+                self._captured = self._capture(batches)
         if not self._captured:
-            with own_stream(self._trainer.device):
-                self._choose_way(batches)
-        if self.failed:
-            return self._trainer.advance(batches, step, count)
+            return super().advance(batches, step, count)
         while count:
             size = STEPS_PER_REPLAY if count >= STEPS_PER_REPLAY else 1
             update = self._captured[size].replay(step)
             step, count = step + size, count - size
         return update
 
-    def _choose_way(self, batches: TrainingBatches) -> None:
-        """Capture the updates in the fastest way of those that work here, as measured here.
+    def _capture(self, batches: TrainingBatches) -> dict[int, "CapturedSteps"]:
+        """Graphs of one update and of several, by their number; none where none can be captured."""
+        way = self._choose_way(batches)
+        self._use(way or PLAIN)
+        if way is None:
+            self.steps_at_once = 1
+            return {}
+        begin_memory_count(self.device)  # what was tried has no part in the memory of a run
+        single = CapturedSteps(self, batches, 1)
+        several = CapturedSteps(self, batches, STEPS_PER_REPLAY, single.pool)
+        return {1: single, STEPS_PER_REPLAY: several}
 
-        Where PyTorch is to be deterministic, in the first of `DETERMINISTIC_WAYS` that works.
+    def _choose_way(self, batches: TrainingBatches) -> Way | None:
+        """The fastest way of those that work here, as measured here, or None.
+
+        Where PyTorch is to be deterministic, the first of `DETERMINISTIC_WAYS` that works.
         """
-        reference = self._outcome(Way(False, False), batches)
+        torch.compiler.reset()  # it compiles a function so many times only, over all runs
+        reference = self._outcome(PLAIN, batches)
+        seconds: dict[Way, float] = {}
         for way in DETERMINISTIC_WAYS if self._deterministic else WAYS:
-            if self._deterministic and self.seconds:
+            if self._deterministic and seconds:
                 break
-            if (way.triton or way.frequency) and not isinstance(self._trainer.model, CapsNet):
+            if (way.triton or way.frequency) and not isinstance(self.model, CapsNet):
                 continue  # nothing is routed, and there are no primary capsules
-            if not way.compiled and any(known.compiled for known in self.seconds):
+            if not way.compiled and any(known.compiled for known in seconds):
                 break  # what is compiled works, and is faster
             try:
                 # A way that computes something else is none, however fast it may be.
                 outcome = self._outcome(way, batches)
                 torch.testing.assert_close(outcome, reference, rtol=0.05, atol=1e-6)
-                self.seconds[way] = CapturedSteps(self._trainer, batches, self._rates, 1).seconds()
+                seconds[way] = CapturedSteps(self, batches, 1).seconds()
             except Exception as error:  # whatever a compiler or a driver finds wrong
                 if way.frequency:
                     continue  # never needed
@@ -105,32 +141,20 @@ class GraphedSteps:
                 notice(
                     f"the training step cannot be captured {way} ({reason}), so it may be slower"
                 )
-        self.failed = not self.seconds
-        if self.failed:
-            self._use(Way(False, False))
-            return
-        self._use(min(self.seconds, key=lambda way: self.seconds[way]))
-        if self._trainer.device.type == "cuda":  # what was tried has no part in the memory of a run
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        pool = None  # one working memory for both
-        for size in (1, STEPS_PER_REPLAY):
-            steps = CapturedSteps(self._trainer, batches, self._rates, size, pool)
-            self._captured[size], pool = steps, steps.pool
+        self.ways_ms = {str(way): 1e3 * value for way, value in seconds.items()}
+        return min(seconds, key=lambda way: seconds[way], default=None)
 
     def _outcome(self, way: Way, batches: TrainingBatches) -> Tensor:
         """The loss of a batch, and the length of the gradient of each weight, in some way."""
         self._use(way)
-        losses = self._trainer.compute(batches.batch(0))[1]
-        gradients = torch.autograd.grad(losses.total, list(self._trainer.model.parameters()))
+        losses = self.compute(batches.batch(0))[1]
+        gradients = torch.autograd.grad(losses.total, list(self.model.parameters()))
         return torch.stack([losses.total.detach(), *(grad.norm() for grad in gradients)])
 
     def _use(self, way: Way) -> None:
-        trainer = self._trainer
-        trainer.model.triton, trainer.model.frequency = way.triton, way.frequency
+        self.model.triton, self.model.frequency = way.triton, way.frequency
         # One compilation, for one shape: a batch is always full.
-        forward = trainer.forward
-        trainer.compute = torch.compile(forward, dynamic=False) if way.compiled else forward
+        self.compute = torch.compile(self.forward, dynamic=False) if way.compiled else self.forward
 
 
 class CapturedSteps:
@@ -140,18 +164,13 @@ class CapturedSteps:
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        batches: TrainingBatches,
-        rates: Tensor,
-        count: int,
-        pool: Any = None,
+        self, trainer: GraphedTrainer, batches: TrainingBatches, count: int, pool: Any = None
     ) -> None:
         """Capture `count` updates; the weights and the optimiser stay as they are.
 
-        rates: see `GraphedSteps`. pool: the memory of another graph, to be shared.
+        pool: the memory of another graph, to be shared.
         """
-        self._trainer, self._batches, self._rates = trainer, batches, rates
+        self._trainer, self._batches = trainer, batches
         self.count, self.pool = count, pool
         images = count * batches.batch_size
         device = trainer.device
@@ -161,27 +180,30 @@ class CapturedSteps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._update: Update
         if device.type == "cuda":
-            self._graph = self._capture()
+            with unchanged(trainer), warnings.catch_warnings():
+                # Adam finds it strange to be capturable, but not captured yet.
+                warnings.filterwarnings("ignore", message=".*capturable")
+                self._graph = capture(self._run, pool)
+            self.pool = self._graph.pool()
 
     def replay(self, step: int) -> Update:
         """Make the updates from number `step` on; returns the last one."""
         indices, positions = self._batches.draw(step, self.count)
         self._indices.copy_(indices)
         self._positions.copy_(positions)
-        self._rates_S.copy_(self._rates[step : step + self.count])
+        self._rates_S.copy_(self._trainer.rates[step : step + self.count])
         if self._graph is None:
-            self._update = self._run()
+            self._run()
         else:
             self._graph.replay()
         return self._update
 
-    def _run(self) -> Update:
+    def _run(self) -> None:
         size = self._batches.batch_size
         parts = zip(self._indices.split(size), self._positions.split(size), self._rates_S)
         for indices_B, positions_B, rate in parts:
             self._trainer.set_rate(rate)
-            update = self._trainer.update(self._batches.assemble(indices_B, positions_B))
-        return update
+            self._update = self._trainer.update(self._batches.assemble(indices_B, positions_B))
 
     def seconds(self, replays: int = 20) -> float:
         """How long one replay takes; the weights and the optimiser stay as they are."""
@@ -195,17 +217,6 @@ class CapturedSteps:
             end.record()
             end.synchronize()
         return start.elapsed_time(end) / 1e3 / replays
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        def run() -> None:
-            self._update = self._run()
-
-        with unchanged(self._trainer), warnings.catch_warnings():
-            # Adam finds it strange that it is told of graphs, but not captured yet.
-            warnings.filterwarnings("ignore", message=".*capturable")
-            graph = capture(run, self.pool)
-        self.pool = graph.pool()
-        return graph
 
 
 def capture(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:

@@ -3,8 +3,9 @@
 Shapes: N images, B batch, J classes, T digits in one image, C channels, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from capsrun.models import Model
 from capsrun.models.fast.frequency_conv import weights_stay
 from capsrun.training.device import autocast
 from capsrun.training.losses import class_presence
-from capsrun.training.step import Progress
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 # Images tested at once. It changes no answer; 250 of MNIST need about 1 GB for their votes.
 BATCH_SIZE = 250
@@ -37,15 +39,19 @@ class Score:
     """By how much what was wrongly predicted outscored what is there; see `surplus`."""
 
     @property
+    def _wrong_N(self) -> Tensor:
+        return (self.labels_NT != self.predicted_NT).any(1)
+
+    @property
     def worst_first(self) -> Tensor:
         """The numbers of the misclassified images, those that the model was surest of first."""
-        wrong = (self.labels_NT != self.predicted_NT).any(1).nonzero().squeeze(1)
+        wrong = self._wrong_N.nonzero().squeeze(1)
         return wrong[self.surplus_N[wrong].argsort(descending=True, stable=True)]
 
     @property
     def errors(self) -> int:
         """Images of which at least one digit was missed."""
-        return int((self.labels_NT != self.predicted_NT).any(1).sum())
+        return int(self._wrong_N.sum())
 
     @property
     def almost_correct(self) -> int:
@@ -116,7 +122,7 @@ def score_split(
         labels.append(batch.labels_BT)
         predicted.append(predicted_BT)
         surpluses.append(surplus(scores_BJ, batch.labels_BT, predicted_BT))
-        confusion_JJ += confusion_matrix(labels[-1], predicted_BT, first.classes)
+        confusion_JJ += confusion_matrix(batch.labels_BT, predicted_BT, first.classes)
     for model in ensemble:
         model.train()
     return Score(

@@ -1,10 +1,10 @@
-"""One optimisation step: device, precision, schedule and Adam.
+"""One optimisation step: forward pass, losses, gradients and Adam.
 
 Shapes: B batch, T digits in one image, C channels, H and W pixels.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,12 +17,15 @@ from capsrun.data.splits import TrainingBatches
 from capsrun.models import Model, Output
 from capsrun.training.device import autocast, keep_freed_memory
 from capsrun.training.distributed import ALONE, Ranks, peers
-from capsrun.training.graph import STEPS_PER_REPLAY, GraphedSteps
 from capsrun.training.losses import Losses, model_losses
 from capsrun.training.schedule import adam_rate
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 SomeModel = TypeVar("SomeModel", bound=Model)
+
+# A step count at which β^t is 0 for every β, so that PyTorch's Adam finds no bias to correct; in
+# float32 it stays the same when 1 is added. So ε and all else that Adam is given are constants, but
+# for the rate, as a captured graph needs it.
+CORRECTED = 2.0**60
 
 
 def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
@@ -32,7 +35,7 @@ def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
     GPUs compute natively.
     """
     model.fast = fast
-    if fast and device.type == "cpu" and not getattr(model, "direct", False):
+    if fast and device.type == "cpu":
         keep_freed_memory()
     model.to(device)
     for module in model.modules():
@@ -41,17 +44,24 @@ def to_device(model: SomeModel, device: torch.device, fast: bool) -> SomeModel:
     return model
 
 
-def averaged_copy(model: SomeModel) -> SomeModel:
-    """A copy of a model, on the same device, that is only to be tested."""
-    copied = copy.deepcopy(model)
-    copied.requires_grad_(False)
-    return copied
-
-
-# A step count at which β^t is 0 for every β, so that PyTorch's Adam finds no bias to correct; in
-# float32 it stays the same when 1 is added. So ε and all else that is told to Adam are constants,
-# but for the rate, as a captured graph needs it.
-CORRECTED = 2.0**60
+def make_optimizer(model: Model, recipe: RecipeConfig, device: torch.device) -> torch.optim.Adam:
+    """Adam in the recipe's form; its state is there before the first step."""
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        # On a GPU it is read there by every step: a captured graph always reads the same place.
+        lr=torch.zeros((), device=device) if device.type == "cuda" else 0.0,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        fused=True,
+    )
+    steps_made = CORRECTED if recipe.adam_form == "tensorflow" else 0.0
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(steps_made, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 class Update(NamedTuple):
@@ -78,110 +88,60 @@ class Trainer:
     ) -> None:
         """steps: length of the run. precision: 'fp32' or 'bf16', already resolved.
 
-        fast: compute the same numbers, to rounding, in the fastest way known for the device: on a
-        CPU with the kernels of `models/`, on a GPU compiled and captured (`training/graph.py`).
-        ranks: the processes that train the model together; each is given its share of a batch. On
-        GPUs their steps are not captured.
+        fast: compute the same numbers, to rounding, with the fastest kernels of `models/` that are
+        known for the device. ranks: the processes that train the model together; each is given its
+        share of a batch.
         """
         self.model = to_device(model, device, fast)
         self.ranks = ranks
         self._network = ranks.share_model(self.model, device)
         self.loss, self.recipe, self.steps = loss, recipe, steps
         self.device, self.precision = device, precision
-        on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            model.parameters(),
-            lr=torch.zeros((), device=device) if on_gpu else 0.0,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_epsilon,
-            fused=True,
-            capturable=on_gpu and fast and ranks.count == 1,
-        )
-        self._reset_optimizer()
-        self.averaged = averaged_copy(self.model) if recipe.average is not None else None
+        self.optimizer = make_optimizer(self.model, recipe, device)
+        self.averaged: Model | None = None
         """A model whose weights are the moving average of the trained one's, if there is to be."""
+        if recipe.average is not None:
+            self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         self.compute: Callable[[Batch], tuple[Output, Losses]] = self.forward
-        self._graphs: GraphedSteps | None = None
-        if on_gpu and fast and ranks.count == 1:
-            rates = [adam_rate(recipe, step, steps) for step in range(steps)]
-            self._graphs = GraphedSteps(self, torch.tensor(rates, device=device))
-
-    def _reset_optimizer(self) -> None:
-        corrected = self.recipe.adam_form == "tensorflow"
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(CORRECTED if corrected else 0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        """`forward`, or the same compiled."""
+        self.steps_at_once = 1
+        """How many updates `advance` makes best in one call."""
+        self.ways_ms: dict[str, float] = {}
+        """Milliseconds of an update in each way that was measured; see `training/graph.py`."""
 
     def changing_tensors(self) -> list[Tensor]:
         """Everything that an update changes: the weights, their average, the optimiser's state."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*self.model.parameters(), *moments, *self._averages()]
-
-    def _averages(self) -> list[Tensor]:
-        return [] if self.averaged is None else list(self.averaged.parameters())
-
-    @property
-    def steps_at_once(self) -> int:
-        """How many updates `advance` makes best in one call."""
-        return 1 if self._graphs is None or self._graphs.failed else STEPS_PER_REPLAY
-
-    @property
-    def ways_ms(self) -> dict[str, float]:
-        """Milliseconds of an update in each way that works on this GPU, once steps were made."""
-        seconds = {} if self._graphs is None else self._graphs.seconds
-        return {str(way): 1e3 * value for way, value in seconds.items()}
+        averages = [] if self.averaged is None else self.averaged.parameters()
+        return [*self.model.parameters(), *moments, *averages]
 
     def set_rate(self, rate: float | Tensor) -> None:
-        """Tell Adam the rate of the next update; see `adam_rate`."""
+        """Set Adam's rate for the next update; see `adam_rate`."""
         group = self.optimizer.param_groups[0]
         if self.device.type == "cuda":
             group["lr"].copy_(torch.as_tensor(rate))  # in place: a captured graph reads this one
         else:
             group["lr"] = float(rate)
 
-    def fits_optimizer(self, state: Any) -> bool:
+    def fits_optimizer(self, state: dict[str, Any]) -> bool:
         """Whether this is the optimiser's state of a run with this network."""
-        ours = self.optimizer.state_dict()
 
-        def alike(theirs: Any, mine: Any) -> bool:
-            if isinstance(mine, Tensor):
-                return isinstance(theirs, Tensor) and theirs.shape == mine.shape
-            if isinstance(mine, dict):
-                same = isinstance(theirs, dict) and theirs.keys() == mine.keys()
-                return same and all(alike(theirs[key], mine[key]) for key in mine)
-            return theirs == mine
+        def shapes(state: dict[str, Any]) -> dict[tuple[int, str], torch.Size]:
+            moments = state.get("state", {}).items()
+            return {(n, key): value.shape for n, values in moments for key, value in values.items()}
 
-        try:
-            groups = [group["params"] for group in state["param_groups"]]
-            return groups == [g["params"] for g in ours["param_groups"]] and alike(
-                state["state"], ours["state"]
-            )
-        except (KeyError, TypeError):
-            return False
+        return shapes(state) == shapes(self.optimizer.state_dict())
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Go on with the optimiser's state of a checkpoint, of a run on any device.
-
-        Steps that an older capsrun counted, which told TensorFlow's form to Adam by its ε, become
-        `CORRECTED`.
-        """
-        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        self.optimizer.load_state_dict(state)
-        self.optimizer.param_groups[0].update(settings)
-        if self.recipe.adam_form == "tensorflow":
-            for moments in self.optimizer.state.values():
-                moments["step"].fill_(CORRECTED)
+        """Go on with the optimiser's state of a checkpoint, of a run on any device."""
+        ours = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["state"], "param_groups": ours})
 
     def advance(self, batches: TrainingBatches, step: int, count: int) -> Update:
         """Make `count` updates from number `step` (from 0) on; returns the last one.
 
         Raises as `step` does.
         """
-        if self._graphs is not None and not self._graphs.failed:
-            return self._graphs.advance(batches, step, count)
         for number in range(step, step + count):
             with torch.profiler.record_function("capsrun::batch"):  # a name for profiles
                 batch = batches.batch(number)
@@ -210,18 +170,11 @@ class Trainer:
         self._average()
         return Update(batch, output, losses)
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Move the average of the weights: a ← decay · a + (1 − decay) · w, from the initial w."""
-        if self.averaged is not None:
-            assert self.recipe.average is not None
-            # Not AveragedModel.update_parameters, which looks at its count: a GPU waits for that.
-            move = get_ema_multi_avg_fn(self.recipe.average)
-            move(self._averages(), list(self.model.parameters()), 0)
-
-    def mean(self, values: Tensor, batch: Batch) -> Tensor:
-        """Means over the step's whole batch of what are means over this process's share of it."""
-        return self.ranks.mean(values, len(batch.labels_BT), self.recipe.batch_size)
+    def forward(self, batch: Batch) -> tuple[Output, Losses]:
+        """What the model says about a batch, and its losses."""
+        with peers(), autocast(self.device, self.precision):
+            output = self._network(batch.images_BCHW, batch.labels_BT, batch.noise_B)
+        return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
         """Compute the gradients of the mean loss of the whole batch."""
@@ -232,8 +185,15 @@ class Trainer:
         with peers():
             loss.backward()
 
-    def forward(self, batch: Batch) -> tuple[Output, Losses]:
-        """What the model says about a batch, and its losses."""
-        with peers(), autocast(self.device, self.precision):
-            output = self._network(batch.images_BCHW, batch.labels_BT, batch.noise_B)
-        return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average of the weights: a ← decay · a + (1 − decay) · w, from the initial w."""
+        if self.averaged is not None:
+            assert self.recipe.average is not None
+            # Not AveragedModel.update_parameters, which looks at its count: a GPU waits for that.
+            move = get_ema_multi_avg_fn(self.recipe.average)
+            move(list(self.averaged.parameters()), list(self.model.parameters()), 0)
+
+    def mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """Means over the step's whole batch of what are means over this process's share of it."""
+        return self.ranks.mean(values, len(batch.labels_BT), self.recipe.batch_size)
