@@ -1,6 +1,7 @@
 """What the tests share: configurations, real digits, and the commands as a user runs them."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -52,6 +53,17 @@ def stored(images, labels, shift_px: int = 2) -> StoredImages:
     sizes = [f"dataset.image_px={px}", f"dataset.channels={channels}"]
     config = train_config(*sizes, f"dataset.shift_px={shift_px}")
     return StoredImages(images, labels, config.dataset)
+
+
+def untrained(path: Path, *overrides: str) -> None:
+    """Write the checkpoint of a run that would be finished, if its first weights were its last."""
+    from capsrun.models import build_model
+    from capsrun.runs.checkpoint import save_checkpoint
+
+    config = train_config(*overrides)
+    weights = build_model(config.model, config.routing, config.dataset).state_dict()
+    facts = dataclasses.asdict(config)
+    save_checkpoint(path, facts, 1, model=weights, optimizer=None, train_seconds=1.0)
 
 
 def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

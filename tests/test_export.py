@@ -14,36 +14,40 @@ from conftest import TINY, train_config
 
 from capsrun import cli
 from capsrun.commands import export as exporting
-from capsrun.commands.export import FORMATS, Exportable, export_program, write_checked
+from capsrun.commands.export import FILES, Exportable, export_program, load_file, write_checked
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.training.step import to_device
 
-HAS_ONNX = all(importlib.util.find_spec(package) for package in FORMATS["onnx"].packages)
+HAS_ONNX = all(importlib.util.find_spec(package) for package in exporting.ONNX_PACKAGES)
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="no onnx, onnxscript and onnxruntime here")
 
-PACKAGE = str(Path(exporting.__file__).parent.parent).encode()
-
 NARROW = TINY[1:4]
+PAIR = {"lengths": (10,), "capsules": (10, 16)}
+# The settings of a network and the shapes of its outputs.
 KINDS = {
-    "capsnet": [*TINY],
-    "leaky": [*TINY, "routing.leaky=true", "model.padding=same", "model.reconstruction=false"],
-    "two-digits": [*NARROW, "dataset=multimnist", "model.digit_bias=false"],
-    "photos": [*NARROW, "dataset=cifar10", "model=capsnet_cifar10", "model.reconstruction=true"],
-    "cnn": ["dataset=mnist5k", "model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[16]"],
-}
-OUTPUTS = {
-    "capsnet": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (1, 1, 28, 28)},
-    "leaky": {"lengths": (10,), "capsules": (10, 16)},
-    "two-digits": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (2, 1, 36, 36)},
-    "photos": {"lengths": (10,), "capsules": (10, 16), "reconstructions": (1, 3, 24, 24)},
-    "cnn": {"probabilities": (10,)},
+    "leaky": (
+        [*TINY, "routing.leaky=true", "model.padding=same", "model.reconstruction=false"],
+        PAIR,
+    ),
+    "two-digits": (
+        [*NARROW, "dataset=multimnist", "model.digit_bias=false"],
+        {**PAIR, "reconstructions": (2, 1, 36, 36)},
+    ),
+    "photos": (
+        [*NARROW, "dataset=cifar10", "model=capsnet_cifar10", "model.reconstruction=true"],
+        {**PAIR, "reconstructions": (1, 3, 24, 24)},
+    ),
+    "cnn": (
+        ["dataset=mnist5k", "model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[16]"],
+        {"probabilities": (10,)},
+    ),
 }
 
 
 def exportable(kind: str, seed: int = 0) -> Exportable:
     """A network with weights so large that its outputs differ from image to image."""
-    config = train_config(*KINDS[kind])
+    config = train_config(*KINDS[kind][0])
     model = build_model(config.model, config.routing, config.dataset, seed)
     with torch.no_grad():
         for weights in model.parameters():
@@ -66,22 +70,20 @@ def exported():
     return make
 
 
-@pytest.mark.parametrize("format_name", ["torch", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("name", ["torch", pytest.param("onnx", marks=needs_onnx)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_give_what_the_model_gives_for_batches_of_any_size(
-    exported, kind, format_name, tmp_path
-):
+def test_files_give_what_the_model_gives_for_batches_of_any_size(exported, kind, name, tmp_path):
     model, program = exported(kind)
-    path = tmp_path / FORMATS[format_name].file_name
-    assert write_checked(FORMATS[format_name], program, model, path) < 1e-5
+    path = tmp_path / FILES[name]
+    assert write_checked(name, program, model, path) < 1e-5
     assert list(tmp_path.iterdir()) == [path]
-    run = FORMATS[format_name].load(path)
-    for batch in (1, 3, 9, 17):
+    run = load_file(name, path)
+    for batch in (1, 17):
         pixels = torch.rand(
             batch, *model.example(1).shape[1:], generator=torch.Generator().manual_seed(100 + batch)
         )
         ours, theirs = model(pixels), run(pixels)
-        shapes = {name: (batch, *shape) for name, shape in OUTPUTS[kind].items()}
+        shapes = {name: (batch, *shape) for name, shape in KINDS[kind][1].items()}
         assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes
         for name in shapes:
             torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=1e-5)
@@ -106,7 +108,7 @@ def test_the_exported_model_standardises_pixels_itself(exported):
 
 
 def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
-    model = exportable("capsnet")
+    model = exportable("two-digits")
     plain = model(model.example(9))
     to_device(model.model, torch.device("cpu"), fast=True)
     assert model.model.fast
@@ -115,18 +117,21 @@ def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
         assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_what_computes_something_else_is_not_kept(exported, tmp_path):
-    _, program = exported("capsnet")
+def test_files_that_are_wrong_or_too_large_are_not_kept(exported, tmp_path, monkeypatch):
+    model, program = exported("two-digits")
     path = tmp_path / "model"
     path.write_text("the one before")
     with pytest.raises(UserError, match="was not kept"):
-        write_checked(FORMATS["torch"], program, exportable("capsnet", seed=1), path)
+        write_checked("torch", program, exportable("two-digits", seed=1), path)
+    monkeypatch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
+    with pytest.raises(UserError, match="format=torch"):
+        write_checked("onnx", program, model, path)
     assert path.read_text() == "the one before"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_small_difference_and_a_nan_are_found(exported):
-    model, _ = exported("capsnet")
+    model, _ = exported("two-digits")
     pixels = model.example(3)
 
     def changed(name, change):
@@ -144,38 +149,21 @@ def test_a_small_difference_and_a_nan_are_found(exported):
     assert not difference <= exporting.MOST_DIFFERENCE
 
 
-@needs_onnx
-def test_weights_that_no_onnx_file_holds_are_refused(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
-    model, program = exported("capsnet")
-    with pytest.raises(UserError, match="format=torch"):
-        write_checked(FORMATS["onnx"], program, model, tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_package_is_named_before_any_work(tiny_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    arguments = ["export", f"checkpoint={tiny_run}", f"out_dir={tmp_path / 'out'}"]
-    for chosen in ([], ["format=onnx"]):
-        assert cli.main([*arguments, *chosen]) == 2
-        message = capsys.readouterr().err
-        assert "onnxscript" in message
-        assert "pip install 'capsrun[export]'" in message
-        assert message.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["checkpoint={run}"], "(onnxscript): pip install 'capsrun[export]'"),
+        (["checkpoint={run}", "format=onnx"], "(onnxscript): pip install 'capsrun[export]'"),
         (["format=tensorflow"], "one of: onnx, torch, all"),
         (["format=torch", "checkpoint=nowhere"], "there is no checkpoint nowhere"),
         (["format=torch", "dataset=multimnist"], "`capsrun train dataset=multimnist"),
         (["format=torch", "routing.iterations=1"], "no setting"),
     ],
 )
-def test_mistakes(in_tmp, capsys, arguments, part):
-    assert cli.main(["export", *arguments]) == 2
+def test_mistakes(tiny_run, in_tmp, monkeypatch, capsys, arguments, part):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    words = [word.format(run=tiny_run) for word in arguments]
+    assert cli.main(["export", "out_dir=out", *words]) == 2
     message = capsys.readouterr().err
     assert part in message
     assert message.count("\n") == 1
@@ -184,8 +172,8 @@ def test_mistakes(in_tmp, capsys, arguments, part):
 
 def in_python(lines: list[str], file_name: str) -> str:
     """The lines of Python that export prints for a file."""
-    told = (f"{word}: {file_name} in Python, without capsrun:" for word in ("next", "or"))
-    start = next(lines.index(line) for line in told if line in lines) + 1
+    said = (f"{word}: {file_name} in Python, without capsrun:" for word in ("next", "or"))
+    start = next(lines.index(line) for line in said if line in lines) + 1
     indented = [line.startswith("    ") for line in lines[start:]] + [False]
     return "\n".join(line.strip() for line in lines[start : start + indented.index(False)])
 
@@ -203,20 +191,21 @@ def test_the_command_leaves_files_and_says_how_to_use_them(tiny_run, tmp_path, c
     assert captured.err == ""
     assert logging.root.manager.disable == level
     assert {path.name for path in out.iterdir()} == {"model.onnx", "model.pt2", "export.json"}
+    package = str(Path(exporting.__file__).parent.parent).encode()
     for path in out.glob("model.*"):
-        assert PACKAGE not in path.read_bytes()  # files to be shared name no folder of this machine
+        assert package not in path.read_bytes()  # files to be shared name no folder of this machine
 
-    told = json.loads((out / "export.json").read_text())
-    assert told["input"]["shape"] == ["batch", 1, 28, 28]
-    assert told["outputs"]["reconstructions"]["shape"] == ["batch", 1, 1, 28, 28]
-    assert told["versions"]["onnx"]
-    for name, file in told["files"].items():
+    facts = json.loads((out / "export.json").read_text())
+    assert facts["input"]["shape"] == ["batch", 1, 28, 28]
+    assert facts["outputs"]["reconstructions"]["shape"] == ["batch", 1, 1, 28, 28]
+    assert facts["versions"]["onnx"]
+    for name, file in facts["files"].items():
         assert file["bytes"] == (out / name).stat().st_size
         assert file["largest_difference"] < 1e-5
 
     graph = onnx.load(out / "model.onnx").graph
     assert [tensor.name for tensor in graph.input] == ["pixels"]
-    assert [tensor.name for tensor in graph.output] == list(told["outputs"])
+    assert [tensor.name for tensor in graph.output] == list(facts["outputs"])
     for tensor in [*graph.input, *graph.output]:
         assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
 

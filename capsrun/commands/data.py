@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import DataConfig
@@ -27,20 +28,13 @@ LOOKED_THROUGH = 10_000
 
 
 def main(config: DataConfig, overrides: Sequence[str]) -> None:
-    """`capsrun data`: show the data set, and say what it is for."""
-    show_data(config)
-    use = "eval" if known(config.dataset.name).for_testing else "train"
-    suggest([use, *dataset_words(config.dataset)])
-
-
-def show_data(config: DataConfig) -> Path:
-    """Print counts, checksums and statistics, and draw a contact sheet; returns its path.
+    """`capsrun data`: print counts, checksums and statistics, and draw a contact sheet.
 
     Raises UserError when the data set cannot be had or is damaged.
     """
     dataset = load_dataset(config.dataset, torch.device("cpu"))
-    out_dir = Path(config.out_dir or Path(config.runs_dir) / f"data-{dataset.name}")
-    disk.make_folder(out_dir)
+    folder = Path(config.out_dir or Path(config.runs_dir) / f"data-{dataset.name}")
+    disk.make_folder(folder)
     for source in dataset.sources:
         state = "verified" if source.verified else "not verified: no published checksum for it"
         print(f"{source.name}: MD5 {source.md5} ({state})")
@@ -51,32 +45,26 @@ def show_data(config: DataConfig) -> Path:
             statistics[name] = split_statistics(split, config.statistics_images)
             print_statistics(name, statistics[name])
     if isinstance(dataset.test, TransformedDigits):
-        transforms = all_transforms(dataset.test)
-        statistics["transforms"] = transform_statistics(transforms)
-        path = out_dir / "transforms.npz"
-        np.savez_compressed(path, **{k: v.numpy() for k, v in transforms._asdict().items()})
-        print(f"how each image was made: {path}")
-    disk.write_json(out_dir / "statistics.json", statistics)
-    sheet = out_dir / "contact_sheet.png"
+        statistics["transforms"] = keep_transforms(dataset.test, folder / "transforms.npz")
+    disk.write_json(folder / "statistics.json", statistics)
+    sheet = folder / "contact_sheet.png"
     figures.save(contact_sheet(dataset, config.samples), sheet)
     print(f"contact sheet: {sheet}")
-    return sheet
+    use = "eval" if known(config.dataset.name).for_testing else "train"
+    suggest([use, *dataset_words(config.dataset)])
 
 
 def print_counts(dataset: Dataset) -> None:
     """Images (or digits, where an image has two) of each class in each split."""
     named = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     splits = {name: split for name, split in named.items() if len(split)}
-    width = max(8, *map(len, dataset.class_names))
-    print(f"{'class':>{width}} " + " ".join(f"{name:>12}" for name in splits))
     counts = [class_counts(split, len(dataset.class_names)) for split in splits.values()]
-    for name, *row in zip(dataset.class_names, *counts, strict=True):
-        print(f"{name:>{width}} " + " ".join(f"{count:>12,}" for count in row))
-    print(f"{'images':>{width}} " + " ".join(f"{len(split):>12,}" for split in splits.values()))
-    shape = "×".join(
-        str(size) for size in dataset.test.batch(torch.tensor([0])).images_BCHW.shape[1:]
-    )
-    print(f"images of {shape}")
+    rows = list(zip(dataset.class_names, *counts, strict=True))
+    rows.append(("images", *map(len, splits.values())))
+    right = ["right"] * len(rows[0])
+    print(tabulate(rows, ["class", *splits], tablefmt="plain", intfmt=",", colalign=right))
+    shape = dataset.test.batch(torch.tensor([0])).images_BCHW.shape[1:]
+    print(f"images of {'×'.join(map(str, shape))}")
     if dataset.test.digits > 1:
         print(
             f"with {dataset.test.digits} digits each; the classes are those of their first digits"
@@ -86,7 +74,7 @@ def print_counts(dataset: Dataset) -> None:
 def class_counts(split: Split, classes: int) -> list[int]:
     """How many images have each class as that of their (first) digit."""
     # Where images are made of digits, each digit has as many.
-    times = len(split) // len(split.labels_N) if isinstance(split, OfDigits) and len(split) else 1
+    times = len(split) // len(split.labels_N) if isinstance(split, OfDigits) else 1
     labels = split.labels(torch.arange(len(split) // times))[:, 0]
     return (times * labels.bincount(minlength=classes)).tolist()
 
@@ -139,45 +127,42 @@ def print_statistics(name: str, found: dict[str, Any]) -> None:
         )
 
 
-def all_transforms(split: TransformedDigits) -> Transforms:
-    """How every image of a split is made."""
-    starts = range(0, len(split), AT_ONCE)
+def keep_transforms(split: TransformedDigits, path: Path) -> dict[str, dict[str, float]]:
+    """Write how each image of a split is made; returns range and mean of each number, printed."""
     pieces = [
         split.transforms(split.indices(start, start + AT_ONCE))
-        for start in bar(starts, doing="transforms")
+        for start in bar(range(0, len(split), AT_ONCE), doing="transforms")
     ]
-    return Transforms(*map(torch.cat, zip(*pieces)))
-
-
-def transform_statistics(transforms: Transforms) -> dict[str, dict[str, float]]:
-    """Range and mean of each number that says how the images are made, printed too."""
+    transforms = Transforms(*map(torch.cat, zip(*pieces)))._asdict()
     found = {}
-    for field, values in transforms._asdict().items():
-        name = field.removesuffix("_B")
+    for field, values in transforms.items():
         low, high, mean = values.min().item(), values.max().item(), values.mean().item()
+        name = field.removesuffix("_B")
         found[name] = {"min": low, "max": high, "mean": mean}
         print(f"{name:>17}: {low:7.3f} to {high:6.3f}, mean {mean:6.3f}")
+    np.savez_compressed(path, **{field: values.numpy() for field, values in transforms.items()})
+    print(f"how each image was made: {path}")
     return found
 
 
 def contact_sheet(dataset: Dataset, samples: int) -> Figure:
     """Images of each class, a row a class; two digits in their colours too."""
     split: Split = dataset.train
-    kind = "training images"
+    kind = "the first training images of each class"
     if known(dataset.name).read is None or not len(split):  # as they are made for testing
-        split, kind = dataset.test, "test images"
+        split, kind = dataset.test, "the first test images of each class"
+    if isinstance(split, TransformedDigits):
+        kind = "one digit of each class in many versions"
     rows = []
     first_labels = split.labels(split.indices(0, LOOKED_THROUGH))[:, 0]
     for label, name in enumerate(dataset.class_names):
         members = (first_labels == label).nonzero().squeeze(1)[:samples]
-        if isinstance(split, TransformedDigits) and len(members):
+        if not len(members):
+            continue
+        if isinstance(split, TransformedDigits):
             members = members[0] + len(split.labels_N) * torch.arange(min(samples, VERSIONS))
         targets_BTCHW = split.batch(members).targets_BTCHW
         rows.append((name, list(displayed(targets_BTCHW.sum(1).clamp(max=1)))))
         if split.digits > 1:
             rows.append(("", list(in_colours(targets_BTCHW))))
-    of = "one digit of each class in many versions" if isinstance(split, TransformedDigits) else ""
-    return figures.image_grid(
-        [row for row in rows if row[1]],
-        title=f"{dataset.name}: {of or f'the first {kind} of each class'}",
-    )
+    return figures.image_grid(rows, title=f"{dataset.name}: {kind}")

@@ -10,25 +10,21 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from capsrun import disk
+from capsrun.commands.models import announce, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import Split, known, load_dataset
+from capsrun.data import Dataset, Split, known, load_dataset
 from capsrun.errors import UserError, notice
-from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, suggest, uses_of_model
 from capsrun.report import figures
 from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
-from capsrun.report.routing_maps import Routed, routed, routing_figure
-from capsrun.report.run_page import write_run_page
-from capsrun.runs import record
+from capsrun.report.routing_maps import routed, routing_figure
 from capsrun.runs.checkpoint import (
     Trained,
     check_dataset,
     find_checkpoint,
     find_model,
     load_checkpoint,
-    output_folder,
 )
 from capsrun.runs.progress import bar
 from capsrun.terminal import BOLD, duration, styled
@@ -36,97 +32,65 @@ from capsrun.training.device import describe_device, provenance, resolve_device,
 from capsrun.training.metrics import score_split
 from capsrun.training.step import to_device
 
+# What an earlier evaluation may have left that this one does not draw.
+PICTURES = ("confusion", "reconstructions", "failures", "absent", "routing_*")
+
 
 def main(config: EvalConfig, overrides: Sequence[str]) -> None:
     """`capsrun eval`: test the chosen or the default model."""
-    checkpoint = find_model(config, config.split)
-    evaluate(config, checkpoint, model_words(config, checkpoint))
+    evaluate(config, find_model(config, config.split))
 
 
-def evaluate(
-    config: EvalConfig, checkpoint: Path, model_words: Sequence[str] | None = None
-) -> dict[str, Any]:
+def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     """Test the model of `checkpoint` on a split of a data set and return what `result.json` holds.
 
     With `config.ensemble` the scores of all models are averaged.
-    model_words: what other commands are told to find this model and these images, for the line that
-    suggests them; None: none is printed.
     Raises UserError when a checkpoint, the data or their combination cannot be used.
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    others = [find_checkpoint(path) for path in config.ensemble]
-    ensemble = load_ensemble(config, [checkpoint, *others])
+    paths = [checkpoint, *map(find_checkpoint, config.ensemble)]
+    ensemble = load_ensemble(config, paths)
     trained = ensemble[0]
     dataset = load_dataset(config.dataset, device)
-    split = dataset.split(config.split)
-    check_routing_images(config.routing_images, split)
-    name = folder_name(config, trained.config, others)
-    out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
-    with record.output(out_dir):
-        for path, member in zip([checkpoint, *others], ensemble):
-            print(f"{path}: {precision} on {describe_device(device)}")
-            if not member.finished:
-                print(f"this run is not finished: its model after {member.step:,} steps is tested")
+    split, names = dataset.split(config.split), dataset.class_names
+    check_routing_images(config, split)
+    place = folder_name(config, trained.config, paths[1:])
+    with result_folder(config, checkpoint, place) as folder:
+        for path, member in zip(paths, ensemble):
+            announce(path, member, f"{precision} on {describe_device(device)}", "tested")
         began = time.perf_counter()
-        testing = partial(bar, doing="testing")
         models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
-        model = models[0]
+        testing = partial(bar, doing="testing")
         score = score_split(models, split, precision, config.mask, testing, config.images)
         seconds = time.perf_counter() - began
-        print_table(score, dataset.class_names)
-        drawn = score_figures(
-            model, split, dataset.class_names, score, config.mask, config.pictures
-        )
-        maps = routing_of(model, split, config.routing_images)
-        drawn |= routing_figures(maps, dataset.class_names, f"{dataset.name}, {config.split} image")
-        replace_pictures(out_dir, drawn)
+        print_table(score, names)
+        model = models[0]
+        drawn = score_figures(model, split, names, score, config.mask, config.pictures)
+        routing: list[dict[str, Any]] = []
+        if isinstance(model, CapsNet):
+            drawn_routing, routing = route_images(config, model, dataset)
+            drawn |= drawn_routing
+        replace_pictures(folder / "pictures", drawn)
         result = {
-            **about(config, ensemble),
-            **score_summary(score, dataset.class_names),
-            "routing": [routing.facts(number) for number, routing in maps.items()],
-            "train_seconds": trained.train_seconds,
+            **about(config, ensemble, paths),
+            **score_summary(score, names),
+            "routing": routing,
             "eval_seconds": seconds,
             "images_per_second": score.count / seconds,
             **provenance(device, precision),
-            "checkpoint": str(checkpoint),
-            "ensemble": [str(path) for path in others],
         }
-        disk.write_json(out_dir / "result.json", result)
-        for number, routing in maps.items():
-            print(f"routing of image {number}: {routing.entropy_text()}")
-        page = write_run_page(out_dir)
-    if others:
+        page = write_result(folder, result, {"eval": drawn})
+    if len(ensemble) > 1:
         print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
     print(f"tested: {score.count:,} images in {duration(seconds)}")
     print(f"page: {page}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))
-    if model_words is not None:
-        uses = uses_of_model(trained.config.model, model_words)
-        suggest(*uses, ["report"])
+    words = model_words(config, checkpoint)
+    suggest(*uses_of_model(trained.config.model, words), ["report"])
     print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
-
-
-def about(config: EvalConfig, ensemble: list[Trained]) -> dict[str, Any]:
-    """Which models were tested, and how: for `result.json`."""
-    trained = ensemble[0]
-    return {
-        "command": "eval",
-        "name": trained.config.name,
-        "dataset": config.dataset.name,
-        "split": config.split,
-        "mask": config.mask,
-        "weights": config.weights,
-        "model": trained.config.model.name,
-        "seed": trained.config.seed,
-        "steps": trained.step,
-        "finished": all(member.finished for member in ensemble),
-        "config": dataclasses.asdict(config),
-        "trained": dataclasses.asdict(trained.config),
-        "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
-    }
 
 
 def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
@@ -145,66 +109,78 @@ def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
     return ensemble
 
 
-def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) -> str:
-    """A name beside the checkpoint that no other split, mask, set of images or ensemble has."""
-    dataset = config.dataset
-    name = f"eval-{dataset.name}-{config.split}" + unlike_training(config, trained)
-    name += "-all" if known(dataset.name).sampled and dataset.test == "all" else ""
-    name += f"-first{config.images}" if config.images is not None else ""
-    name += "-longest" if config.mask == "longest" else ""
-    name += "-averaged" if config.weights == "averaged" else ""
-    if others:
-        digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
-        name += f"-ensemble{1 + len(others)}-{digest.hexdigest()[:6]}"
-    return name
-
-
-def check_routing_images(numbers: list[int], split: Split) -> None:
+def check_routing_images(config: EvalConfig, split: Split) -> None:
     """Raise UserError for an image that there is not."""
-    for number in numbers:
+    for number in config.routing_images:
         if number >= len(split):
             raise UserError(
                 f"routing_images={number}: the images of this split are 0 to {len(split) - 1:,}"
             )
 
 
-def routing_of(model: Model, split: Split, numbers: list[int]) -> dict[int, Routed]:
-    """How some images of a split are routed; nothing for a model without routing."""
-    if not isinstance(model, CapsNet):
-        return {}
-    return {number: routed(model, split, number) for number in numbers}
+def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) -> str:
+    """A name beside the checkpoint that no other split, mask, set of images or ensemble has.
 
-
-def routing_figures(
-    maps: Mapping[int, Routed], class_names: tuple[str, ...], images: str
-) -> dict[str, Figure]:
-    """A figure of each routed image. images: what they are, for the titles."""
-    return {
-        f"routing_{number}": routing_figure(routing, class_names, f"{images} {number}: routing")
-        for number, routing in maps.items()
-    }
-
-
-def replace_pictures(out_dir: Path, drawn: Mapping[str, Figure]) -> None:
-    """Write pictures in place of those of an earlier evaluation, of which there may be more."""
-    pictures = out_dir / "pictures"
-    for old in ("confusion", "reconstructions", "failures", "absent"):
-        (pictures / f"{old}.png").unlink(missing_ok=True)
-    for path in pictures.glob("routing_*.png"):
-        path.unlink()
-    for name, figure in drawn.items():
-        figures.save(figure, out_dir / "pictures" / f"{name}.png")
-    record.show_in_tensorboard(out_dir, "eval", drawn)
-
-
-def unlike_training(config: EvalConfig, trained: TrainConfig) -> str:
-    """What makes these test images others than those of the run, for the name of the folder."""
-    ours, theirs, parts = config.dataset, trained.dataset, []
-    same = ours.name == theirs.name
+    Says where the images are others than those of the run.
+    """
+    dataset = config.dataset
+    parts = ["eval", dataset.name, config.split]
+    same = dataset.name == trained.dataset.name
     for key in ("source", "split_seed", *(["shift_px"] if same else [])):
-        value, other = getattr(ours, key), getattr(theirs, key)
+        value, other = getattr(dataset, key), getattr(trained.dataset, key)
         if value is not None and value != other:
-            parts.append(f"-{key}-{value}")
+            parts.append(f"{key}-{value}")
             if same:
                 notice(f"trained with dataset.{key}={other}, tested with {value}")
-    return "".join(parts)
+    if known(dataset.name).sampled and dataset.test == "all":
+        parts.append("all")
+    if config.images is not None:
+        parts.append(f"first{config.images}")
+    if config.mask == "longest":
+        parts.append("longest")
+    if config.weights == "averaged":
+        parts.append("averaged")
+    if others:
+        digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
+        parts.append(f"ensemble{1 + len(others)}-{digest.hexdigest()[:6]}")
+    return "-".join(parts)
+
+
+def route_images(
+    config: EvalConfig, model: CapsNet, dataset: Dataset
+) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """Pictures of how some images are routed, and the numbers, for `result.json`."""
+    drawn, facts = {}, []
+    for number in config.routing_images:
+        found = routed(model, dataset.split(config.split), number)
+        title = f"{dataset.name}, {config.split} image {number}: routing"
+        drawn[f"routing_{number}"] = routing_figure(found, dataset.class_names, title)
+        facts.append(found.facts(number))
+        print(f"routing of image {number}: {found.entropy_text()}")
+    return drawn, facts
+
+
+def replace_pictures(folder: Path, drawn: Mapping[str, Figure]) -> None:
+    """Write pictures in place of those of an earlier evaluation, of which there may be more."""
+    for pattern in PICTURES:
+        for old in folder.glob(f"{pattern}.png"):
+            old.unlink()
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+
+
+def about(config: EvalConfig, ensemble: list[Trained], paths: list[Path]) -> dict[str, Any]:
+    """Which models were tested, and how: for `result.json`."""
+    return {
+        "command": "eval",
+        **model_facts(ensemble[0], paths[0]),
+        "dataset": config.dataset.name,
+        "split": config.split,
+        "mask": config.mask,
+        "weights": config.weights,
+        "train_seconds": ensemble[0].train_seconds,
+        "finished": all(member.finished for member in ensemble),
+        "config": dataclasses.asdict(config),
+        "ensemble": [str(path) for path in paths[1:]],
+        "others_trained": [dataclasses.asdict(member.config) for member in ensemble[1:]],
+    }

@@ -11,22 +11,16 @@ import torch
 from torch import Tensor
 
 from capsrun import disk
+from capsrun.commands.models import load_test_images
 from capsrun.config import ExploreConfig, ExploreSettings
-from capsrun.data import Dataset, Split, load_dataset
+from capsrun.data import Split
 from capsrun.data.batches import in_class_order
-from capsrun.disk import replacing
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, suggest
 from capsrun.report.run_page import refresh_run_page
-from capsrun.runs.checkpoint import (
-    Trained,
-    check_dataset,
-    find_model,
-    load_drawing_model,
-    output_folder,
-)
+from capsrun.runs.checkpoint import find_model, load_drawing_model, output_folder
 from capsrun.runs.progress import bar
 from capsrun.terminal import size
 from capsrun.training.device import resolve_device
@@ -52,18 +46,25 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     """
     device = resolve_device(config.device)
     trained, model = load_drawing_model(checkpoint)
-    check_dataset(config.dataset, trained.config, "test")
-    dataset = load_dataset(config.dataset, device)
-    path = Path(config.out or output_folder(checkpoint, config.runs_dir) / file_name(dataset))
+    dataset = load_test_images(config, trained, device)
+    folder = output_folder(checkpoint, config.runs_dir)
+    path = Path(config.out or folder / f"explore-{dataset.name}.html")
     if path.is_dir():
         raise UserError(f"{path} is a folder; out= is the file to write")
     disk.make_folder(path.parent)
     to_device(model, device, fast=False)
     shown = choose(config.explore, model, dataset.test)
-    reason = why_no_encoder(config.explore, model, trained.config.dataset.standardise)
-    names, title = dataset.class_names, about(trained, dataset)
-    text, said = page_within_limit(model, shown, names, title, reason, config.explore.encoder)
-    with replacing(path) as temporary:
+    run, iterations = trained.config, model.routing.iterations
+    title = (
+        f"{run.name or 'CapsNet'}, seed {run.seed}: {iterations} routing iteration"
+        f"{'s' if iterations > 1 else ''}, trained for {trained.step:,} steps on "
+        f"{run.dataset.name}{'' if trained.finished else ', not finished'}; test images of "
+        f"{dataset.name}"
+    )
+    text, reason = page_within_limit(
+        config.explore, model, shown, dataset.class_names, title, run.dataset.standardise
+    )
+    with disk.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     refresh_run_page(path.parent)  # which links to what was made of the run
     searched = min(config.explore.search, len(dataset.test))
@@ -72,26 +73,10 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
         f"{len(shown.numbers_N)} of the first {searched:,} test images of {dataset.name}, {wrong} "
         "of them taken for others (for more: explore.images, explore.mistakes, explore.search)"
     )
-    print(said)
+    drawing = f"cannot be drawn: {reason}" if reason else "can be drawn: the encoder is in the page"
+    print(f"digits {drawing}")
     print(f"{path}: {size(len(text.encode()))}; open it in any browser")
     return path
-
-
-def file_name(dataset: Dataset) -> str:
-    """The page's name in the folder of a run."""
-    return f"explore-{dataset.name}.html"
-
-
-def about(trained: Trained, dataset: Dataset) -> str:
-    """One line on what the page is of."""
-    config = trained.config
-    iterations = config.routing.iterations if config.routing else 0
-    plural = "s" if iterations > 1 else ""
-    return (
-        f"{config.name or 'CapsNet'}, seed {config.seed}: {iterations} routing iteration{plural}, "
-        f"trained for {trained.step:,} steps on {config.dataset.name}"
-        f"{'' if trained.finished else ', not finished'}; test images of {dataset.name}"
-    )
 
 
 @torch.inference_mode()
@@ -127,41 +112,34 @@ def chosen_numbers(
 
 
 def page_within_limit(
+    settings: ExploreSettings,
     model: CapsNet,
     shown: Shown,
     class_names: tuple[str, ...],
     title: str,
-    reason: str,
-    encoder: str,
+    standardised: bool,
 ) -> tuple[str, str]:
-    """The page, with the encoder if it may be there, and what is to be said about that.
+    """The page, with the encoder if it may be there, and why it is not; empty when it is.
 
-    reason: why the encoder is left out, if it is. encoder: see `ExploreSettings`.
+    standardised: whether the network sees images with mean 0 and deviation 1.
     Raises UserError for a page beyond the limit.
     """
-    limit = size(LIMIT_BYTES)
-    if not reason:
-        text = build_page(model, shown, class_names, title, True, "")
-        if len(text.encode()) <= LIMIT_BYTES:
-            return text, "digits can be drawn: the encoder is in the page"
+    reason, limit = "", size(LIMIT_BYTES)
+    if settings.encoder == "no":
+        reason = "explore.encoder=no"
+    elif model.channels != 1:
+        reason = "only grey images can be drawn"
+    elif standardised:
+        reason = "the network sees standardised images"
+    text = build_page(model, shown, class_names, title, reason)
+    if not reason and len(text.encode()) > LIMIT_BYTES:
         reason = f"the encoder would make the page {size(len(text.encode()))}, more than {limit}"
-    if encoder == "yes":
+        text = build_page(model, shown, class_names, title, reason)
+    if reason and settings.encoder == "yes":
         raise UserError(f"explore.encoder=yes cannot be done: {reason}")
-    text = build_page(model, shown, class_names, title, False, reason)
     if len(text.encode()) > LIMIT_BYTES:
         raise UserError(
-            f"the page would have {size(len(text.encode()))}, more than {limit}; take "
-            "fewer explore.images, or a model with a narrower decoder"
+            f"the page would have {size(len(text.encode()))}, more than {limit}; take fewer "
+            "explore.images, or a model with a narrower decoder"
         )
-    return text, f"digits cannot be drawn: {reason}"
-
-
-def why_no_encoder(settings: ExploreSettings, model: CapsNet, standardised: bool) -> str:
-    """Why the encoder is left out, whatever its size; empty when it is not."""
-    if settings.encoder == "no":
-        return "explore.encoder=no"
-    if model.channels != 1:
-        return "only grey images can be drawn"
-    if standardised:
-        return "the network sees standardised images"
-    return ""
+    return text, reason

@@ -9,7 +9,7 @@ import html
 import json
 import re
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +35,11 @@ class Shown:
 
 
 def build_page(
-    model: CapsNet, shown: Shown, class_names: tuple[str, ...], title: str, encoder: bool, note: str
+    model: CapsNet, shown: Shown, class_names: tuple[str, ...], title: str, note: str
 ) -> str:
-    """The page as text. encoder: whether it can classify what is drawn; note: why not, if not."""
+    """The page as text. note: why it cannot classify what is drawn; empty: it can."""
+    assert model.decoder is not None
+    layers = [layer for layer in model.decoder if isinstance(layer, nn.Linear)]
     facts = {
         "title": title,
         "classNames": class_names,
@@ -49,52 +51,40 @@ def build_page(
         "numbers": shown.numbers_N.tolist(),
         "labels": shown.labels_NT.tolist(),
         "predicted": shown.predicted_NT.tolist(),
-        "decoder": [[layer.in_features, layer.out_features] for layer in linear_layers(model)],
-        "encoder": encoder_facts(model) if encoder else None,
+        "decoder": [[layer.in_features, layer.out_features] for layer in layers],
+        "encoder": None if note else encoder_facts(model),
         "note": note,
     }
     blobs = {
         "pixels": (shown.targets_NTCHW * 255).round().to(torch.uint8),
         "capsules": shown.capsules_NJD.float(),
-        "decoder": in_half(decoder_weights(model)),
+        # Weights as (in, out), which the page adds up input by input.
+        "decoder": in_half([part for layer in layers for part in (layer.weight.T, layer.bias)]),
     }
-    if encoder:
+    if not note:
         blobs["encoder"] = in_half(encoder_weights(model))
-    data = "\n".join(
-        f'<script type="text/plain" id="{name}">{encoded(tensor)}</script>'
-        for name, tensor in blobs.items()
-    )
     parts = {name: part(name) for name in ("style.css", "network.js", "explorer.js")}
     # No "<" in the facts: to HTML it could be the end of the script, or the beginning of another.
     parts["facts"] = json.dumps(facts, ensure_ascii=False).replace("<", "\\u003c")
-    parts |= {"title": html.escape(title), "data": data}
+    parts["title"] = html.escape(title)
+    base64_of = {  # of the bytes, the lowest of each number first
+        name: base64.b64encode(tensor.contiguous().cpu().numpy().tobytes()).decode()
+        for name, tensor in blobs.items()
+    }
+    parts["data"] = "\n".join(
+        f'<script type="text/plain" id="{name}">{text}</script>' for name, text in base64_of.items()
+    )
     return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], part("page.html"))
 
 
 def part(name: str) -> str:
     """The text of a file beside this one."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def encoded(tensor: Tensor) -> str:
-    """The bytes of a tensor, lowest byte first, in base64."""
-    return base64.b64encode(tensor.contiguous().cpu().numpy().tobytes()).decode()
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def in_half(tensors: list[Tensor]) -> Tensor:
     """Weights one after the other, in half precision."""
     return torch.cat([tensor.detach().float().flatten() for tensor in tensors]).half()
-
-
-def linear_layers(model: CapsNet) -> list[nn.Linear]:
-    """The layers of the decoder that have weights."""
-    assert model.decoder is not None
-    return [layer for layer in model.decoder if isinstance(layer, nn.Linear)]
-
-
-def decoder_weights(model: CapsNet) -> list[Tensor]:
-    """For each layer its weights (in, out), which the page adds up input by input, and its bias."""
-    return [part for layer in linear_layers(model) for part in (layer.weight.T, layer.bias)]
 
 
 def encoder_weights(model: CapsNet) -> list[Tensor]:

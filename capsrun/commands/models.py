@@ -1,0 +1,68 @@
+"""What the commands share that use a trained model: its data, facts and a folder of results."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from capsrun import disk
+from capsrun.config import CheckpointConfig, EvalConfig, PerturbConfig
+from capsrun.data import Dataset, load_dataset
+from capsrun.report.run_page import write_run_page
+from capsrun.runs import record
+from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
+
+
+def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
+    """Say which model is used, and whether its run is unfinished. done: what is done with it."""
+    print(f"{checkpoint}: {text}")
+    if not trained.finished:
+        print(f"this run is not finished: its model after {trained.step:,} steps is {done}")
+
+
+def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.device) -> Dataset:
+    """The data set, if the model can be tested on it. Raises UserError if it cannot."""
+    check_dataset(config.dataset, trained.config, "test")
+    return load_dataset(config.dataset, device)
+
+
+@contextlib.contextmanager
+def result_folder(
+    config: EvalConfig | PerturbConfig, checkpoint: Path, name: str
+) -> Iterator[Path]:
+    """Make `out_dir`, or a folder of this name beside the model, for this process alone.
+
+    Raises UserError for a run's own folder, and Busy while another process writes to this one.
+    """
+    folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
+    with record.output(folder):
+        yield folder
+
+
+def model_facts(trained: Trained, checkpoint: Path) -> dict[str, Any]:
+    """Which model a result is of, for its JSON file."""
+    return {
+        "name": trained.config.name,
+        "model": trained.config.model.name,
+        "seed": trained.config.seed,
+        "steps": trained.step,
+        "checkpoint": str(checkpoint),
+        "trained": dataclasses.asdict(trained.config),
+    }
+
+
+def write_result(
+    folder: Path, result: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Figure]]
+) -> Path:
+    """Write `result.json` and the page that shows it; returns the page's path.
+
+    drawn: figures by name for TensorBoard, where they replace earlier ones of the same key.
+    """
+    for key, figures in drawn.items():
+        record.show_in_tensorboard(folder, key, figures)
+    disk.write_json(folder / "result.json", result)
+    return write_run_page(folder)
