@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -17,16 +18,8 @@ from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result,
 from capsrun.settings import from_dict
 from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
 
-# The columns, and on which side their cells begin.
-HEADER = {
-    "error": "right",
-    "steps": "right",
-    "data set": "left",
-    "model": "left",
-    "written": "right",
-    "status": "left",
-    "folder": "left",
-}
+HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
+SIDES = ("right", "right", "left", "left", "right", "left", "left")
 STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
 
 
@@ -92,15 +85,9 @@ def print_table(runs: Sequence[Run]) -> None:
         for run in runs
         for line in (run_line(run, now), *(test_line(test, run, now) for test in run.tests))
     ]
-    table = tabulate(
-        lines,
-        [styled(title, BOLD) for title in HEADER],
-        tablefmt="plain",
-        disable_numparse=True,
-        preserve_whitespace=True,
-        colalign=HEADER.values(),
-    )
-    print(table)
+    header = [styled(title, BOLD) for title in HEADER]
+    as_they_are: dict[str, Any] = {"disable_numparse": True, "preserve_whitespace": True}
+    print(tabulate(lines, header, tablefmt="plain", colalign=SIDES, **as_they_are))
 
 
 def run_line(run: Run, now: float) -> list[str]:

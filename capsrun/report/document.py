@@ -34,8 +34,8 @@ IMAGES = {
         "so the paper's numbers are not beside it:"
     ),
 }
-PROVENANCE = ("run", "seed", "tested on", "error %", "of", "steps", "training", "device")
-PROVENANCE += ("torch", "date", "commit")
+PROVENANCE = ["run", "seed", "tested on", "error %", "of", "steps", "training", "device"]
+PROVENANCE += ["torch", "date", "commit"]
 
 
 def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:

@@ -208,7 +208,9 @@ def check_result(values: Any) -> None:
         sound = values["command"] in ("train", "eval", "perturb")
         sound = sound and all(isinstance(values[key], types[key]) for key in types)
         sound = sound and is_name(values["name"]) and "torch" in values["versions"]
-        check_training(Result(Path(), values).training)
+        result = Result(Path(), values)
+        check_training(result.training)
+        sound = sound and (values["command"] != "eval" or bool(result.tested))
     except (LookupError, TypeError) as error:
         raise ValueError("is no result of capsrun") from error
     if not sound:
