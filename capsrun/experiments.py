@@ -41,6 +41,10 @@ class Experiment:
 
     group: str = setting(choices=tuple(GROUPS))
     title: str
+    order: int = 1
+    """The place in its group, before the alphabetical one."""
+    summary: bool = True
+    """Whether it is one of the numbers of the paper, which the report begins with."""
     command: str | None = "train"
     """`train`, or what is done with the runs that it uses; None: they are all that it needs."""
     uses: list[str] = dataclasses.field(default_factory=list)

@@ -25,7 +25,7 @@ from typing import Any
 from capsrun.compose import compose, start_hydra, task_words
 from capsrun.disk import is_alive, replacing
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError
-from capsrun.runs import inventory
+from capsrun.runs.reader import read_metrics
 from capsrun.terminal import BOLD, duration, styled
 
 RUNNING, FINISHED, FAILED, INTERRUPTED, WAITING = (
@@ -388,11 +388,9 @@ def counted(jobs: int) -> str:
 
 def last_validation_error(run: Path) -> float | None:
     """The error in percent on the validation images as a run found it last; None without them."""
-    errors = [
-        inventory.number(row.get("error_percent/validation")) for row in inventory.metrics(run)
-    ]
-    found = [error for error in errors if error is not None]
-    return found[-1] if found else None
+    key = "error_percent/validation"
+    errors = [row[key] for row in read_metrics(run) if key in row]
+    return errors[-1] if errors else None
 
 
 @dataclass(frozen=True)

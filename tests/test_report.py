@@ -5,110 +5,41 @@ import json
 import re
 import runpy
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MNIST_DIR, REPOSITORY, TINY, train_config
+from recorded import EXPERIMENTS, eval_result, train_result
 
-from capsrun import compose, experiments
-from capsrun.commands import report as report_module
-from capsrun.commands.eval import evaluate
-from capsrun.commands.perturb import perturb
-from capsrun.commands.report import ReportConfig
-from capsrun.config import EvalConfig, PerturbConfig
+from capsrun import cli
+from capsrun.commands.report import ReportConfig, keep, report
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
-from capsrun.report import questions
+from capsrun.report import plots, questions
 from capsrun.report.page import to_html
-from capsrun.report.plots import error_by_iterations
-from capsrun.report.rows import grouped, standard_error
-from capsrun.report.tables import SUMMARY, measured, summary_lines, table, verdict
-from capsrun.runs.checkpoint import load_checkpoint
+from capsrun.report.rows import grouped, make_row, standard_error
+from capsrun.report.tables import SUMMARY, mean_and_spread, summary_lines, table, verdict
+from capsrun.runs.checkpoint import load_checkpoint, save_checkpoint
 from capsrun.runs.reader import best_on_test, find_results
-from capsrun.settings import from_dict
 from capsrun.training.metrics import score_split
 
-EXPERIMENTS = experiments.Experiments()
 RESULTS = REPOSITORY / "results"
 COMMITTED = RESULTS / "capsnet-mnist.pt"
 ROW = "table1_mnist_3_reconstruction"
-
-
-def train_result(folder: Path, errors: int, seed: int, *overrides: str, **changes) -> Path:
-    """Write what a finished training run leaves, with so many errors."""
-    training = train_config(f"experiment={ROW}", *overrides)
-    training.seed = seed
-    values = {
-        "command": "train",
-        "name": "run",
-        "dataset": training.dataset.name,
-        "model": training.model.name,
-        "seed": seed,
-        "steps": training.recipe.steps or 469,
-        "error_percent": errors / 100,
-        "errors": errors,
-        "count": 10_000,
-        "train_seconds": 100.0 + seed,
-        "device": "Some CPU, 2 threads",
-        "precision": "bf16",
-        "date": "2026-11-23",
-        "versions": {"torch": "2.11"},
-        "git_commit": "0123456789abcdef",
-        "stopped": None,
-        "config": dataclasses.asdict(training),
-        **changes,
-    }
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(values))
-    return folder
-
-
-def eval_result(folder: Path, dataset: str, errors: int, seed: int, *overrides: str) -> Path:
-    """Write what an eval of a run leaves."""
-    training = train_config(*overrides)
-    training.seed = seed
-    tested = EXPERIMENTS.tested(["eval", f"dataset={dataset}"]).dataset
-    values = {
-        "command": "eval",
-        "name": "run",
-        "dataset": dataset,
-        "model": training.model.name,
-        "seed": seed,
-        "steps": 5_000,
-        "finished": True,
-        "error_percent": errors / 3200,
-        "errors": errors,
-        "count": 320_000,
-        "train_seconds": 100.0,
-        "eval_seconds": 3.0,
-        "device": "Some CPU, 2 threads",
-        "precision": "bf16",
-        "date": "2026-11-23",
-        "versions": {"torch": "2.11"},
-        "git_commit": None,
-        "ensemble": [],
-        "config": {"dataset": dataclasses.asdict(tested), "split": "test"},
-        "trained": dataclasses.asdict(training),
-    }
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(values))
-    return folder
+PADDED = "experiment=padded_capsnet"
 
 
 def row(name: str, folder: Path):
-    return report_module.make_row(name, EXPERIMENTS, find_results([folder]))
+    return make_row(name, EXPERIMENTS, find_results([folder]))
 
 
-def config(folder: Path, out: Path, keep: Path | None = None) -> ReportConfig:
-    return ReportConfig(
-        sources=[str(folder)],
-        runs_dir="runs",
-        out_dir=str(out),
-        keep=None if keep is None else str(keep),
-    )
+def build(source: Path, out: Path) -> str:
+    """The report of the results in a folder, as Markdown."""
+    words = {"sources": [str(source)], "runs_dir": "runs", "out_dir": str(out), "keep": None}
+    report(ReportConfig(**words), EXPERIMENTS)
+    return (out / "report.md").read_text()
 
 
 def test_seeds_are_averaged(tmp_path):
@@ -117,57 +48,42 @@ def test_seeds_are_averaged(tmp_path):
     found = row(ROW, tmp_path)
     (group,) = found.groups
     assert group.mean == pytest.approx(0.26)
-    assert group.spread == pytest.approx(statistics.stdev([0.24, 0.25, 0.29]))
-    assert measured(group) == "0.26 ± 0.03"
+    assert mean_and_spread(group.errors) == "0.26 ± 0.03"
     assert found.is_full(group)
     assert found.missing == 0
 
 
 def test_the_same_runs_stand_for_every_row_of_their_network(tmp_path):
     train_result(tmp_path / "a", 25, 0)
-    assert row(ROW, tmp_path).groups
-    assert row("ablation_iterations_3", tmp_path).groups
-    assert row("figure_3", tmp_path).groups
+    for name in (ROW, "ablation_iterations_3", "figure_3"):
+        assert row(name, tmp_path).groups
     assert not row("table1_mnist_1_reconstruction", tmp_path).groups
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "loss=paper",
-        "routing.iterations=1",
-        "routing.detach=true",
-        "model.digit_bias=false",
-        "model.reconstruction=false",
-        "model.conv1_channels=64",
-        "model.initialisation=pytorch",
-        "dataset.shift_px=0",
-        "dataset=fashion_mnist",
-        "dataset.validation=10000",
-    ],
-)
+OTHER_NETWORKS = ["loss=paper", "routing.iterations=1", "routing.detach=true"]
+OTHER_NETWORKS += ["model.digit_bias=false", "model.reconstruction=false"]
+OTHER_NETWORKS += ["model.conv1_channels=64", "model.initialisation=pytorch"]
+OTHER_IMAGES = ["dataset.shift_px=0", "dataset=fashion_mnist", "dataset.validation=10000"]
+OTHER_IMAGES += ["recipe.order=authors"]
+OTHER_LENGTHS = ["recipe=quick", "recipe.steps=30000", "recipe.learning_rate=0.002"]
+OTHER_LENGTHS += ["recipe.adam_form=pytorch", "recipe.batch_size=64"]
+
+
+@pytest.mark.parametrize("other", OTHER_NETWORKS + OTHER_IMAGES)
 def test_another_network_or_other_images_are_not_in_the_row(tmp_path, other):
     train_result(tmp_path / "a", 25, 0, other)
     assert not row(ROW, tmp_path).groups
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "recipe=quick",
-        "recipe.steps=30000",
-        "recipe.learning_rate=0.002",
-        "recipe.adam_form=pytorch",
-        "recipe.batch_size=64",
-    ],
-)
+@pytest.mark.parametrize("other", OTHER_LENGTHS)
 def test_another_length_or_recipe_is_never_averaged_with_it(tmp_path, other):
     train_result(tmp_path / "a", 25, 0)
     train_result(tmp_path / "b", 99, 1, other)
     found = row(ROW, tmp_path)
     assert sorted(group.mean for group in found.groups) == [0.25, 0.99]
-    assert [found.is_full(group) for group in found.groups].count(True) == 1
-    assert found.best.mean == 0.25
+    assert [found.is_full(group) for group in found.groups] == [True, False]
+    assert (found.best.mean, found.missing) == (0.25, 2)
+    assert "another length" in verdict(found, found.groups[1])
 
 
 def test_precisions_are_not_averaged_but_devices_are(tmp_path):
@@ -180,6 +96,7 @@ def test_precisions_are_not_averaged_but_devices_are(tmp_path):
 def test_a_copy_counts_once_and_a_seed_once(tmp_path):
     train_result(tmp_path / "runs/a", 25, 0)
     train_result(tmp_path / "results/a", 25, 0)
+    train_result(tmp_path / "runs/.packed/a", 26, 0)
     assert len(find_results([tmp_path])) == 1
     train_result(tmp_path / "runs/b", 31, 0, date="2026-11-24", train_seconds=7.0)
     (group,) = row(ROW, tmp_path).groups
@@ -188,80 +105,72 @@ def test_a_copy_counts_once_and_a_seed_once(tmp_path):
 
 
 def test_what_is_no_result_is_left_out(tmp_path):
-    (tmp_path / "a").mkdir()
     for number, text in enumerate(("", "{", "[]", "{}", '{"command": "train"}', '"train"', "null")):
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "result.json").write_text(text)
+    for name, changes in {
+        "type": {"steps": "many"},
+        "setting": {"config": dataclasses.asdict(train_config()) | {"stop": {}}},
+        "name": {"name": "../elsewhere"},
+    }.items():
+        train_result(tmp_path / name, 25, 0, **changes)
+    eval_result(tmp_path / "unfinished", "dataset=affnist", 100, PADDED, finished=False)
     assert find_results([tmp_path, tmp_path / "missing"]) == []
     with pytest.raises(UserError, match="there is no finished run"):
-        report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
+        build(tmp_path, tmp_path / "out")
 
 
-def test_an_unfinished_run_that_was_tested_is_left_out(tmp_path):
-    folder = eval_result(tmp_path / "a", "affnist", 100, 0, "experiment=padded_capsnet")
-    values = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(values | {"finished": False}))
-    assert find_results([tmp_path]) == []
-
-
-def test_kinds_of_published_numbers_are_kept_apart():
-    """Of the row with most of them: the lowest of each kind, in a column of its own."""
-    (line,) = [
-        line for line in summary_lines([row(ROW, Path("nowhere"))]) if "3 routing" in line[0]
-    ]
-    shown = dict(zip(SUMMARY, line))
+def test_the_summary_keeps_kinds_of_numbers_apart(tmp_path):
+    """The lowest of each kind of published numbers; beside the last step the best on test."""
+    for seed, best in enumerate((20, 22)):
+        about = {"error_percent": best / 100, "step": 100, "evaluations": 640, "count": 10_000}
+        train_result(tmp_path / str(seed), 30 + seed, seed, best_on_test=about)
+    shown = dict(zip(SUMMARY, summary_lines([row(ROW, tmp_path)])[0]))
     assert shown["paper"] == "0.25 ± 0.005"
     assert shown["public, last step"] == "0.347 ± 0.021"
     assert shown["public, best on test"] == "0.26 (1 run)"
     assert shown["public, step not said"] == "0.27 (1 run)"
+    assert shown["capsrun, last step"] == "0.30 ± 0.01"
+    assert shown["best on test, not a result"] == "0.21 ± 0.01 (best of 640)"
+
+
+def test_a_few_steps_are_no_number_in_the_summary(tmp_path):
+    train_result(tmp_path / "a", 5_000, 0, "recipe=quick", "recipe.epochs=null", "recipe.steps=4")
+    (line,) = summary_lines([row(ROW, tmp_path)])
+    assert line[5:7] == ["only tried", ""]
 
 
 def test_a_long_title_stays_within_its_picture():
     words = "capsnet_small, 2.1 M parameters, 14,063 steps (30 epochs), recipe sixty, rate 0.004"
-    figure = error_by_iterations({1: [0.5, 0.6], 3: [0.4]}, words)
+    figure = plots.error_by_iterations({1: [0.5, 0.6], 3: [0.4]}, words)
     figure.draw_without_rendering()
     title = figure.axes[0].title.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
     assert title.y1 <= figure.bbox.height
 
 
-def test_the_last_step_counts_and_the_best_on_test_stands_beside_it(tmp_path):
-    for seed, best in enumerate((20, 22)):
-        about = {"error_percent": best / 100, "step": 100, "evaluations": 640, "count": 10_000}
-        train_result(tmp_path / str(seed), 30 + seed, seed, best_on_test=about)
-    shown = dict(zip(SUMMARY, summary_lines([row(ROW, tmp_path)])[0]))
-    assert shown["capsrun, last step"] == "0.30 ± 0.01"
-    assert shown["best on test, not a result"] == "0.21 ± 0.01 (best of 640)"
-
-
-def test_the_best_on_test_is_found_in_what_was_recorded():
+def test_the_best_on_test_is_of_tests_on_the_same_images():
+    """While it trains a run is tested on 10,000 of 100,000 pairs; not where a test stops it."""
     tests = [(100, 0.5), (200, 0.3), (300, 0.3), (400, 0.4)]
     rows = [{"step": step, "error_percent/test": error} for step, error in tests]
     training = dataclasses.asdict(train_config())
     found = best_on_test([{"step": 0, "total_steps": 400}, *rows], training, 10_000)
     assert found == {"error_percent": 0.3, "step": 200, "evaluations": 4, "count": 10_000}
     assert best_on_test([{"step": 20, "loss/total": 1.0}], training, 10_000) is None
-
-
-def test_the_best_on_test_is_of_tests_on_the_same_images():
-    """While it trains a run is tested on 10,000 of 100,000 pairs; not where a test stops it."""
-    rows = [{"step": step, "error_percent/test": error} for step, error in ((100, 7.0), (200, 6.0))]
     training = dataclasses.asdict(train_config("dataset=multimnist"))
-    found = best_on_test(rows, training, 100_000)
-    assert found == {"error_percent": 7.0, "step": 100, "evaluations": 1, "count": 10_000}
-    assert best_on_test(rows[1:], training, 100_000) is None
+    found = best_on_test(rows[:2], training, 100_000)
+    assert found == {"error_percent": 0.5, "step": 100, "evaluations": 1, "count": 10_000}
+    assert best_on_test(rows[1:2], training, 100_000) is None
     # A run that ended early was tested twice after its last step: on 10,000, then on all.
-    assert best_on_test([*rows, rows[-1]], training, 100_000)["evaluations"] == 2
+    assert best_on_test([*rows[:2], rows[1]], training, 100_000)["evaluations"] == 2
     training["stop"]["accuracy_percent"] = 94.0
-    assert best_on_test(rows, training, 100_000)["evaluations"] == 2
+    assert best_on_test(rows[:2], training, 100_000)["evaluations"] == 2
 
 
 def questions_of(folder: Path) -> dict[str, list[str]]:
     """The lines of the table of what a number depends on, by the question."""
-    rows = [report_module.make_row(n, EXPERIMENTS, []) for n in EXPERIMENTS.names()]
-    reference = next(row for row in rows if row.name == report_module.REFERENCE)
-    asked = questions.questions([r for r in rows if r.about.group == "ablations"], reference)
-    found = questions.answers(asked, reference, grouped(find_results([folder])))
+    rows = [make_row(n, EXPERIMENTS, []) for n in EXPERIMENTS.names()]
+    asked, found = questions.questions_and_answers(rows, grouped(find_results([folder])))
     return {line[0]: line[1:] for line in questions.lines(asked, found)}
 
 
@@ -293,36 +202,16 @@ def test_averaged_weights_are_compared_with_the_last_ones_of_the_same_runs(tmp_p
     assert questions_of(tmp_path)[questions.AVERAGED.title][4] == "-0.020 ± 0.000"
     (group,) = grouped(find_results([tmp_path]))
     assert group.averaged_errors == [0.38, 0.58]
-    changed = json.loads((tmp_path / "1" / "result.json").read_text())
-    changed["config"]["recipe"]["average"] = 0.99
-    (tmp_path / "1" / "result.json").write_text(json.dumps(changed))
+    train_result(tmp_path / "1", 60, 1, *SMALL, "recipe.average=0.99", scores=scores)
     (group,) = grouped(find_results([tmp_path]))
     assert group.errors == [0.4, 0.6], "the last weights do not depend on it"
     assert group.averaged_errors == [], "what is averaged otherwise has no common mean"
 
 
-def test_differences_that_are_all_alike_are_not_certain(tmp_path):
+def test_differences_that_are_all_alike_are_not_certain():
     """0.47 − 0.45 and 0.44 − 0.42 differ by rounding alone."""
     assert questions.difference([0.47 - 0.45, 0.44 - 0.42, 0.39 - 0.37]) == "+0.020 ± 0.000"
     assert "standard errors" not in questions.difference([0.03, 0.04])
-
-
-def test_a_change_without_its_twin_is_shown_apart(tmp_path):
-    """Nothing can be said about it yet, but it is there, and so are pairs of other seeds."""
-    train_result(tmp_path / "base", 40, 0, *SMALL)
-    train_result(tmp_path / "changed", 50, 1, *SMALL, "recipe.order=authors")
-    train_result(tmp_path / "alone", 60, 0, "recipe.order=authors", "recipe.steps=500")
-    assert questions_of(tmp_path)["the authors' order of training images"][0] == "not run yet"
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    others = (tmp_path / "out/report.md").read_text().split("## Every result")[0]
-    assert all(f"| {error} |" in others for error in ("0.40", "0.50", "0.60"))
-
-
-def test_the_order_is_not_taken_for_a_length(tmp_path):
-    """Runs in the authors' order are of other images than a row that asks for the usual one."""
-    train_result(tmp_path / "a", 30, 0, "recipe.order=authors")
-    train_result(tmp_path / "b", 31, 0, "recipe.average=0.9")
-    assert [group.errors for group in row(ROW, tmp_path).groups] == [[0.31]]
 
 
 @pytest.mark.parametrize(
@@ -342,63 +231,31 @@ def test_the_verdict_is_in_standard_errors(tmp_path, errors, said):
     assert verdict(found, found.best) == said
 
 
-def test_a_shorter_run_gets_no_verdict(tmp_path):
-    for seed in range(3):
-        train_result(tmp_path / str(seed), 25, seed, "recipe.steps=30000")
-    found = row(ROW, tmp_path)
-    assert "another length" in verdict(found, found.best)
-    assert found.missing == 3
-
-
-def test_the_standard_error_without_a_spread_of_the_paper(tmp_path):
+def test_a_paper_without_a_spread(tmp_path):
     for seed, errors in enumerate((38, 40)):
         train_result(tmp_path / str(seed), errors, seed, "experiment=table1_mnist_baseline")
     found = row("table1_mnist_baseline", tmp_path)
     assert standard_error(found.best, found.about.paper) == pytest.approx(0.01)
+    train_result(tmp_path / "0", 40, 0, "experiment=table1_mnist_baseline")
+    found = row("table1_mnist_baseline", tmp_path)
+    assert verdict(found, found.best) == "+0.01: worse than the paper"
 
 
 def test_a_stop_that_was_not_reached_is_not_full_length(tmp_path):
-    padded = "experiment=padded_capsnet"
     for seed, (steps, reached) in enumerate(((5_000, True), (300_000, False))):
         stopped = {"accuracy_percent": 99.23, "on": "test", "reached": reached}
-        train_result(tmp_path / str(seed), 77, seed, padded, steps=steps, stopped=stopped)
+        train_result(tmp_path / str(seed), 77, seed, PADDED, steps=steps, stopped=stopped)
     found = row("padded_capsnet", tmp_path)
     assert not found.is_full(found.groups[0])
     assert [result.reached_target for result in found.groups[0].results] == [True, False]
 
 
-def test_affnist_like_is_never_shown_as_affnist(tmp_path):
-    eval_result(tmp_path / "a", "affnist_like", 67_200, 0, "experiment=padded_capsnet")
-    eval_result(tmp_path / "b", "affnist", 96_000, 0, "experiment=padded_capsnet")
-    assert row("affnist_like_capsnet", tmp_path).best.mean == pytest.approx(21)
-    assert row("affnist_capsnet", tmp_path).best.mean == pytest.approx(30)
-    assert not row("affnist_cnn", tmp_path).groups
-    assert not row("affnist_like_capsnet_validation", tmp_path).groups
-    assert row("affnist_like_capsnet", tmp_path).about.paper is None
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    text = (tmp_path / "out/report.md").read_text()
-    lines = [line for line in text.splitlines() if "| 21.00 |" in line]
-    assert lines
-    assert all("affnist_like" in line for line in lines)
-
-
-def test_a_test_on_some_of_the_images_is_not_in_the_row(tmp_path):
-    folder = eval_result(tmp_path / "a", "affnist", 100, 0, "experiment=padded_capsnet")
-    values = json.loads((folder / "result.json").read_text())
-    values["config"]["images"] = 1000
-    (folder / "result.json").write_text(json.dumps(values))
-    assert not row("affnist_capsnet", tmp_path).groups
-
-
 def ensemble_result(folder: Path, *members: str, seeds=range(1, 7)) -> Path:
     """An eval of several models together; members: overrides of the others' training."""
     one = "experiment=section7_cifar10"
-    eval_result(folder, "cifar10", 3_200, 0, one)
-    values = json.loads((folder / "result.json").read_text())
     others = [dataclasses.asdict(train_config(one, f"seed={seed}", *members)) for seed in seeds]
-    values |= {"ensemble": ["x"] * len(others), "others_trained": others}
-    (folder / "result.json").write_text(json.dumps(values))
-    return folder
+    changes = {"ensemble": ["x"] * len(others), "others_trained": others}
+    return eval_result(folder, "dataset=cifar10", 3_200, one, **changes)
 
 
 def test_an_ensemble_of_seven_is_a_row_of_its_own(tmp_path):
@@ -422,10 +279,51 @@ def test_no_other_ensemble_is_in_that_row(tmp_path, members, seeds):
     assert not row("section7_cifar10_ensemble", tmp_path).groups
 
 
+def test_affnist_like_is_never_shown_as_affnist(tmp_path):
+    eval_result(tmp_path / "a", "dataset=affnist_like", 67_200, PADDED)
+    eval_result(tmp_path / "b", "dataset=affnist", 96_000, PADDED)
+    eval_result(tmp_path / "c", "dataset=affnist images=1000", 96_000, PADDED)
+    assert row("affnist_like_capsnet", tmp_path).best.mean == pytest.approx(21)
+    (group,) = row("affnist_capsnet", tmp_path).groups
+    assert group.errors == [pytest.approx(30)], "not that of some of the images"
+    assert not row("affnist_cnn", tmp_path).groups
+    assert not row("affnist_like_capsnet_validation", tmp_path).groups
+    assert row("affnist_like_capsnet", tmp_path).about.paper is None
+    lines = [line for line in build(tmp_path, tmp_path / "out").splitlines() if "| 21.00 |" in line]
+    assert lines
+    assert all("affnist_like" in line for line in lines)
+
+
+def test_other_networks_images_and_tests_are_shown_apart(tmp_path):
+    """Each beside the row that it is most like, saying what differs."""
+    pairs = "experiment=table1_multimnist_3_reconstruction"
+    train_result(tmp_path / "narrow", 25, 0, "model.conv1_channels=64", "model.primary_types=8")
+    for name, test, errors in (
+        ("all", "dataset.test=all", 19_200),
+        ("moved", "dataset.shift_px=6", 22_400),
+        ("same", "dataset.trained_by=x", 25_600),
+    ):
+        eval_result(tmp_path / name, f"dataset=multimnist {test}", errors, pairs)
+    other = "dataset=affnist_like dataset.source=mnist5k"
+    eval_result(tmp_path / "source", other, 67_200, PADDED)
+    # A change without its twin of the same seed says nothing yet.
+    train_result(tmp_path / "base", 40, 0, *SMALL)
+    train_result(tmp_path / "changed", 50, 1, *SMALL, "recipe.order=authors")
+    assert questions_of(tmp_path)["the authors' order of training images"][0] == "not run yet"
+    text = build(tmp_path, tmp_path / "out").split("## What is missing")[0]
+    one = "CapsNet, 3 routing iterations, reconstruction"
+    narrow = f"| {one}, but model.conv1_channels 64, model.primary_types 8 | mnist (10,000 images)"
+    assert f"{narrow} | 0.25 |" in text[text.index("Not the paper's") : text.index("MultiMNIST\n")]
+    assert f"| {one}, but tested with test all | multimnist (320,000 images) | 6.00 |" in text
+    assert f"| {one}, but tested with shift_px 6 | multimnist (320,000 images) | 7.00 |" in text
+    assert "| 8.00 |" not in text, "training itself tested on the same images"
+    assert "| CapsNet, affnist_like, but tested with source mnist5k | affnist_like" in text
+    assert all(f"| {error} |" in text for error in ("0.40", "0.50"))
+
+
 def test_missing_rows_say_the_command_that_makes_them(tmp_path):
     train_result(tmp_path / "a", 25, 0)
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    text = (tmp_path / "out/report.md").read_text()
+    text = build(tmp_path, tmp_path / "out")
     for name in EXPERIMENTS.names():
         about = EXPERIMENTS.about(name)
         if about.command and about.group != "figures":
@@ -434,125 +332,63 @@ def test_missing_rows_say_the_command_that_makes_them(tmp_path):
     assert "| 2 of 3 |" in text
 
 
-def test_other_networks_are_shown_apart(tmp_path):
-    train_result(tmp_path / "a", 25, 0, "model.conv1_channels=64", "model.primary_types=8")
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    text = (tmp_path / "out/report.md").read_text()
-    other = text[text.index("Not the paper's") : text.index("## Table 1: MultiMNIST")]
-    assert "but model.conv1_channels 64, model.primary_types 8" in other
-    assert "| 0.25 |" in other
-
-
 def test_the_page_needs_nothing_beside_it_and_is_the_same_again(tmp_path):
-    for seed in range(2):
+    for seed, most in enumerate((5, 5, 9)):
         folder = train_result(tmp_path / "in" / str(seed), 25 + seed, seed, "recipe=quick")
         rows = [
             {"step": 20 * k, "loss/total": 1 / k, "loss/margin": 1 / k}
             | {f"routing_logit_change/iteration_{i}": i / k for i in (1, 2, 3)}
-            for k in range(1, 5)
+            for k in range(1, most)
         ]
         rows.append({"step": 80, "error_percent/test": 0.25})
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first = report_module.report(config(tmp_path / "in", tmp_path / "one"), EXPERIMENTS).read_text()
-    second = report_module.report(
-        config(tmp_path / "in", tmp_path / "two"), EXPERIMENTS
-    ).read_text()
-    assert first == second
+    text = build(tmp_path / "in", tmp_path / "one")
+    assert "mean over 2 seeds" in text, "the third one recorded other steps"
+    (tmp_path / "one/pictures/mine.png").touch()
+    first = (tmp_path / "one/report.html").read_text()
+    for name in ("one", "two"):
+        assert build(tmp_path / "in", tmp_path / name) == text
+        assert (tmp_path / name / "report.html").read_text() == first
     sources = re.findall(r'(?:src|href)="([^"]*)"', first)
     assert len(sources) >= 2
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "<script" not in first
     pictures = {path.name for path in (tmp_path / "one/pictures").iterdir()}
-    assert {"curves_table1.png", "figure_a1.png"} <= pictures
+    assert {"curves_table1.png", "figure_a1.png", "mine.png"} <= pictures
+
+
+def test_a_run_is_not_overwritten(tmp_path, tiny_run):
+    before = sorted((tiny_run / "pictures").iterdir())
+    assert before
+    with pytest.raises(UserError, match="is the folder of a run"):
+        build(tiny_run, tiny_run)
+    assert sorted((tiny_run / "pictures").iterdir()) == before
 
 
 def test_markup_in_names_stays_text(tmp_path):
     assert "<title>a &amp; b</title>" in to_html("# a & b", tmp_path)
     assert "<script" not in to_html("a <script>x</script> | `<b>`", tmp_path)
+    assert "<script" not in to_html("a\n\n<script>x</script>\n\n[x](javascript:a)", tmp_path)
     assert table(["a"], [["x|y"]]).endswith("| x\\|y |")
 
 
 def test_keep_copies_what_is_small(tmp_path, tiny_run):
-    found = report_module.find_results([tiny_run.parent])
-    assert found
-    report_module.keep(found, tmp_path / "kept")
-    kept = {p.name for p in (tmp_path / "kept/run/seed0").iterdir()}
-    assert kept == {"result.json", "config.yaml", "metrics.jsonl", "pictures"}
-    assert report_module.find_results([tmp_path / "kept"])[0].values == found[0].values
-
-
-def test_groups_begin_with_the_longest(tmp_path):
-    for name, steps in (("a", 469), ("b", 30_000), ("c", 4_690)):
-        train_result(tmp_path / name, 25, 0, f"recipe.steps={steps}")
-    assert [group.steps for group in grouped(find_results([tmp_path]))] == [
-        [30_000],
-        [4_690],
-        [469],
-    ]
-
-
-def test_seeds_without_any_spread_get_a_verdict(tmp_path):
-    for seed in range(3):
-        train_result(tmp_path / str(seed), 43, seed, "experiment=table1_mnist_baseline")
-    found = row("table1_mnist_baseline", tmp_path)
-    assert verdict(found, found.best) == "+0.04: worse than the paper"
-
-
-def test_what_is_most_like_affnist_like_is_shown_as_that(tmp_path):
-    folder = eval_result(tmp_path / "a", "affnist_like", 67_200, 0, "experiment=padded_capsnet")
-    values = json.loads((folder / "result.json").read_text())
-    values["config"]["dataset"]["source"] = "mnist5k"
-    (folder / "result.json").write_text(json.dumps(values))
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    text = (tmp_path / "out/report.md").read_text()
-    (line,) = [line for line in text.splitlines() if "| 21.00 | 0 |" in line]
-    assert line.startswith("| CapsNet, affnist_like, but tested with source mnist5k | affnist_like")
-
-
-def test_a_test_on_all_pairs_is_shown(tmp_path):
-    one = "experiment=table1_multimnist_3_reconstruction"
-    folder = eval_result(tmp_path / "a", "multimnist", 19_200, 0, one)
-    assert len(find_results([tmp_path])) == 1
-    values = json.loads((folder / "result.json").read_text())
-    values["config"]["dataset"]["test"] = "all"
-    (folder / "result.json").write_text(json.dumps(values))
-    report_module.report(config(tmp_path, tmp_path / "out"), EXPERIMENTS)
-    text = (tmp_path / "out/report.md").read_text()
-    assert "but tested with test all" in text.split("## What is missing")[0]
-
-
-def test_a_few_steps_are_no_number_in_the_summary(tmp_path):
-    train_result(tmp_path / "a", 5_000, 0, "recipe=quick", "recipe.epochs=null", "recipe.steps=4")
-    (line,) = summary_lines([row(ROW, tmp_path)])
-    assert line[5:7] == ["only tried", ""]
-
-
-def test_what_was_kept_is_a_source_like_any_other(tmp_path, tiny_run):
-    """Keeping again, from the runs and from what was kept, changes nothing."""
+    """What was kept is a source like any other: keeping again changes nothing."""
     kept = tmp_path / "kept"
     for _ in range(2):
-        found = find_results([kept, tiny_run.parent])
-        assert len(found) == 1
-        report_module.keep(found, kept)
-    hidden = tmp_path / "runs/.packed/a"
-    hidden.parent.mkdir(parents=True)
-    shutil.copytree(kept, hidden)
-    assert find_results([tmp_path / "runs"]) == []
+        (found,) = find_results([kept, tiny_run.parent])
+        keep([found], kept)
+    names = {p.name for p in (kept / "run/seed0").iterdir()}
+    assert names == {"result.json", "config.yaml", "metrics.jsonl", "pictures"}
 
 
 def test_evals_of_one_run_are_kept_apart(tmp_path):
-    one = "experiment=padded_capsnet"
-    for name in ("eval-affnist-test", "eval-affnist-test-first1000", "affnist_capsnet/seed0"):
-        eval_result(tmp_path / "runs/a" / name, "affnist", 100, 0, one)
-    for number, folder in enumerate(sorted((tmp_path / "runs").rglob("result.json"))):
-        values = json.loads(folder.read_text())
-        folder.write_text(json.dumps(values | {"errors": number}))
-    report_module.keep(find_results([tmp_path / "runs"]), tmp_path / "kept")
-    assert {path.parent.name for path in (tmp_path / "kept").rglob("result.json")} == {
-        "eval-affnist-test",
-        "eval-affnist-test-first1000",
-        "affnist_capsnet",
-    }
+    names = ["affnist_capsnet", "eval-affnist-test", "eval-affnist-test-first1000"]
+    for number, name in enumerate(names):
+        place = tmp_path / "runs/a" / (name if number else f"{name}/seed0")
+        eval_result(place, "dataset=affnist", number, PADDED)
+    keep(find_results([tmp_path / "runs"]), tmp_path / "kept")
+    assert sorted(path.parent.name for path in (tmp_path / "kept").rglob("result.json")) == names
 
 
 # What is committed.
@@ -562,55 +398,46 @@ needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="results/ is not
 
 @needs_results
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
-    """`make report` was run after the last change of results/."""
+    """`make report` was run after the last change of results/, and the README shows its table."""
     # The report's links begin at its folder, so it is built in the same place among the results.
     copied = tmp_path / "results"
     shutil.copytree(RESULTS, copied, ignore=shutil.ignore_patterns("*.pt", "report"))
-    report_module.report(config(copied, copied / "report"), EXPERIMENTS)
-    built = (copied / "report/report.md").read_text()
+    built = build(copied, copied / "report")
     assert built == (RESULTS / "report/report.md").read_text()
+    summary = next(part for part in built.split("\n\n") if part.startswith("| test error"))
+    assert summary in (REPOSITORY / "README.md").read_text()
 
 
-@needs_results
-def test_the_readme_shows_the_table_of_the_report():
-    rows = [
-        report_module.make_row(n, EXPERIMENTS, find_results([RESULTS])) for n in EXPERIMENTS.names()
-    ]
-    readme = (REPOSITORY / "README.md").read_text()
-    assert table(SUMMARY, summary_lines(rows)) in readme
-
-
-def test_half_precision(tmp_path, tiny_run, monkeypatch, capsys):
-    """Half the bytes, nearly the same outputs, and eval and perturb take it."""
-    target = tmp_path / "small.pt"
-    monkeypatch.setattr(sys, "argv", ["half_precision.py", str(tiny_run), str(target)])
+def half_precision(monkeypatch, *arguments: Path) -> None:
+    """Run the script that stores a model in half precision."""
+    monkeypatch.setattr(sys, "argv", ["half_precision.py", *map(str, arguments)])
     runpy.run_path(str(REPOSITORY / "scripts/half_precision.py"), run_name="__main__")
+
+
+def test_half_precision(in_tmp, tiny_run, monkeypatch):
+    """Half the bytes, nearly the same outputs, and eval and perturb take it."""
+    target = in_tmp / "small.pt"
+    half_precision(monkeypatch, tiny_run, target)
     assert target.stat().st_size < 0.6 * (tiny_run / "checkpoint.pt").stat().st_size
     images = torch.rand(4, 1, 28, 28)
-    whole, half = (
-        load_checkpoint(path).model.eval() for path in (tiny_run / "checkpoint.pt", target)
-    )
+    paths = (tiny_run / "checkpoint.pt", target)
+    whole, half = (load_checkpoint(path).model.eval() for path in paths)
     assert next(half.parameters()).dtype == torch.float32
     torch.testing.assert_close(half.encode(images), whole.encode(images), rtol=0, atol=2e-3)
-    monkeypatch.chdir(tmp_path)
     words = ["dataset=mnist5k", f"checkpoint={target}"]
-    evaluate(from_dict(EvalConfig, compose.compose("eval", words)), target)
-    assert (tmp_path / "runs/small/eval-mnist5k-test/result.json").exists()
-    words.append("perturb.digit=3")
-    perturb(from_dict(PerturbConfig, compose.compose("perturb", words)), target)
-    assert json.loads((tmp_path / "runs/small/perturb-mnist5k/result.json").read_text())
+    assert cli.main(["eval", *words, "images=100"]) == 0
+    assert cli.main(["perturb", *words, "perturb.digit=3"]) == 0
+    for name in ("eval-mnist5k-test-first100", "perturb-mnist5k"):
+        assert (in_tmp / "runs/small" / name / "result.json").exists()
 
 
 def test_half_precision_of_an_unfinished_run_is_refused(tmp_path, monkeypatch):
-    from capsrun.runs.checkpoint import save_checkpoint
-
     training = dataclasses.asdict(train_config(*TINY))
     save_checkpoint(
         tmp_path / "checkpoint.pt", training, 3, model={}, optimizer={}, train_seconds=1.0
     )
-    monkeypatch.setattr(sys, "argv", ["half_precision.py", str(tmp_path), str(tmp_path / "o.pt")])
     with pytest.raises(SystemExit, match="not finished"):
-        runpy.run_path(str(REPOSITORY / "scripts/half_precision.py"), run_name="__main__")
+        half_precision(monkeypatch, tmp_path, tmp_path / "o.pt")
 
 
 @needs_results

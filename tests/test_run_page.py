@@ -11,8 +11,8 @@ import pytest
 from conftest import TINY, train_config
 from PIL import Image
 
-from capsrun import cli, errors
-from capsrun.report.run_page import best, write_run_page
+from capsrun import cli
+from capsrun.report.run_page import write_run_page
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,15 @@ def test_training_ends_with_a_page(run):
     assert 'src="pictures' not in text
     for name in ("mnist5k", "capsnet", result["device"].split(",")[0], "conv1_channels: 8"):
         assert name in html.unescape(text)
-    confusion = result["confusion"]
-    true, guess = max(
-        ((t, g) for t in range(10) for g in range(10) if t != g),
-        key=lambda p: confusion[p[0]][p[1]],
-    )
-    assert confusion[true][guess] > 1
-    assert f"Most often {true} taken for {guess}: {confusion[true][guess]}" in text
-
-
-def test_the_best_test_says_on_how_many_images_it_was():
-    found = {"error_percent": 1.5, "step": 100, "evaluations": 4, "count": 10_000}
-    assert "the best of 4 tests on 10,000 images: not" in best(found, {"count": 100_000})
+    counts = [
+        (count, true, guess)
+        for true, row in enumerate(result["confusion"])
+        for guess, count in enumerate(row)
+        if true != guess
+    ]
+    most = max(count for count, _, _ in counts)
+    said = [f"{true} taken for {guess}: {count}" for count, true, guess in counts if count == most]
+    assert any(f"Most often {words}" in text for words in said)
 
 
 def test_every_link_leads_somewhere(run):
@@ -98,16 +95,8 @@ def test_a_page_is_made_again_for_a_run_that_has_none(tmp_path, tiny_run, capsys
     assert len(embedded(folder / "index.html")) == 3
 
 
-NAMES = [
-    "<script>alert(1)</script> & co",
-    "![x](http:foo.example)",
-    "[x](javascript:a)",
-    "![](q.png)",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_are_not_markup(tmp_path, tiny_run, name):
+def test_names_are_not_markup(tmp_path, tiny_run):
+    name = "<script>alert(1)</script> & co <img src=http:foo.example>"
     folder = tmp_path / "seed0"
     shutil.copytree(tiny_run, folder)
     before = write_run_page(folder).read_text()
@@ -120,25 +109,13 @@ def test_names_are_not_markup(tmp_path, tiny_run, name):
     assert html.unescape(text).count(name) >= 3  # the title, the heading, the configuration
 
 
-def test_results_of_others_are_left_alone(tmp_path, tiny_run, capsys, monkeypatch):
-    monkeypatch.setattr(errors, "notices", [])  # a run that comes later would keep it in its result
-    arguments = ["dataset=mnist5k", f"checkpoint={tiny_run}"]
+def test_results_of_others_are_left_alone(tmp_path, tiny_run):
+    """Beside a result of another program, and beside a run that is not finished."""
     (tmp_path / "result.json").write_text('{"a": 1}')
-    out = f"out_dir={tmp_path / 'test'}"
-    assert cli.main(["eval", *arguments, "images=20", out]) == 0
+    shutil.copy(tiny_run / "checkpoint.pt", tmp_path)
+    assert cli.main(["eval", "dataset=mnist5k", f"checkpoint={tmp_path}", "images=20"]) == 0
     assert not (tmp_path / "index.html").exists()
-    # A run that cannot be shown is said, and stops nothing.
-    (tmp_path / "result.json").write_text('{"command": "train"}')
-    assert cli.main(["eval", *arguments, "images=20", out]) == 0
-    assert f"the page of {tmp_path} was not made again" in capsys.readouterr().err
-
-
-def test_an_unfinished_run_has_no_page_to_link(tmp_path, tiny_run):
-    folder = tmp_path / "seed0"
-    folder.mkdir()
-    shutil.copy(tiny_run / "checkpoint.pt", folder)
-    assert cli.main(["eval", "dataset=mnist5k", f"checkpoint={folder}", "images=20"]) == 0
-    (page,) = folder.glob("*/index.html")
+    (page,) = tmp_path.glob("*/index.html")
     assert "../index.html" not in links(page)
 
 
@@ -146,6 +123,8 @@ def test_the_page_shows_the_latest_pictures(tmp_path, tiny_run):
     arguments = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", f"out_dir={tmp_path}"]
     few = ["perturb.digit=5", "perturb.step=0.25"]
     assert cli.main([*arguments, *few]) == 0
+    # One class needs no sheet.
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["digit_5.png"]
     assert embedded(tmp_path / "index.html") == ["png"]
     assert cli.main([*arguments, *few, "perturb.format=gif"]) == 0
     assert embedded(tmp_path / "index.html") == ["gif"]
@@ -200,9 +179,3 @@ def test_perturb_puts_all_classes_on_one_sheet(run):
         # Five classes beside each other, each of eleven values; two below, each of 16 dimensions.
         assert sheet.width > 5 * 11 * 2 * 28
         assert sheet.height > 2 * 16 * 2 * 28
-
-
-def test_one_class_needs_no_sheet(tiny_run, tmp_path):
-    arguments = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", f"out_dir={tmp_path}"]
-    assert cli.main([*arguments, "perturb.digit=5"]) == 0
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["digit_5.png"]

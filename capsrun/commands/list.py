@@ -1,31 +1,25 @@
 """`capsrun list`: the training runs that there are, and what they were tested on."""
 
-import dataclasses
 import fnmatch
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
 
 from capsrun.config import TrainConfig
 from capsrun.errors import UserError, did_you_mean
-from capsrun.names import folder_words, model_words, suggest
-from capsrun.runs.inventory import (
-    DAMAGED,
-    FINISHED,
-    INTERRUPTED,
-    RUNNING,
-    Run,
-    Test,
-    find_runs,
-)
+from capsrun.names import dataset_words, folder_words, suggest, word
+from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
 from capsrun.settings import from_dict
 from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
 
 HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
-TO_THE_RIGHT = ("error", "steps", "written")
+SIDES = ("right", "right", "left", "left", "right", "left", "left")
 STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
 
 
@@ -52,8 +46,8 @@ def main(config: ListConfig, overrides: Sequence[str]) -> None:
             trained = from_dict(TrainConfig, finished[-1].config)
         except UserError:  # it is of another version
             return suggest(["report", *folder_words(config)])
-        trained.runs_dir = config.runs_dir  # the folder may have been moved
-        words = model_words(trained, finished[-1].folder)
+        # Whether it is where eval looks for a model, only PyTorch's data sets know.
+        words = [*dataset_words(trained.dataset), word("checkpoint", finished[-1].folder)]
         suggest(["eval", *words], ["report", *folder_words(config)])
     elif any(run.status == INTERRUPTED for run in runs):
         print("next: the command that began a run goes on with it where it was interrupted")
@@ -64,9 +58,9 @@ def list_runs(config: ListConfig) -> list[Run]:
 
     Raises UserError for a name that no run has.
     """
-    now = time.time()
     found = find_runs(Path(config.runs_dir))
-    runs = [run for run in found if config.name is None or is_named(run, config.name)]
+    pattern = f"*{config.name or ''}*"
+    runs = [run for run in found if fnmatch.fnmatchcase(str(run.folder), pattern)]
     if found and not runs:
         parts = [part for run in found for part in (run.name, *re.split(r"[-+/]", run.name))]
         hint = did_you_mean(str(config.name), parts)
@@ -77,48 +71,48 @@ def list_runs(config: ListConfig) -> list[Run]:
     if config.json:
         print(json.dumps([as_plain(run) for run in runs], indent=2, ensure_ascii=False))
     elif runs:
-        lines: list[tuple[str, ...]] = [HEADER]
-        for run in runs:
-            lines.append(run_line(run, now))
-            lines += [test_line(test, run, now) for test in run.tests]
-        for line in aligned(lines):
-            print(line)
+        print_table(runs)
     else:
         print(f"there is no run in {config.runs_dir}")
     return runs
 
 
-def is_named(run: Run, pattern: str) -> bool:
-    """Whether the folder of a run has these characters in it, where * stands for any."""
-    return fnmatch.fnmatchcase(str(run.folder), f"*{pattern}*")
+def print_table(runs: Sequence[Run]) -> None:
+    """Print the runs and their tests, the header and the states in colour."""
+    now = time.time()
+    lines = [
+        line
+        for run in runs
+        for line in (run_line(run, now), *(test_line(test, run, now) for test in run.tests))
+    ]
+    header = [styled(title, BOLD) for title in HEADER]
+    as_they_are: dict[str, Any] = {"disable_numparse": True, "preserve_whitespace": True}
+    print(tabulate(lines, header, tablefmt="plain", colalign=SIDES, **as_they_are))
 
 
-def run_line(run: Run, now: float) -> tuple[str, ...]:
+def run_line(run: Run, now: float) -> list[str]:
     """The cells of a run."""
-    if run.steps is None:
-        steps = ""
-    elif run.status == FINISHED:
-        steps = f"{run.steps:,}"
-    else:
-        steps = f"{run.steps:,} of {run.total_steps or '?':{',' if run.total_steps else ''}}"
+    steps = "" if run.steps is None else f"{run.steps:,}"
+    if run.steps is not None and run.status != FINISHED:
+        steps += f" of {run.total_steps:,}" if run.total_steps else " of ?"
     folder = f"{run.folder} ({run.problem})" if run.problem else str(run.folder)
-    return (
-        percent(run.error_percent),
-        steps,
-        run.dataset,
-        run.model,
-        ago(now - run.written),
-        run.status,
-        folder,
-    )
+    status = styled(run.status, STYLES[run.status])
+    written = ago(now - run.written)
+    return [percent(run.error_percent), steps, run.dataset, run.model, written, status, folder]
 
 
-def test_line(test: Test, run: Run, now: float) -> tuple[str, ...]:
+def test_line(test: Result, run: Run, now: float) -> list[str]:
     """The cells of a test."""
     inside = test.folder.is_relative_to(run.folder)
     place = test.folder.relative_to(run.folder) if inside else test.folder
     error = percent(test.error_percent) if test.command == "eval" else ""
-    return (error, "", test.dataset, "", ago(now - test.written), test.command, f"  {place}")
+    command = styled(test.command, DIM)
+    return [error, "", tested_on(test), "", ago(now - test.written), command, f"  {place}"]
+
+
+def tested_on(test: Result) -> str:
+    """The name of a test's data set."""
+    return test.values.get("dataset") or "own image"
 
 
 def percent(error_percent: float | None) -> str:
@@ -126,29 +120,19 @@ def percent(error_percent: float | None) -> str:
     return "–" if error_percent is None else f"{error_percent:.2f} %"
 
 
-def aligned(lines: Sequence[tuple[str, ...]]) -> Iterable[str]:
-    """Lines with their cells below each other, the header and the states in colour."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    for number, line in enumerate(lines):
-        cells = []
-        for title, cell, width in zip(HEADER, line, widths, strict=True):
-            padded = f"{cell:>{width}}" if title in TO_THE_RIGHT else f"{cell:<{width}}"
-            if number == 0:
-                padded = styled(title, BOLD).join(padded.split(title))
-            elif title == "status":
-                padded = styled(padded, STYLES.get(cell, DIM))
-            cells.append(padded)
-        yield "  ".join(cells).rstrip()
-
-
 def as_plain(run: Run) -> dict[str, object]:
-    """A run as JSON can hold it; times are in seconds since 1970.
-
-    Without its settings, which are in config.yaml in its folder.
-    """
-    values = dataclasses.asdict(dataclasses.replace(run, config={}))
+    """A run as JSON can hold it, without its settings, which are in config.yaml in its folder."""
+    values = {**vars(run), "folder": str(run.folder)}
     del values["config"]
-    values["folder"] = str(run.folder)
-    for test, plain in zip(run.tests, values["tests"], strict=True):
-        plain["folder"] = str(test.folder)
+    values["tests"] = [
+        {
+            "folder": str(test.folder),
+            "command": test.command,
+            "dataset": tested_on(test),
+            "error_percent": test.values.get("error_percent"),
+            "count": test.values.get("count"),
+            "written": test.written,
+        }
+        for test in run.tests
+    ]
     return values

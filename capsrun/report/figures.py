@@ -17,6 +17,7 @@ from torch import Tensor
 from capsrun.disk import replacing
 
 DPI = 100
+BLOCKS_IN_A_ROW = 5  # of a sheet
 GAP_PX = 2  # between the images of a grid, in pixels of an image
 FONT_SIZE = 8
 LINE_INCHES = 0.15  # height of a line of text
@@ -50,30 +51,8 @@ def image_grid(
     rows: (label, images of shape (C, H, W) with pixels in [0, 1], grey or RGB); all images have
     one size, and a row may be shorter than the others. scale: screen pixels for each pixel.
     """
-    canvas = _assemble([images for _, images in rows])
-    height, width = (side * scale / DPI for side in canvas.shape[:2])
-    left = 0.1 + LETTER_INCHES * max(len(label) for label, _ in rows)
-    above = LINE_INCHES * max((text.count("\n") + 1 for text in column_titles), default=0) + 0.1
-    heading = 2 * LINE_INCHES if title else 0.0
-    total_width = max(left + width + 0.1, LETTER_INCHES * len(title))
-    total_height = height + above + heading + 0.1
-    figure = new_figure(total_width, total_height)
-    axes = figure.add_axes(
-        (left / total_width, 0.1 / total_height, width / total_width, height / total_height)
-    )
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    cell_height, cell_width = (side + GAP_PX for side in rows[0][1][0].shape[1:])
-    row_centres = [_centre(number, cell_height) for number in range(len(rows))]
-    axes.set_yticks(row_centres, [label for label, _ in rows], fontsize=FONT_SIZE)
-    column_centres = [_centre(number, cell_width) for number in range(len(column_titles))]
-    axes.set_xticks(column_centres, column_titles, fontsize=FONT_SIZE)
-    axes.tick_params(length=0, pad=2, labeltop=True, labelbottom=False)
-    if title:
-        top = 1 - 1.3 * LINE_INCHES / total_height
-        figure.text(0.1 / total_width, top, title, fontsize=FONT_SIZE + 1)
-    return figure
+    labels = [label for label, _ in rows]
+    return sheet([("", [images for _, images in rows])], labels, column_titles, title, scale)
 
 
 def sheet(
@@ -81,48 +60,46 @@ def sheet(
     row_labels: Sequence[str],
     column_titles: Sequence[str],
     title: str,
-    columns: int = 5,
     scale: int = 2,
 ) -> Figure:
     """Grids of images of one size beside and below each other, each with a title of its own.
 
-    blocks: (title, rows of images of shape (C, H, W)). columns: how many blocks are in a row.
+    blocks: (title, rows of images of shape (C, H, W)).
     """
-    canvases = [(name, _assemble(rows)) for name, rows in blocks]
-    height, width = (side * scale / DPI for side in canvases[0][1].shape[:2])
-    cell_height, cell_width = (side + GAP_PX for side in blocks[0][1][0][0].shape[1:])
+    canvases = [_assemble(rows) for _, rows in blocks]
+    height, width = (side * scale / DPI for side in canvases[0].shape[:2])
+    columns = min(len(blocks), BLOCKS_IN_A_ROW)
     lines = -(-len(blocks) // columns)
-    left, above = 0.1 + LETTER_INCHES * max(map(len, row_labels)), 5 * LINE_INCHES
-    total_width = left + columns * (width + 0.2)
-    total_height = 2 * LINE_INCHES + lines * (height + above)
+    left = 0.1 + LETTER_INCHES * max(map(len, row_labels))
+    above = 0.2 + LINE_INCHES * max((text.count("\n") + 1 for text in column_titles), default=0)
+    above += 2 * LINE_INCHES if len(blocks) > 1 else 0
+    heading = 2 * LINE_INCHES if title else 0
+    total_width = max(left + columns * (width + 0.2), LETTER_INCHES * len(title))
+    total_height = heading + lines * (above + height)
     figure = new_figure(total_width, total_height)
-    figure.text(0.1 / total_width, 1 - 1.5 * LINE_INCHES / total_height, title, fontsize=12)
-    for number, (name, canvas) in enumerate(canvases):
+    if title:
+        top = 1 - 1.3 * LINE_INCHES / total_height
+        figure.text(0.1 / total_width, top, title, fontsize=FONT_SIZE + 1)
+    for number, (name, rows) in enumerate(blocks):
         line, column = divmod(number, columns)
-        bottom = total_height - 2 * LINE_INCHES - (line + 1) * (height + above) + 0.1
-        axes = figure.add_axes(
-            (
-                (left + column * (width + 0.2)) / total_width,
-                bottom / total_height,
-                width / total_width,
-                height / total_height,
-            )
-        )
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        axes.set_title(name, fontsize=10, pad=3)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        x = left + column * (width + 0.2)
+        y = total_height - heading - (line + 1) * (above + height) + 0.1
+        size = (width / total_width, height / total_height)
+        axes = figure.add_axes((x / total_width, y / total_height, *size))
+        axes.imshow(canvases[number], interpolation="nearest", aspect="auto")
+        axes.set_title(name, fontsize=FONT_SIZE + 2, pad=3)
+        axes.spines[:].set_visible(False)
+        image_height, image_width = rows[0][0].shape[1:]
         labels = row_labels if column == 0 else [""] * len(row_labels)
-        axes.set_yticks([_centre(row, cell_height) for row in range(len(labels))], labels)
-        centres = [_centre(place, cell_width) for place in range(len(column_titles))]
-        axes.set_xticks(centres, column_titles)
+        axes.set_yticks(_centres(len(labels), image_height), labels)
+        axes.set_xticks(_centres(len(column_titles), image_width), column_titles)
         axes.tick_params(length=0, pad=2, labelsize=FONT_SIZE, labeltop=True, labelbottom=False)
     return figure
 
 
-def _centre(number: int, cell_px: int) -> float:
-    """Where the middle of an image of a grid is, along one axis."""
-    return number * cell_px + (cell_px - GAP_PX) / 2
+def _centres(count: int, image_px: int) -> list[float]:
+    """Where the middles of the images of a grid are, along one axis."""
+    return [number * (image_px + GAP_PX) + image_px / 2 for number in range(count)]
 
 
 def save_animation(frames: Sequence[Figure], path: Path, frame_ms: int = 120) -> None:
@@ -143,15 +120,13 @@ def _assemble(rows: Sequence[Sequence[Tensor]]) -> np.ndarray:
     """One white RGB array (height, width, 3) with the images on it."""
     _, height, width = rows[0][0].shape
     columns = max(len(images) for images in rows)
-    canvas = np.ones(
-        (len(rows) * (height + GAP_PX) - GAP_PX, columns * (width + GAP_PX) - GAP_PX, 3)
-    )
+    canvas = np.ones((len(rows), height + GAP_PX, columns, width + GAP_PX, 3))
     for row, images in enumerate(rows):
         for column, image_CHW in enumerate(images):
-            top, left = row * (height + GAP_PX), column * (width + GAP_PX)
             pixels = image_CHW.detach().float().cpu().clamp(0, 1).numpy().transpose(1, 2, 0)
-            canvas[top : top + height, left : left + width] = pixels
-    return canvas
+            canvas[row, :height, column, :width] = pixels
+    whole = canvas.reshape(len(rows) * (height + GAP_PX), columns * (width + GAP_PX), 3)
+    return whole[:-GAP_PX, :-GAP_PX]
 
 
 def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: str) -> Figure:
@@ -166,16 +141,9 @@ def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: st
     axes.imshow(mistakes, cmap="Oranges", vmin=0, vmax=most)
     for row, column in np.ndindex(*counts.shape):
         if counts[row, column]:
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]:,}",
-                ha="center",
-                va="center",
-                fontsize=FONT_SIZE,
-                weight="normal" if row == column else "bold",
-                color="white" if mistakes[row, column] > 0.6 * most else "black",
-            )
+            text = axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center")
+            text.set(fontsize=FONT_SIZE, weight="normal" if row == column else "bold")
+            text.set_color("white" if mistakes[row, column] > 0.6 * most else "black")
     places = range(len(class_names))
     axes.set_xticks(places, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0)
     axes.set_yticks(places, class_names)
@@ -194,26 +162,20 @@ def step_times(result: Mapping[str, Any]) -> Figure:
     rows = result["steps"].values()
     figure = new_figure(8, 1.3 + 0.4 * len(rows))
     axes = figure.add_subplot()
+    times = [row["median_ms"] for row in rows]
+    direct = [row["median_ms"] * row["percent_of_matrix_rate"] / 100 for row in rows]
+    axes.barh(range(len(rows)), times, color="#9ecae1")
+    label = "direct arithmetic at the rate of a large matrix product"
+    axes.plot(direct, range(len(rows)), "|", c="#08519c", ms=16, mew=2, label=label)
     for place, row in enumerate(rows):
-        milliseconds = row["median_ms"]
-        axes.barh(place, milliseconds, color="#9ecae1")
-        axes.plot(
-            [milliseconds * row["percent_of_matrix_rate"] / 100],
-            [place],
-            "|",
-            color="#08519c",
-            markersize=16,
-            markeredgewidth=2,
-            label="direct arithmetic at the rate of a large matrix product" if place == 0 else None,
-        )
-        digits = 0 if milliseconds >= 100 else 2
-        text = f"   {milliseconds:,.{digits}f} ms, {row['times_textbook']:.1f}×"
-        end = milliseconds * max(1, row["percent_of_matrix_rate"] / 100)
+        digits = 0 if times[place] >= 100 else 2
+        text = f"   {times[place]:,.{digits}f} ms, {row['times_textbook']:.1f}×"
+        end = max(times[place], direct[place])
         axes.text(end, place, text, va="center", fontsize=FONT_SIZE)
-    axes.set_yticks(range(len(rows)), list(result["steps"]), fontsize=FONT_SIZE)
+    axes.set_yticks(range(len(rows)), list(result["steps"]))
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=FONT_SIZE)
-    axes.set_xlim(0, 1.2 * max(row["median_ms"] for row in rows))
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.set_xlim(0, 1.2 * max(times))
     axes.set_xlabel(f"ms for a training step of {result['batch_size']} images", fontsize=FONT_SIZE)
     title = (
         f"{result['device']}, torch {result['versions']['torch']}, {result['date']}\n"
@@ -221,7 +183,6 @@ def step_times(result: Mapping[str, Any]) -> Figure:
     )
     axes.set_title(title, fontsize=FONT_SIZE)
     figure.legend(fontsize=FONT_SIZE, loc="lower center", frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure

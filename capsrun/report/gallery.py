@@ -1,19 +1,21 @@
 """The pictures of the report: learning curves, and the paper's figures from what runs left."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from capsrun.report import figures, plots
-from capsrun.report.rows import Group, grouped
-from capsrun.report.tables import Row, differences, how_trained, length
+from capsrun.report.rows import Group, Row, grouped, of_group, of_network
+from capsrun.report.tables import differences, length
 from capsrun.runs.reader import Result
 
 PERTURBED = 2  # how many pictures of figure 4 are shown
+LOSS = {"loss/total": ("training loss (running mean)", True)}
+CURVES = LOSS | {"error_percent/test": ("test error %", False)}
+LOSSES = LOSS | {"loss/margin": ("margin loss alone (running mean)", True)}
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,24 @@ class Pictures:
         figures.save(figure, self.out_dir / "pictures" / f"{name}.png")
         return f"![{what}](pictures/{name}.png)"
 
-    def copy(self, name: str, path: Path, what: str) -> str:
-        shutil.copyfile(path, self.out_dir / "pictures" / f"{name}.png")
-        return f"![{what}](pictures/{name}.png)"
+    def copy(self, row: Row, group: Group, result: Result, paths: Sequence[Path]) -> list[str]:
+        """Pictures that lie in the folder of a run, after which run it is."""
+        parts = [f"CapsNet, {length(row, group)}, seed {result.seed}."]
+        for path in paths:
+            name = f"{row.name}_{path.stem}.png"
+            shutil.copyfile(path, self.out_dir / "pictures" / name)
+            parts.append(f"![{row.about.title}: {path.stem}](pictures/{name})")
+        return parts
+
+
+def how_trained(group: Group, but: str = "") -> str:
+    """The same for groups that were trained as long and with the same recipe.
+
+    but: a setting that may differ.
+    """
+    settings = group.first.settings
+    network = of_network(settings)
+    return repr(sorted((k, v) for k, v in settings.items() if k not in network and k != but))
 
 
 def curves(name: str, title: str, rows: Sequence[Row], pictures: Pictures) -> list[str]:
@@ -36,14 +53,15 @@ def curves(name: str, title: str, rows: Sequence[Row], pictures: Pictures) -> li
 
     The accuracies at which training stops may differ, as those of the paper's networks do.
     """
-    groups = [(row, g) for row in rows for g in row.groups if own_metrics(g)]
     alike: dict[str, dict[str, Group]] = {}
-    for row, g in groups:
-        alike.setdefault(how_trained(g, ("stop.accuracy_percent",)), {})[row.about.title] = g
+    for row in rows:
+        for group in (group for group in row.groups if group.metrics):
+            way = alike.setdefault(how_trained(group, "stop.accuracy_percent"), {})
+            way[row.about.title] = group
     if not alike:
         return []
     most = max(alike.values(), key=seeds_and_steps)
-    figure = plots.learning_curves({title: own_metrics(g) for title, g in most.items()})
+    figure = plots.comparison({title: group.metrics for title, group in most.items()}, CURVES)
     how = length(None, next(iter(most.values())))
     return [
         f"Learning curves, {how}; thin lines are seeds:",
@@ -56,21 +74,14 @@ def seeds_and_steps(groups: Mapping[str, Group]) -> tuple[int, int]:
     return sum(len(g.results) for g in groups.values()), max(max(g.steps) for g in groups.values())
 
 
-def own_metrics(group: Group) -> list[list[dict[str, Any]]]:
-    """What each seed recorded, where that is at hand and it was not only tested."""
-    return [r.metrics for r in group.results if r.command == "train" and r.metrics]
-
-
-def paper_figures(rows: Sequence[Row], results: Iterable[Result], pictures: Pictures) -> list[str]:
+def paper_figures(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> list[str]:
     """Figures 3, 4, 5, A.1 and B.1, from the longest run of each that there is.
 
     Where the paper's network was not run, another CapsNet stands in, and it is said that it does.
     """
-    by_name = {row.name: row for row in rows}
-    others = list(results)
     parts = []
-    for row in (row for row in rows if row.about.group == "figures"):
-        group = row.best or stand_in(row, others)
+    for row in of_group("figures", rows):
+        group = row.best or stand_in(row, results)
         parts.append(f"### {row.about.title}")
         parts += [f"Note: {row.about.note}."] if row.about.note else []
         if group is None:
@@ -80,14 +91,15 @@ def paper_figures(rows: Sequence[Row], results: Iterable[Result], pictures: Pict
         if row.best is None:
             other = differences(row, group)
             parts.append(f"The paper's network was not run yet; this is one with {other}.")
-        drawn = DRAWERS[row.name](row, group, by_name, pictures)
+        used = [other for name in row.about.uses for other in rows if other.name == name]
+        drawn = DRAWERS[row.name](row, group, used, pictures)
         parts += drawn or [f"The pictures of the run ({length(row, group)}) are not at hand."]
     return parts
 
 
 def stand_in(row: Row, results: Iterable[Result]) -> Group | None:
     """The longest training of any CapsNet on the images of a figure."""
-    dataset = row.wanted.settings["dataset.name"]
+    dataset = row.settings["dataset.name"]
     groups = grouped(
         result
         for result in results
@@ -98,45 +110,30 @@ def stand_in(row: Row, results: Iterable[Result]) -> Group | None:
     return next(iter(groups), None)
 
 
-def folder_pictures(row: Row, group: Group, by_name: Any, pictures: Pictures) -> list[str]:
+def folder_pictures(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -> list[str]:
     """Pictures that training leaves: reconstructions, failures, and what is not there."""
     for result in group.results:
         names = ("reconstructions", "failures", "absent")
-        paths = {name: result.folder / "pictures" / f"{name}.png" for name in names}
-        found = {name: path for name, path in paths.items() if path.exists()}
-        if found:
-            drawn = [
-                pictures.copy(f"{row.name}_{name}", path, f"{row.about.title}: {name}")
-                for name, path in found.items()
-            ]
-            return [of_run(row, group, result), *drawn]
+        paths = [result.folder / "pictures" / f"{name}.png" for name in names]
+        if found := [path for path in paths if path.exists()]:
+            return pictures.copy(row, group, result, found)
     return []
 
 
-def of_run(row: Row, group: Group, result: Result) -> str:
-    """Which run a picture is of."""
-    return f"CapsNet, {length(row, group)}, seed {result.seed}."
-
-
-def perturbed(row: Row, group: Group, by_name: Any, pictures: Pictures) -> list[str]:
+def perturbed(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -> list[str]:
     """Pictures of `capsrun perturb`, beside the run or in the figure's own folder."""
     for result in group.results:
         run = result.folder
         own = sorted((run.parent.parent / row.name / run.name / "pictures").glob("digit_*.png"))
         kept = sorted(run.glob(f"{row.name}/pictures/digit_*.png"))
-        paths = own or kept or sorted(run.glob("perturb-*/pictures/digit_*.png"))
-        if paths:
-            drawn = [
-                pictures.copy(f"{row.name}_{path.stem}", path, f"{row.about.title}: {path.stem}")
-                for path in paths[-PERTURBED:]
-            ]
-            return [of_run(row, group, result), *drawn]
+        if paths := own or kept or sorted(run.glob("perturb-*/pictures/digit_*.png")):
+            return pictures.copy(row, group, result, paths[-PERTURBED:])
     return []
 
 
-def logit_changes(row: Row, group: Group, by_name: Any, pictures: Pictures) -> list[str]:
-    """Figure A.1 from what was recorded in training."""
-    seeds = own_metrics(group)
+def logit_changes(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -> list[str]:
+    """Figure A.1 from what was recorded in training, of the seeds as long as the first."""
+    seeds = [metrics for metrics in group.metrics if len(metrics) == len(group.metrics[0])]
     if not seeds:
         return []
     drawn = pictures.draw(row.name, plots.routing_changes(seeds), row.about.title)
@@ -144,23 +141,23 @@ def logit_changes(row: Row, group: Group, by_name: Any, pictures: Pictures) -> l
     return [f"CapsNet, {length(row, group)}, {mean}.", drawn]
 
 
-def losses(row: Row, group: Group, by_name: dict[str, Row], pictures: Pictures) -> list[str]:
+def losses(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -> list[str]:
     """Figure B.1: the runs with 1 and with 3 iterations that were trained alike."""
-    one, three = (by_name[name] for name in row.about.uses)
+    one, three = used
     pairs = [
         (a, b)
         for a in one.groups
         for b in three.groups
-        if how_trained(a) == how_trained(b) and own_metrics(a) and own_metrics(b)
+        if how_trained(a) == how_trained(b) and a.metrics and b.metrics
     ]
     if not pairs:
         return ["There are no runs with 1 and with 3 iterations that were trained alike."]
     a, b = max(pairs, key=lambda pair: sum(len(group.results) for group in pair))
-    figure = plots.training_losses({"1 iteration": own_metrics(a), "3 iterations": own_metrics(b)})
+    figure = plots.comparison({"1 iteration": a.metrics, "3 iterations": b.metrics}, LOSSES)
     return [f"Both {length(None, a)}.", pictures.draw(row.name, figure, row.about.title)]
 
 
-DRAWERS = {
+DRAWERS: Mapping[str, Callable[[Row, Group, Sequence[Row], Pictures], list[str]]] = {
     "figure_3": folder_pictures,
     "figure_4": perturbed,
     "figure_5": folder_pictures,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tabulate import tabulate
 from torch import Tensor
 
 from capsrun.data import Split
@@ -63,18 +64,19 @@ def class_errors(score: Score) -> list[int]:
 
 def print_table(score: Score, class_names: Sequence[str]) -> None:
     """Errors of each class, and what its images were taken for."""
-    width = max(8, *map(len, class_names))
-    shown = "images" if score.labels_NT.shape[1] == 1 else "digits"
-    print(f"{'class':>{width}} {shown:>9} {'errors':>7} {'error':>8}  taken for")
+    lines = []
     for number, (name, errors) in enumerate(zip(class_names, class_errors(score), strict=True)):
-        row = score.confusion_JJ[number]
-        count = int(score.digits_J[number])
+        row, count = score.confusion_JJ[number].tolist(), int(score.digits_J[number])
         mistakes = sorted(
-            ((int(row[k]), k) for k in range(len(row)) if k != number and row[k]), reverse=True
+            ((times, k) for k, times in enumerate(row) if k != number and times), reverse=True
         )
         taken_for = ", ".join(f"{class_names[k]} ({times:,})" for times, k in mistakes)
         percent = f"{100 * errors / count:.2f} %" if count else "–"
-        print(f"{name:>{width}} {count:>9,} {errors:>7,} {percent:>8}  {taken_for}".rstrip())
+        lines.append([name, f"{count:,}", f"{errors:,}", percent, taken_for])
+    header = ["class", "images", "errors", "error", "taken for"]
+    header[1] = "digits" if score.labels_NT.shape[1] > 1 else "images"
+    sides = ("right", "right", "right", "right", "left")
+    print(tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=sides))
     if score.labels_NT.shape[1] > 1:
         both = score.count - score.almost_correct
         print(f"(in {both:,} images both digits were missed: what for is not known)")
@@ -96,14 +98,14 @@ def score_figures(
     if split.digits > 1:
         title += "\ndigits; without images of which both were missed"
     drawn = {"confusion": figures.confusion_matrix(score.confusion_JJ, class_names, title)}
-    right_N = (score.labels_NT == score.predicted_NT).all(1)
-    hits = right_N.nonzero().squeeze(1)[:pictures]
+    hits = (score.labels_NT == score.predicted_NT).all(1).nonzero().squeeze(1)[:pictures]
     failures = score.worst_first[:pictures]
-    if len(hits) and has_decoder(model):
-        drawn["reconstructions"] = _examples(model, split, class_names, score, hits, mask, False)
+    decoding = isinstance(model, CapsNet) and model.decoder is not None
+    if decoding and len(hits):
+        drawn["reconstructions"] = _examples(model, split, class_names, score, hits, None)
     if len(failures):
-        drawn["failures"] = _examples(model, split, class_names, score, failures, mask, True)
-    if split.digits > 1 and has_decoder(model):
+        drawn["failures"] = _examples(model, split, class_names, score, failures, mask)
+    if split.digits > 1 and decoding:
         assert isinstance(model, CapsNet)
         chosen = torch.arange(min(pictures, score.count))
         drawn["absent"] = _absent(model, split, class_names, score, chosen)
@@ -115,44 +117,50 @@ def _examples(
     split: Split,
     class_names: Sequence[str],
     score: Score,
-    chosen: Tensor,
-    mask: str,
-    failures: bool,
+    chosen_B: Tensor,
+    mask: str | None,
 ) -> Figure:
-    """Images above their reconstructions; failures are reconstructed as both classes."""
-    batch = in_class_order(split.batch(chosen.to(split.device)))
+    """Images above their reconstructions; failures are reconstructed as both classes.
+
+    mask: which of the two comes first; None: these are hits, of which the two are the same.
+    """
+    batch = in_class_order(split.batch(chosen_B.to(split.device)))
     labels_BT = batch.labels_BT
-    predicted_BT = score.predicted_NT[chosen].to(split.device)
+    predicted_BT = score.predicted_NT[chosen_B].to(split.device)
     if split.digits > 1:  # a class keeps its place, and so its colour
         swapped_B1 = (predicted_BT.flip(1) == labels_BT).any(1, keepdim=True)
         predicted_BT = torch.where(swapped_B1, predicted_BT.flip(1), predicted_BT)
     rows = input_rows(batch.targets_BTCHW)
     if isinstance(model, CapsNet) and model.decoder is not None:
-        seen = batch.images_BCHW
-        as_label = ("as label", list(in_colours(reconstruct(model, seen, labels_BT))))
-        as_longest = ("as predicted", list(in_colours(reconstruct(model, seen, predicted_BT))))
-        first, second = (as_label, as_longest) if mask == "label" else (as_longest, as_label)
-        rows += [first, second] if failures else [("output", first[1])]
+        shown = {"as label": labels_BT, "as predicted": predicted_BT}
+        if mask is None:
+            shown = {"output": labels_BT}
+        elif mask == "longest":
+            shown = dict(reversed(shown.items()))
+        rows += [
+            (name, list(in_colours(reconstruct(model, batch.images_BCHW, classes_BT))))
+            for name, classes_BT in shown.items()
+        ]
     titles = [
         f"{shown_classes(label, class_names)}\n{shown_classes(guess, class_names)}"
         for label, guess in zip(labels_BT.tolist(), predicted_BT.tolist(), strict=True)
     ]
-    kind = "Failures, the surest first" if failures else "Hits"
+    kind = "Hits" if mask is None else "Failures, the surest first"
     colours = " (first digit orange, second blue)" if split.digits > 1 else ""
     title = f"{kind}: label above prediction above input{colours}"
     return figures.image_grid(rows, titles, title)
 
 
 def _absent(
-    model: CapsNet, split: Split, class_names: Sequence[str], score: Score, chosen: Tensor
+    model: CapsNet, split: Split, class_names: Sequence[str], score: Score, chosen_B: Tensor
 ) -> Figure:
     """Reconstruct a class that is there beside one that is neither there nor predicted (figure 5).
 
     What is not there should stay dark, as the decoder is to draw only what it finds in the image.
     """
-    batch = in_class_order(split.batch(chosen.to(split.device)))
+    batch = in_class_order(split.batch(chosen_B.to(split.device)))
     labels_BT = batch.labels_BT
-    taken = torch.cat([labels_BT, score.predicted_NT[chosen].to(split.device)], dim=1).tolist()
+    taken = torch.cat([labels_BT, score.predicted_NT[chosen_B].to(split.device)], dim=1).tolist()
     count = len(class_names)
     # The next class after the last label that nothing speaks for.
     absent = [
@@ -162,13 +170,9 @@ def _absent(
     shown_BT = torch.stack([labels_BT[:, 0], torch.tensor(absent, device=split.device)], dim=1)
     drawn_BTCHW = reconstruct(model, batch.images_BCHW, shown_BT)
     rows = input_rows(batch.targets_BTCHW)[:1]
-    rows.append(("both", list(in_colours(drawn_BTCHW))))
-    black = torch.zeros_like(drawn_BTCHW[:, 0])
-    for name, place in (("present", 0), ("absent", 1)):
-        alone = torch.stack(
-            [drawn_BTCHW[:, 0], black] if place == 0 else [black, drawn_BTCHW[:, 1]]
-        )
-        rows.append((name, list(in_colours(alone.transpose(0, 1)))))
+    for name, places in (("both", [1, 1]), ("present", [1, 0]), ("absent", [0, 1])):
+        kept_T111 = drawn_BTCHW.new_tensor(places).view(2, 1, 1, 1)
+        rows.append((name, list(in_colours(drawn_BTCHW * kept_T111))))
     titles = [
         f"{shown_classes(label, class_names)}\n{class_names[label[0]]}, *{class_names[other]}"
         for label, other in zip(labels_BT.tolist(), absent, strict=True)
@@ -180,11 +184,6 @@ def _absent(
 def shown_classes(labels: Sequence[int], class_names: Sequence[str]) -> str:
     """`5`, or with two digits `5, 0`."""
     return ", ".join(class_names[label] for label in labels)
-
-
-def has_decoder(model: Model) -> bool:
-    """Whether a model can reconstruct."""
-    return isinstance(model, CapsNet) and model.decoder is not None
 
 
 def input_rows(targets_BTCHW: Tensor) -> list[tuple[str, Sequence[Tensor]]]:
@@ -218,11 +217,9 @@ def reconstruct(model: CapsNet, images_BCHW: Tensor, labels_BT: Tensor) -> Tenso
     return model.decode_all(model.encode(images_BCHW), labels_BT)
 
 
-def reconstruction_grid(
-    model: CapsNet, split: Split, class_names: Sequence[str], count: int = PICTURES
-) -> Figure:
+def reconstruction_grid(model: CapsNet, split: Split, class_names: Sequence[str]) -> Figure:
     """The first images of a split above their reconstructions as their true classes."""
-    batch = split.batch(split.indices(0, count))
+    batch = split.batch(split.indices(0, PICTURES))
     drawn = in_colours(reconstruct(model, batch.images_BCHW, batch.labels_BT))
     rows = [*input_rows(batch.targets_BTCHW), ("output", list(drawn))]
     titles = [shown_classes(labels, class_names) for labels in batch.labels_BT.tolist()]

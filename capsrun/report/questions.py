@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capsrun.report.rows import Group
-from capsrun.report.tables import NOT_RUN, Row, length, mean_and_spread
+from capsrun.report.rows import Group, Row
+from capsrun.report.tables import NOT_RUN, length, mean_and_spread
 
 HEADER = (
     "one thing changed",
@@ -24,6 +24,7 @@ HEADER = (
     "seeds",
 )
 FEWEST_SEEDS = 3  # of two, the standard error is itself hardly known
+REFERENCE = "ablation_iterations_3"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Question:
 
     title: str
     change: Mapping[str, Any]
-    """The changed settings, as `settings_of` has them."""
+    """The changed settings, by their names with dots."""
     paper: str = ""
     """The difference that the paper reports, if any."""
 
@@ -46,29 +47,47 @@ class Answer:
 
     question: Question
     base: Group
-    before: Mapping[int, float]
     after: Mapping[int, float]
     changed: Group | None = None
     """The runs with the change; None where they are those without it, tested otherwise."""
 
     @property
     def seeds(self) -> list[int]:
-        return sorted(self.before.keys() & self.after.keys())
+        """The seeds that both have."""
+        return sorted(self.base.by_seed.keys() & self.after.keys())
 
-    @property
-    def differences(self) -> list[float]:
-        """With the change minus without it, in points, of each seed that both have."""
-        return [self.after[seed] - self.before[seed] for seed in self.seeds]
+    def line(self, title: str) -> list[str]:
+        """The cells of `HEADER`."""
+        before, after = ([by[k] for k in self.seeds] for by in (self.base.by_seed, self.after))
+        return [
+            title,
+            network(self.base),
+            length(None, self.base),
+            mean_and_spread(before),
+            mean_and_spread(after),
+            difference([b - a for a, b in zip(before, after)]),
+            self.question.paper,
+            " ".join(map(str, self.seeds)),
+        ]
+
+
+def questions_and_answers(
+    rows: Iterable[Row], groups: Sequence[Group]
+) -> tuple[list[Question], list[Answer]]:
+    """What the ablations change in the reference, and what some trained runs say of that."""
+    ablations = [row for row in rows if row.about.group == "ablations"]
+    reference = next(row for row in ablations if row.name == REFERENCE)
+    asked = questions(ablations, reference)
+    return asked, answers(asked, reference, groups)
 
 
 def questions(rows: Iterable[Row], reference: Row) -> list[Question]:
     """What each row changes in the reference; of rows that change the same the first one."""
     found: dict[str, Question] = {}
-    settings, published = reference.wanted.settings, reference.about.paper
+    settings, published = reference.settings, reference.about.paper
     for row in rows:
-        wanted = row.wanted.settings
-        keys = {key for key in {*wanted, *settings} if wanted.get(key) != settings.get(key)}
-        change = {key: wanted.get(key) for key in sorted(keys)}
+        keys = sorted({*row.settings, *settings})
+        change = {k: row.settings.get(k) for k in keys if row.settings.get(k) != settings.get(k)}
         paper = row.about.paper
         both = paper and published and f"{paper.error_percent - published.error_percent:+.2f}"
         if change:
@@ -82,24 +101,23 @@ def answers(asked: Sequence[Question], reference: Row, groups: Sequence[Group]) 
     Only groups on the reference's images count, in which no other question has changed anything;
     network and length may be any.
     """
-    by_settings = {key_of(group.results[0].settings): group for group in groups}
-    settings = reference.wanted.settings
+    by_settings = {key_of(group.first.settings): group for group in groups}
+    settings = reference.settings
     kept = {key for question in asked for key in question.change}
     kept |= {key for key in settings if key.startswith("dataset.")}
     bases = [
         group
         for group in groups
-        if all(group.results[0].settings.get(key) == settings.get(key) for key in kept)
+        if all(group.first.settings.get(key) == settings.get(key) for key in kept)
     ]
     found = []
     for question in asked:
         for base in bases:
-            changed = by_settings.get(key_of({**base.results[0].settings, **question.change}))
+            changed = by_settings.get(key_of({**base.first.settings, **question.change}))
             if question is AVERAGED:
-                after = dict(zip(base.by_seed, base.averaged_errors))
-                found.append(Answer(question, base, base.by_seed, after))
+                found.append(Answer(question, base, dict(zip(base.by_seed, base.averaged_errors))))
             elif changed is not None:
-                found.append(Answer(question, base, base.by_seed, changed.by_seed, changed))
+                found.append(Answer(question, base, changed.by_seed, changed))
     return [answer for answer in found if answer.seeds]
 
 
@@ -113,23 +131,14 @@ def lines(asked: Sequence[Question], found: Sequence[Answer]) -> Iterator[list[s
     for question in asked:
         own = [answer for answer in found if answer.question is question]
         for answer in own:
-            yield [
-                question.title if answer is own[0] else "",
-                network(answer.base),
-                length(None, answer.base),
-                mean_and_spread([answer.before[seed] for seed in answer.seeds]),
-                mean_and_spread([answer.after[seed] for seed in answer.seeds]),
-                difference(answer.differences),
-                question.paper,
-                " ".join(map(str, answer.seeds)),
-            ]
+            yield answer.line(question.title if answer is own[0] else "")
         if not own:
             yield [question.title, NOT_RUN, "", "", "", "", question.paper, ""]
 
 
 def network(group: Group) -> str:
     """The name of a network, and how large it is."""
-    values = group.results[0].values
+    values = group.first.values
     size = f", {values['parameters'] / 1e6:.1f} M parameters" if "parameters" in values else ""
     return f"{values['model']}{size}"
 
@@ -153,12 +162,11 @@ def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]
     """
     points: dict[str, tuple[Group, dict[int, list[float]]]] = {}
     for answer in found:
-        groups = [answer.base] + ([answer.changed] if answer.changed else [])
-        numbers = [int(group.results[0].settings["routing.iterations"]) for group in groups]
-        if len(set(numbers)) == 2:
-            key = key_of(answer.base.results[0].settings)
+        if answer.changed is not None and "routing.iterations" in answer.question.change:
+            key = key_of(answer.base.first.settings)
             _, errors = points.setdefault(key, (answer.base, {}))
-            errors |= {number: group.errors for number, group in zip(numbers, groups)}
+            for group in (answer.base, answer.changed):
+                errors[int(group.first.settings["routing.iterations"])] = group.errors
     if not points:
         return None
     return max(points.values(), key=lambda p: (len(p[1]), sum(map(len, p[1].values()))))

@@ -23,10 +23,8 @@ from capsrun.models.routing import RoutingIteration
 from capsrun.report.figures import FONT_SIZE, TWO_COLOURS, new_figure
 from capsrun.training.metrics import predicted_classes
 
-CELL_INCHES = 1.1
+CELL_INCHES, LEFT_INCHES = 1.1, 1.35
 TINY = 1e-12
-LABEL_INCHES = 1.35
-BAR_INCHES = 0.85
 # A coupling that differs by less from its equal share is drawn as if it were equal.
 LEAST_DIFFERENCE = 1e-3
 
@@ -52,10 +50,15 @@ class Routed:
     extent_px: tuple[float, float]
     """Where the grid begins and ends in the image, along both axes."""
 
+    @property
+    def most_bits(self) -> float:
+        """The entropy of equal shares."""
+        return -math.log2(self.equal_share)
+
     def entropy_text(self) -> str:
         """The entropy after each iteration, in words."""
         bits = " ".join(f"{value:.3f}" for value in self.entropy_R.tolist())
-        return f"entropy of the couplings {bits} of at most {-math.log2(self.equal_share):.3f} bits"
+        return f"entropy of the couplings {bits} of at most {self.most_bits:.3f} bits"
 
     def facts(self, index: int) -> dict[str, Any]:
         """The numbers, for `result.json`."""
@@ -64,7 +67,7 @@ class Routed:
             "labels": self.labels,
             "predicted": self.predicted,
             "entropy_bits": [round(value, 4) for value in self.entropy_R.tolist()],
-            "most_bits": round(-math.log2(self.equal_share), 4),
+            "most_bits": round(self.most_bits, 4),
         }
 
 
@@ -134,9 +137,7 @@ def routing_figure(routing: Routed, class_names: tuple[str, ...], title: str) ->
     it begins with the image, its ink in the colour of the digit that claims it.
     """
     rounds, classes = routing.couplings_RJGG.shape[:2]
-    columns, rows = classes + 2, rounds + 1
-    width = LABEL_INCHES + columns * CELL_INCHES + BAR_INCHES
-    height = 1.2 + rows * CELL_INCHES
+    width, height = LEFT_INCHES + (classes + 3) * CELL_INCHES, 1.2 + (rounds + 1) * CELL_INCHES
     figure = new_figure(width, height)
     figure.text(0.1 / width, 1 - 0.25 / height, title, fontsize=FONT_SIZE + 1)
     note = (
@@ -144,77 +145,66 @@ def routing_figure(routing: Routed, class_names: tuple[str, ...], title: str) ->
         "line the edge of the ink. Mind the scales. To ‖s‖ the bias adds its share too."
     )
     figure.text(0.1 / width, 0.08 / height, note, fontsize=FONT_SIZE)
-
-    def cell(row: int, column: float, share: float = 1.0) -> Axes:
-        left = LABEL_INCHES + column * CELL_INCHES
-        bottom = height - 0.8 - (row + 1) * CELL_INCHES
-        size = CELL_INCHES - 0.06
-        return figure.add_axes((left / width, bottom / height, share * size / width, size / height))
-
-    difference = (routing.couplings_RJGG - routing.equal_share).abs().max().item()
-    difference = max(difference, LEAST_DIFFERENCE)
-    share = routing.equal_share
-    couplings = TwoSlopeNorm(share, max(share - difference, 0), share + difference)
-    most_bits = -math.log2(routing.equal_share)
-    entropies = Normalize(min(routing.entropy_RGG.min().item(), most_bits - 1e-3), most_bits)
-    added = CenteredNorm(0, max(routing.added_JGG.abs().max().item(), 1e-9))
-
-    for number in range(rounds):
-        show_image(cell(number, 0), routing, row_text(number, routing))
-        for label in range(classes):
-            axes = cell(number, label + 1)
-            shown = show_map(axes, routing, routing.couplings_RJGG[number, label], couplings)
-            if number == 0:
-                axes.set_title(column_text(label, routing, class_names), fontsize=FONT_SIZE)
-        axes = cell(number, classes + 1)
-        bits = show_map(axes, routing, routing.entropy_RGG[number], entropies, "viridis")
-        if number == 0:
-            axes.set_title("entropy\n(bits)", fontsize=FONT_SIZE)
-    text = "adds to ‖s‖ in\nthe last iteration"
-    if len(routing.labels) == 2:
-        show_claims(cell(rounds, 0), routing, class_names, text)
-    else:
-        show_image(cell(rounds, 0), routing, text)
+    grid = {"left": LEFT_INCHES / width, "right": 1 - CELL_INCHES / width, "wspace": 0.06}
+    grid |= {"top": 1 - 0.8 / height, "bottom": 0.4 / height, "hspace": 0.06}
+    cells = figure.subplots(rounds + 1, classes + 2, gridspec_kw=grid)
+    couplings, entropies, added = scales(routing)
+    for number, row in enumerate(cells[:-1]):
+        show_image(row[0], routing, row_text(number, routing))
+        for label, axes in enumerate(row[1:-1]):
+            coupled = show_map(axes, routing, routing.couplings_RJGG[number, label], couplings)
+        bits = show_map(row[-1], routing, routing.entropy_RGG[number], entropies, "viridis")
     for label in range(classes):
-        axes = cell(rounds, label + 1)
-        adds = show_map(axes, routing, routing.added_JGG[label], added, "RdBu_r")
-    for row, drawn, name in ((0, shown, "coupling"), (rounds, adds, "added")):
-        colour_bar(figure, drawn, cell(row, columns + 0.1, 0.1), name)
-    colour_bar(figure, bits, cell(rounds, classes + 1, 0.1), "bits")
+        cells[0, label + 1].set_title(column_text(label, routing, class_names), fontsize=FONT_SIZE)
+        values_GG = routing.added_JGG[label]
+        adds = show_map(cells[-1, label + 1], routing, values_GG, added, "RdBu_r")
+    cells[0, -1].set_title("entropy\n(bits)", fontsize=FONT_SIZE)
+    cells[-1, -1].set_axis_off()
+    show_image(cells[-1, 0], routing, "adds to ‖s‖ in\nthe last iteration")
+    if len(routing.labels) == 2:
+        show_claims(cells[-1, 0], routing, class_names)
+    for shown, cell, name in (
+        (coupled, cells[0, -1], "coupling"),
+        (bits, cells[1, -1], "bits"),
+        (adds, cells[-1, -2], "added"),
+    ):
+        place = cell.inset_axes((1.1, 0, 0.1, 1))
+        bar = figure.colorbar(shown, cax=place)
+        bar.ax.tick_params(labelsize=FONT_SIZE - 2)
+        bar.ax.set_ylabel(name, fontsize=FONT_SIZE - 1)
     return figure
 
 
-def colour_bar(figure: Figure, drawn: Any, axes: Axes, name: str) -> None:
-    """What the colours of some maps mean."""
-    bar = figure.colorbar(drawn, cax=axes)
-    bar.ax.tick_params(labelsize=FONT_SIZE - 2)
-    bar.ax.set_ylabel(name, fontsize=FONT_SIZE - 1)
+def scales(routing: Routed) -> tuple[Normalize, Normalize, Normalize]:
+    """Which values the colours mean: of the couplings, their entropy, and what is added."""
+    share = routing.equal_share
+    difference = max((routing.couplings_RJGG - share).abs().max().item(), LEAST_DIFFERENCE)
+    lowest = min(routing.entropy_RGG.min().item(), routing.most_bits - 1e-3)
+    return (
+        TwoSlopeNorm(share, max(share - difference, 0), share + difference),
+        Normalize(lowest, routing.most_bits),
+        CenteredNorm(0, max(routing.added_JGG.abs().max().item(), 1e-9)),
+    )
 
 
 def row_text(number: int, routing: Routed) -> str:
     """What stands at the left of an iteration."""
     bits = routing.entropy_R[number].item()
-    return (
-        f"iteration {number + 1}\nentropy {bits:.3f} of\n{-math.log2(routing.equal_share):.3f} bits"
-    )
+    return f"iteration {number + 1}\nentropy {bits:.3f} of\n{routing.most_bits:.3f} bits"
 
 
 def column_text(label: int, routing: Routed, class_names: tuple[str, ...]) -> str:
     """What stands above a class: its name, marked where it is in the image, and its length."""
-    marks = [word for word, own in named_sets(routing) if label in own]
-    length = f"‖v‖ {routing.lengths_J[label].item():.2f}"
-    return f"{class_names[label]}\n{', '.join(marks)}\n{length}"
-
-
-def named_sets(routing: Routed) -> tuple[tuple[str, list[int]], ...]:
-    """The classes of the image, and those that the model sees."""
-    return ("label", routing.labels), ("predicted", routing.predicted)
+    found = {"label": routing.labels, "predicted": routing.predicted}
+    marks = ", ".join(word for word, own in found.items() if label in own)
+    return f"{class_names[label]}\n{marks}\n‖v‖ {routing.lengths_J[label].item():.2f}"
 
 
 def show_image(axes: Axes, routing: Routed, text: str) -> None:
+    """The image, with a text on its left."""
     side = len(routing.ink_HW)
     axes.imshow(routing.ink_HW.numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    tidy(axes, routing)
+    axes.set(xticks=[], yticks=[])
     axes.set_ylabel(text, fontsize=FONT_SIZE, rotation=0, ha="right", va="center")
 
 
@@ -231,25 +221,14 @@ def show_map(
             middles, middles, routing.ink_HW.numpy(), levels=[0.5], colors="black", linewidths=0.7
         )
     axes.set_facecolor("#e8e8e8")  # where no capsule is centred
-    tidy(axes, routing)
+    axes.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
     return shown
 
 
-def tidy(axes: Axes, routing: Routed) -> None:
-    """Show the whole image, without ticks."""
-    side = len(routing.ink_HW)
-    axes.set_xlim(0, side)
-    axes.set_ylim(side, 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def show_claims(axes: Axes, routing: Routed, class_names: tuple[str, ...], text: str) -> None:
-    """The image, its ink in the colours of the digits that claim it."""
+def show_claims(axes: Axes, routing: Routed, class_names: tuple[str, ...]) -> None:
+    """Over the image, its ink in the colours of the digits that claim it."""
     side = len(routing.ink_HW)
     axes.imshow(claims_in_colour(routing), extent=(0, side, side, 0))
-    tidy(axes, routing)
-    axes.set_ylabel(text, fontsize=FONT_SIZE, rotation=0, ha="right", va="center")
     names = " ".join(
         f"{class_names[label]} {colour}"
         for label, colour in zip(routing.predicted, ("orange", "blue"))

@@ -7,70 +7,25 @@ by hand counts, and one with another network never does.
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from capsrun.config import DatasetConfig, TrainConfig
-from capsrun.experiments import Published
+from capsrun.experiments import GROUPS, Experiment, Experiments, Published
 from capsrun.runs.reader import Result
 from capsrun.settings import deciding, deciding_test, role
 
+SEEDS = 3  # as many trials as the paper made
 
-def own_test(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What an eval on the test images of its training run is."""
-    dataset = training["dataset"]
-    whole = {"split": "test", "images": None, "weights": "last", "ensemble": 1}
+
+def whole_test(dataset: Mapping[str, Any], models: int = 1) -> dict[str, Any]:
+    """What decides an eval on all test images of a data set, of so many models together."""
+    whole = {"split": "test", "images": None, "weights": "last", "ensemble": models}
     return {**deciding_test(dataset), **whole}
 
 
 def of_network(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of which network is trained on which images, not of how long."""
     return {k: v for k, v in settings.items() if k != "precision" and not role(k).length}
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a result must be to belong to an experiment."""
-
-    settings: Mapping[str, Any]
-    """Those of the training run, at the paper's length."""
-    tested: Mapping[str, Any]
-    """Empty: tested by training itself."""
-    models: int = 1
-    """How many are tested together."""
-
-    @classmethod
-    def of(cls, training: TrainConfig, tested: DatasetConfig | None, models: int) -> "Wanted":
-        """tested: the data set of an eval; None for what training found itself."""
-        other = (
-            {}
-            if tested is None
-            else {
-                **deciding_test(asdict(tested)),
-                "split": "test",
-                "images": None,
-                "weights": "last",
-            }
-        )
-        return cls(deciding(asdict(training)), other, models)
-
-    def fits(self, result: Result) -> bool:
-        """Whether a result is of this network, these images and this test, whatever the length."""
-        if result.command not in ("train", "eval"):
-            return False
-        tested = dict(result.tested)
-        models = tested.pop("ensemble", 1)
-        return (
-            tested == dict(self.tested)
-            and models == self.models
-            and result.members_alike
-            and of_network(result.settings) == of_network(self.settings)
-        )
-
-    def is_of_full_length(self, result: Result) -> bool:
-        """Whether a result that fits was trained with the recipe, and as long, as is asked for."""
-        settings = {k: v for k, v in result.settings.items() if k != "precision"}
-        return settings == self.settings and result.reached_target
 
 
 @dataclass(frozen=True)
@@ -81,6 +36,10 @@ class Group:
     """One for each seed, in the order of the seeds."""
     twice: Sequence[int] = ()
     """Seeds of which there are several, different results; the one of the latest day counts."""
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
 
     @property
     def errors(self) -> list[float]:
@@ -109,26 +68,90 @@ class Group:
         return statistics.fmean(self.errors)
 
     @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds (n − 1); None for one seed."""
-        return statistics.stdev(self.errors) if len(self.errors) > 1 else None
-
-    @property
-    def variance_of_mean(self) -> float | None:
-        """s²/n; None for one seed."""
-        return None if self.spread is None else self.spread**2 / len(self.results)
-
-    @property
     def steps(self) -> list[int]:
         return [result.values["steps"] for result in self.results]
 
     @property
-    def devices(self) -> list[str]:
-        return sorted({result.values["device"] for result in self.results})
+    def metrics(self) -> list[list[dict[str, Any]]]:
+        """What each seed recorded, where that is at hand and it was not only tested."""
+        return [r.metrics for r in self.results if r.command == "train" and r.metrics]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment, what a result must be to belong to it, and what was found for it."""
+
+    name: str
+    about: Experiment
+    settings: Mapping[str, Any]
+    """Those of the training run, at the paper's length."""
+    tested: Mapping[str, Any]
+    """What decides the test; empty: training itself tests."""
+    groups: list[Group] = field(default_factory=list)
+    """What has the paper's length first, then the longest training."""
+
+    def fits(self, result: Result) -> bool:
+        """Whether a result is of this network, these images and this test, whatever the length."""
+        return (
+            result.command != "perturb"
+            and result.tested == self.tested
+            and result.members_alike
+            and of_network(result.settings) == of_network(self.settings)
+        )
+
+    def is_full(self, group: Group) -> bool:
+        """Whether a group was trained with the recipe and length that the experiment asks for."""
+        return all(
+            result.reached_target
+            and result.settings == {**self.settings, "precision": result.settings["precision"]}
+            for result in group.results
+        )
 
     @property
-    def dates(self) -> list[str]:
-        return sorted({result.values["date"] for result in self.results})
+    def best(self) -> Group | None:
+        """What stands for the row: the paper's length where there is one, else the longest."""
+        return next(iter(self.groups), None)
+
+    @property
+    def asked(self) -> int:
+        """How many seeds there should be at the paper's length."""
+        return SEEDS if self.about.models == 1 else 1
+
+    @property
+    def missing(self) -> int:
+        """How many of them are not there yet."""
+        full = next((group for group in self.groups if self.is_full(group)), None)
+        return max(self.asked - (len(full.results) if full else 0), 0)
+
+    @property
+    def tested_on(self) -> str:
+        """The name of the data set whose images it is tested on."""
+        return self.tested.get("name") or self.settings["dataset.name"].strip("'")
+
+    @property
+    def label(self) -> str:
+        """Its title, after the data set where a table has none."""
+        _, _, dataset = GROUPS[self.about.group].partition("Table 1: ")
+        return f"{dataset}: {self.about.title}" if dataset else self.about.title
+
+
+def make_row(name: str, experiments: Experiments, results: Iterable[Result]) -> Row:
+    """An experiment, with the results that belong to it."""
+    about = experiments.about(name)
+    training = experiments.training([f"experiment={name}"])
+    test = experiments.tested((about.command or "train").split())
+    tested = {} if test is None else whole_test(asdict(test.dataset), about.models)
+    row = Row(name, about, deciding(asdict(training)), tested)
+    row.groups.extend(grouped(result for result in results if row.fits(result)))
+    # The sort is stable: within both, the longest training stays first.
+    row.groups.sort(key=lambda group: not row.is_full(group))
+    return row
+
+
+def of_group(group: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows of a group of experiments, in their order."""
+    own = [row for row in rows if row.about.group == group]
+    return sorted(own, key=lambda row: (row.about.order, row.name))
 
 
 def grouped(results: Iterable[Result]) -> list[Group]:
@@ -158,8 +181,8 @@ def standard_error(group: Group, other: Published) -> float | None:
 
     The part of what is published is left out where it gives no spread; None for one seed.
     """
-    if group.variance_of_mean is None:
+    if len(group.errors) == 1:
         return None
     spread, trials = other.spread, other.trials
     published = 0.0 if spread is None or trials is None else spread**2 / trials
-    return math.sqrt(group.variance_of_mean + published)
+    return math.sqrt(statistics.variance(group.errors) / len(group.errors) + published)

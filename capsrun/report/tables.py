@@ -2,72 +2,36 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from capsrun.experiments import Experiment, Published
-from capsrun.report.rows import Group, Wanted, of_network, own_test, standard_error
+from capsrun.experiments import GROUPS, Published
+from capsrun.report.rows import Group, Row, of_group, of_network, standard_error, whole_test
 from capsrun.runs.reader import epochs_of_a_step
 
-SEEDS = 3  # as many trials as the paper made
+# The groups of experiments whose numbers stand in tables beside those of the paper.
+TABLES = [group for group in GROUPS if group not in ("ablations", "figures")]
 NOT_RUN = "not run yet"
 FEWEST_STEPS = 100  # after fewer, an error says nothing
+# How a published number was chosen.
+CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "step not said"}
 
-
-@dataclass(frozen=True)
-class Row:
-    """An experiment and what was found for it."""
-
-    name: str
-    about: Experiment
-    wanted: Wanted
-    groups: Sequence[Group]
-    """What has the paper's length first, then the longest training."""
-
-    def is_full(self, group: Group) -> bool:
-        """Whether a group was trained with the recipe and length that the experiment asks for."""
-        return all(self.wanted.is_of_full_length(result) for result in group.results)
-
-    @property
-    def full(self) -> Group | None:
-        """What was measured at the paper's length."""
-        return next((group for group in self.groups if self.is_full(group)), None)
-
-    @property
-    def best(self) -> Group | None:
-        """What stands for the row: the paper's length where there is one, else the longest."""
-        return next(iter(self.groups), None)
-
-    @property
-    def asked(self) -> int:
-        """How many seeds there should be at the paper's length."""
-        return SEEDS if self.about.models == 1 else 1
-
-    @property
-    def missing(self) -> int:
-        """How many of them are not there yet."""
-        return max(self.asked - (len(self.full.results) if self.full else 0), 0)
-
-    @property
-    def label(self) -> str:
-        """Its title, after the data set where a table has none."""
-        data = {"table1": "MNIST: ", "multimnist": "MultiMNIST: "}
-        return data.get(self.about.group, "") + self.about.title
+BEST = "best on test, not a result"
+HEAD = (
+    "test error %",
+    "paper",
+    *(f"public, {kind}" for kind in CHOSEN.values()),
+    "capsrun, last step",
+    BEST,
+)
+SUMMARY = (*HEAD, "seeds", "trained for")
+HOW = ("seeds", "trained for", "on")
+ROWS = (*HEAD, *HOW, "against the paper")
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table. Its cells are not aligned: one longer cell would change every line."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
-    )
-
-
-def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal."""
-    rows = [header, *lines]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     )
 
 
@@ -80,19 +44,11 @@ def published(number: Published | None) -> str:
     return f"{number.error_percent:g}{spread}{single}"
 
 
-# How a published number was chosen.
-CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "step not said"}
-
-
-def lowest(numbers: Iterable[Published]) -> list[str]:
-    """Of what is published, the lowest of each kind of `CHOSEN`."""
-    rising = sorted(numbers, key=lambda number: number.error_percent)
-    return [published(next((n for n in rising if n.chosen == kind), None)) for kind in CHOSEN]
-
-
-def measured(group: Group | None) -> str:
-    """Mean and standard deviation over the seeds."""
-    return NOT_RUN if group is None else mean_and_spread(group.errors)
+def from_others(row: Row) -> list[str]:
+    """The paper's number, and of the public ones the lowest of each kind of `CHOSEN`."""
+    rising = sorted(row.about.public, key=lambda number: number.error_percent)
+    lowest = [next((n for n in rising if n.chosen == kind), None) for kind in CHOSEN]
+    return [published(number) for number in (row.about.paper, *lowest)]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -103,8 +59,9 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def best_on_test(group: Group) -> str:
     """What choosing the step on test images would have given, and of how many tests in a run."""
-    best = [best for result in group.results if (best := result.best_on_test)]
-    if len(best) < len(group.results):
+    found = [result.values.get("best_on_test") for result in group.results]
+    best = [each for each in found if each]
+    if len(best) < len(found):
         return "–"
     errors, counts = ([each[key] for each in best] for key in ("error_percent", "evaluations"))
     some = {each["count"] for each in best} - {r.values["count"] for r in group.results}
@@ -120,22 +77,28 @@ def span(values: Sequence[float], form: str) -> str:
 
 def length(row: Row | None, group: Group) -> str:
     """How long a group was trained, and whether that is the paper's length."""
-    result = group.results[0]
-    epochs = [steps * epochs_of_a_step(result.training) for steps in group.steps]
-    passes = span(epochs, ".3g")
-    text = f"{span(group.steps, ',')} steps ({passes} {'epoch' if passes == '1' else 'epochs'})"
-    stop = result.training.get("stop", {})
-    if stop.get("accuracy_percent") is not None:
+    training = group.first.training
+    epochs = span([steps * epochs_of_a_step(training) for steps in group.steps], ".3g")
+    text = f"{span(group.steps, ',')} steps ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
+    stop = training["stop"]
+    if stop["accuracy_percent"] is not None:
         reached = all(result.reached_target for result in group.results)
         which = "test" if stop["on"] == "test" else "held-out"
         target = f"{stop['accuracy_percent']:g} % of the {which} images right"
         text = f"stopped at {target}, {text}" if reached else f"{text}, {target} not reached"
-    if stop.get("patience") is not None:
+    if stop["patience"] is not None:
         text += ", as long as it improved on held-out images"
     if row is not None and row.is_full(group):
         return f"{text}: full length"
-    recipe = result.training["recipe"]
+    recipe = training["recipe"]
     return f"{text}, recipe {recipe['name']} with learning rate {recipe['learning_rate']:g}"
+
+
+def how(row: Row | None, group: Group) -> list[str]:
+    """The cells of `HOW`."""
+    seeds = " ".join(str(result.seed) for result in group.results)
+    devices = sorted({result.values["device"] for result in group.results})
+    return [seeds, length(row, group), f"{'; '.join(devices)}, {group.first.values['precision']}"]
 
 
 def verdict(row: Row, group: Group) -> str:
@@ -158,38 +121,10 @@ def verdict(row: Row, group: Group) -> str:
     return f"{difference}: {side} than the paper by {far:.1f} standard errors"
 
 
-def summary_rows(rows: Iterable[Row]) -> list[Row]:
-    """The numbers of the paper, in its order, with affnist_like after affNIST."""
-    order = ("table1", "multimnist", "affnist", "section7")
-    chosen = [
-        row
-        for row in rows
-        if row.about.group in order
-        # where training stops is no result, and the variants are in the tables below
-        and not row.name.startswith("padded")
-        and not (row.about.group == "affnist" and row.name.endswith("_validation"))
-    ]
-    baseline_first = sorted(chosen, key=lambda row: ("baseline" not in row.name, row.name))
-    return sorted(baseline_first, key=lambda row: order.index(row.about.group))
-
-
-BEST = "best on test, not a result"
-IN_PUBLIC = [f"public, {kind}" for kind in CHOSEN.values()]
-HEAD = ("test error %", "paper", *IN_PUBLIC, "capsrun, last step", BEST)
-SUMMARY = (*HEAD, "seeds", "trained for")
-
-
-def summary_lines(rows: Iterable[Row]) -> list[list[str]]:
-    """One line for each number: the paper's, the best public ones, ours and of what length."""
-    return [
-        [
-            row.label,
-            published(row.about.paper),
-            *lowest(row.about.public),
-            *in_summary(row),
-        ]
-        for row in summary_rows(rows)
-    ]
+def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """One line for each number of the paper, the best public ones, ours and of what length."""
+    chosen = [row for group in TABLES for row in of_group(group, rows) if row.about.summary]
+    return [[row.label, *from_others(row), *in_summary(row)] for row in chosen]
 
 
 def in_summary(row: Row) -> list[str]:
@@ -199,49 +134,33 @@ def in_summary(row: Row) -> list[str]:
         return [NOT_RUN, "", "", ""]
     if max(best.steps) < FEWEST_STEPS:
         return ["only tried", "", "", length(row, best)]
-    return [measured(best), best_on_test(best), str(len(best.results)), length(row, best)]
+    measured = mean_and_spread(best.errors)
+    return [measured, best_on_test(best), str(len(best.results)), length(row, best)]
 
 
 def row_lines(row: Row) -> list[list[str]]:
     """A line for each length at which an experiment was run; the first one has its name."""
-    head = [row.about.title, published(row.about.paper), *lowest(row.about.public)]
-    if not row.groups:
-        return [[*head, NOT_RUN, "", "", "", "", ""]]
+    head = [row.about.title, *from_others(row)]
     lines = []
     for group in row.groups:
-        lines.append(
-            [
-                *head,
-                measured(group),
-                best_on_test(group),
-                " ".join(str(result.seed) for result in group.results),
-                length(row, group),
-                "; ".join(group.devices) + ", " + group.results[0].values["precision"],
-                verdict(row, group),
-            ]
-        )
+        measured = [mean_and_spread(group.errors), best_on_test(group), *how(row, group)]
+        lines.append([*head, *measured, verdict(row, group)])
         head = [""] * len(head)
         if group.averaged_errors:
             averaged = mean_and_spread(group.averaged_errors)
             which = f"the same runs, weights averaged by {group.average:g} a step"
             lines.append([*head, averaged, "", "", which, "", ""])
-    return lines
-
-
-HOW = ("seeds", "trained for", "on")
-ROWS = (*HEAD, *HOW, "against the paper")
+    return lines or [[*head, NOT_RUN, *[""] * 5]]
 
 
 def differences(row: Row, group: Group) -> str:
     """In which settings of network and images a group is not as an experiment asks for."""
-    result = group.results[0]
-    ours, asked = of_network(result.settings), of_network(row.wanted.settings)
+    result = group.first
+    ours, asked = of_network(result.settings), of_network(row.settings)
     if result.tested:
-        test = row.wanted.tested or own_test(result.training)
-        of_test = {f"tested with {key}": shown(value) for key, value in result.tested.items()}
-        expected = {f"tested with {k}": shown(v) for k, v in test.items()}
-        expected.setdefault("tested with ensemble", str(row.wanted.models))
-        ours, asked = ours | of_test, asked | expected
+        test = row.tested or whole_test(result.training["dataset"])
+        ours |= {f"tested with {key}": shown(value) for key, value in result.tested.items()}
+        asked |= {f"tested with {key}": shown(value) for key, value in test.items()}
     keys = sorted(key for key in {*ours, *asked} if ours.get(key) != asked.get(key))
     return ", ".join(f"{key} {shown(ours.get(key))}" for key in keys)
 
@@ -253,11 +172,21 @@ def shown(value: object) -> str:
     return "none" if value is None else str(value).strip("'")
 
 
-def how_trained(group: Group, but: Sequence[str] = ()) -> str:
-    """What groups have in common that were trained as long and with the same recipe.
+def others_table(rows: Sequence[Row], others: dict[str, list[Group]]) -> str:
+    """What is like some rows, but is of another network, of other images or tested otherwise.
 
-    but: settings that may differ.
+    others: such groups, by the name of the row; empty text where these rows have none.
     """
-    settings = group.results[0].settings
-    ignored = {*of_network(settings), *but}
-    return repr(sorted((key, value) for key, value in settings.items() if key not in ignored))
+    lines = [
+        [
+            ", but ".join(filter(None, (row.about.title, differences(row, group)))),
+            f"{group.first.tested_on} ({group.first.values['count']:,} images)",
+            mean_and_spread(group.errors),
+            *how(None, group),
+        ]
+        for row in rows
+        for group in others.get(row.name, ())
+    ]
+    header = ("other networks, images or tests", "tested on", "test error %", *HOW)
+    said = "Not the paper's, so nothing of the paper is beside them:\n\n"
+    return said + table(header, lines) if lines else ""

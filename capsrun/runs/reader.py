@@ -1,18 +1,38 @@
-"""Reads what a run left in its folder: `result.json` and `metrics.jsonl`."""
+"""Reads what training runs, and what was made of them, left in their folders.
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+Nothing here imports PyTorch when it is imported, so that a list of runs is there at once.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from capsrun.config import TrainConfig
-from capsrun.data import sizes
-from capsrun.disk import MOST_TEXT_BYTES, parse_json, read_bytes, read_json
-from capsrun.errors import UserError
-from capsrun.settings import deciding, deciding_test, from_dict, is_name
+from capsrun.config import DatasetConfig, RecipeConfig, StopConfig
+from capsrun.disk import (
+    LOCK,
+    MOST_TEXT_BYTES,
+    holder,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_yaml,
+)
+from capsrun.settings import deciding, deciding_test, is_name
+from capsrun.training.schedule import total_steps
 
-METRICS = "metrics.jsonl"
+RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"
+FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
+
+# What a result holds: the type of each value.
+TYPES = {
+    **dict.fromkeys(("name", "model", "date", "device", "precision"), str),
+    **dict.fromkeys(("seed", "steps"), int),
+    **dict.fromkeys(("config", "versions"), dict),
+}
+TEST_TYPES = {"dataset": str, "errors": int, "count": int, "error_percent": float | int}
+TEST_TYPES["train_seconds"] = float | int
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Result:
         """The configuration of the run that trained the model."""
         return self.values["config" if self.command == "train" else "trained"]
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides about the trained model, but for the seed, with dots in the names."""
         return deciding(self.training) | {"precision": self.values["precision"]}
@@ -47,17 +67,17 @@ class Result:
     @property
     def reached_target(self) -> bool:
         """Whether the accuracy at which to stop was reached, where the run had one."""
-        training = self.training
-        if training["stop"]["accuracy_percent"] is None:
+        if self.training["stop"]["accuracy_percent"] is None:
             return True
-        stopped = self.values.get("stopped")  # of training; eval does not tell
+        stopped = self.values.get("stopped")  # of training; eval does not say
         if stopped:
             return stopped["reached"]
-        return self.values["steps"] < total_steps(training)
+        recipe = RecipeConfig(**self.training["recipe"])
+        return self.values["steps"] < total_steps(recipe, training_images(self.training))
 
-    @property
+    @cached_property
     def tested(self) -> dict[str, Any]:
-        """What decides which images it was tested on, and how."""
+        """What decides which images it was tested on, and how; empty: by training itself."""
         if self.command == "train":
             return {}
         config = self.values["config"]
@@ -83,29 +103,137 @@ class Result:
         return self.tested.get("name") or self.training["dataset"]["name"]
 
     @property
+    def written(self) -> float:
+        """When, in seconds since 1970."""
+        return (self.folder / RESULT).stat().st_mtime
+
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """What was recorded during training; empty where that is not at hand."""
         return read_metrics(self.folder)
 
-    @property
-    def best_on_test(self) -> dict[str, Any] | None:
-        """See `best_on_test`; None where nothing was recorded during training."""
-        if self.command != "train":
-            return None
-        return self.values.get("best_on_test") or best_on_test(
-            self.metrics, self.training, self.values["count"]
-        )
+
+@dataclass
+class Run:
+    """One training run, as its folder shows it."""
+
+    folder: Path
+    written: float
+    """When one of its files was last written, in seconds since 1970."""
+    status: str = DAMAGED
+    name: str = ""
+    seed: int | None = None
+    dataset: str = ""
+    model: str = ""
+    error_percent: float | None = None
+    """Of a run that is not finished: as its last evaluation found it."""
+    steps: int | None = None
+    total_steps: int | None = None
+    owner: str | None = None
+    """The process that is at work on it."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the run; empty where they cannot be read."""
+    problem: str = ""
+    tests: list[Result] = field(default_factory=list)
+    """What `eval` and `perturb` found out about it, the latest last."""
+
+
+def find_results(sources: Iterable[str | Path]) -> list[Result]:
+    """Every result of finished training below some folders, each once, though it may be copied.
+
+    A `result.json` that is not of capsrun, or is damaged, is left out.
+    """
+    found: dict[str, Result] = {}
+    for source in sources:
+        for result in results_below(Path(source)):
+            if result.values.get("finished", True):
+                found.setdefault(repr(result.values), result)
+    return list(found.values())
+
+
+def find_runs(runs_dir: Path) -> list[Run]:
+    """Every training run below a folder, the one that was written last in the end."""
+    results = list(results_below(runs_dir))
+    trained = {result.folder: result for result in results if result.command == "train"}
+    folders = {path.parent for path in visible(runs_dir, CONFIG)} | trained.keys()
+    runs = {folder: read_run(folder, trained.get(folder)) for folder in folders}
+    resolved = {folder.resolve(): run for folder, run in runs.items()}
+    for result in (result for result in results if result.command != "train"):
+        parents = (runs[parent] for parent in result.folder.parents if parent in runs)
+        # It lies in the folder of its run, or says where its checkpoint does.
+        elsewhere = Path(result.values.get("checkpoint", "")).parent.resolve()
+        run = next(parents, None) or resolved.get(elsewhere)
+        if run is not None:
+            run.tests.append(result)
+    for run in runs.values():
+        run.tests.sort(key=lambda test: test.written)
+    return sorted(runs.values(), key=lambda run: (run.written, run.folder))
+
+
+def visible(folder: Path, name: str) -> Iterator[Path]:
+    """The files of a name below a folder, but for those in hidden folders."""
+    for path in sorted(folder.rglob(name)):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def results_below(folder: Path) -> Iterator[Result]:
+    """Every result below a folder, also of unfinished training."""
+    for path in visible(folder, RESULT):
+        result = read_result(path)
+        if result is not None:
+            yield result
+
+
+def read_result(path: Path) -> Result | None:
+    """A result, or None for a file that cannot be read or holds something else."""
+    try:
+        values = read_json(path)
+        check_result(values)
+    except (OSError, ValueError):
+        return None
+    return Result(path.parent, values)
+
+
+def is_finished_run(folder: Path) -> bool:
+    """Whether a folder holds the result of a training run."""
+    result = read_result(folder / RESULT)
+    return result is not None and result.command == "train"
+
+
+def check_result(values: Any) -> None:
+    """Raise ValueError for what is no result of `train`, `eval` or `perturb`."""
+    try:
+        types = TYPES if values["command"] == "perturb" else TYPES | TEST_TYPES
+        sound = values["command"] in ("train", "eval", "perturb")
+        sound = sound and all(isinstance(values[key], types[key]) for key in types)
+        sound = sound and is_name(values["name"]) and "torch" in values["versions"]
+        result = Result(Path(), values)
+        check_training(result.training)
+        sound = sound and (values["command"] != "eval" or bool(result.tested))
+    except (LookupError, TypeError) as error:
+        raise ValueError("is no result of capsrun") from error
+    if not sound:
+        raise ValueError("is no result of capsrun")
+
+
+def check_training(config: Any) -> None:
+    """Raise LookupError or TypeError where settings of a training run are missing or unknown."""
+    DatasetConfig(**config["dataset"])
+    RecipeConfig(**config["recipe"])
+    StopConfig(**config["stop"])
+    _ = config["seed"], config["model"]["name"], config["record"]["evaluate_images"]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; none where it is missing or damaged."""
+    """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged."""
+    rows: list[dict[str, Any]] = []
     try:
-        rows = [
-            parse_json(line) for line in read_bytes(folder / METRICS, MOST_TEXT_BYTES).splitlines()
-        ]
+        for line in read_bytes(folder / METRICS, MOST_TEXT_BYTES).splitlines():
+            rows.append(parse_json(line))
     except (OSError, ValueError):
-        return []
-    return rows if all(is_row(row) for row in rows) else []
+        pass
+    return rows
 
 
 def best_on_test(
@@ -119,10 +247,9 @@ def best_on_test(
     """
     key = "error_percent/test"
     tests = [(row["step"], row[key]) for row in rows if key in row]
-    complete = training
-    stop = complete["stop"]
+    stop = training["stop"]
     decides = stop["accuracy_percent"] is not None and stop["on"] == "test"
-    count = images if decides else min(images, complete["record"]["evaluate_images"])
+    count = images if decides else min(images, training["record"]["evaluate_images"])
     # After a stop, the last two tests are of the same step.
     errors = dict(tests[:-1] if count < images else tests)
     if not errors:
@@ -132,109 +259,64 @@ def best_on_test(
     return {**found, "evaluations": len(errors), "count": count}
 
 
-def is_row(row: Any) -> bool:
-    """Whether this is a line of `metrics.jsonl`: a step, and numbers by name."""
-    return (
-        isinstance(row, dict)
-        and type(row.get("step")) is int
-        and all(type(value) in (int, float) for value in row.values())
-    )
+def training_images(training: Mapping[str, Any]) -> int:
+    """How many images an epoch of a training configuration has."""
+    from capsrun.data import sizes  # imports PyTorch
 
-
-def total_steps(training: Mapping[str, Any]) -> int:
-    """How many steps a training configuration asks for, at most."""
-    recipe = training["recipe"]
-    return recipe["steps"] or math.ceil(recipe["epochs"] / epochs_of_a_step(training) - 1e-9)
+    return sizes(DatasetConfig(**training["dataset"]))[0]
 
 
 def epochs_of_a_step(training: Mapping[str, Any]) -> float:
     """Which part of the training images a step sees."""
-    config = from_dict(TrainConfig, training)
-    return config.recipe.batch_size / sizes(config.dataset)[0]
+    return training["recipe"]["batch_size"] / training_images(training)
 
 
-def find_results(sources: Iterable[str | Path]) -> list[Result]:
-    """Every finished result below some folders, each once.
-
-    A `result.json` that is not of capsrun, or is damaged, is left out.
-    """
-    found: dict[str, Result] = {}
-    for source in sources:
-        for path in sorted(Path(source).rglob("result.json")):
-            inside = path.relative_to(source).parts
-            result = None if any(part.startswith(".") for part in inside) else read_result(path)
-            if result is not None:
-                # The same run can be in runs/ and, copied, in results/.
-                found.setdefault(fingerprint(result), result)
-    return list(found.values())
-
-
-def read_result(path: Path) -> Result | None:
-    """A finished result, or None for anything else."""
-    try:
-        values = read_json(path)
-        check_result(values)
-    except (OSError, ValueError):
-        return None
-    return Result(path.parent, values) if values.get("finished", True) else None
+def read_run(folder: Path, result: Result | None) -> Run:
+    """What the folder of a training run says, as far as it can be read."""
+    run = Run(folder, last_written(folder))
+    if result is not None:
+        add_settings(run, result.training)
+        run.name, run.status = result.values["name"], FINISHED
+        run.error_percent = result.error_percent
+        run.steps = run.total_steps = result.values["steps"]
+    elif (folder / RESULT).exists():
+        run.problem = f"{RESULT} cannot be read"
+    else:
+        try:
+            config = read_yaml(folder / CONFIG)
+            check_training(config)
+        except (OSError, ValueError, LookupError, TypeError):
+            run.problem = f"{CONFIG} cannot be read"
+        else:
+            add_settings(run, config)
+            add_progress(run)
+    return run
 
 
-def check_result(values: Any) -> None:
-    """Raise ValueError for what is no result of `train`, `eval` or `perturb`.
-
-    Everything that tables and pages look at is there, and of its type.
-    """
-    try:
-        whole, numbers = ["seed", "steps"], ["train_seconds", "eval_seconds", "images_per_second"]
-        texts = ["name", "model", "date", "device", "precision"]
-        if values["command"] != "perturb":
-            whole += ["errors", "count"]
-            numbers.append("error_percent")
-            texts.append("dataset")
-        result = Result(Path(), values)
-        stopped = values.get("stopped") or {"on": ""}
-        nothing = {"error_percent": 0.0, "step": 0, "evaluations": 0, "count": 0}
-        best = values.get("best_on_test") or nothing
-        scores = values.get("scores", {}).values()
-        sound = (
-            values["command"] in ("train", "eval", "perturb")
-            and all(type(values[key]) is int and values[key] >= 0 for key in whole)
-            and all(math.isfinite(values[key]) for key in numbers if key in values)
-            and all(isinstance(values[key], str) for key in texts)
-            and all(isinstance(text, str) for text in values["versions"].values())
-            and isinstance(values["versions"]["torch"], str)
-            and isinstance(values.get("git_commit"), str | None)
-            and is_name(values["name"])
-            and type(values.get("almost_correct", 0)) is int
-            and all(math.isfinite(stopped[key]) for key in stopped if key != "on")
-            and isinstance(stopped["on"], str)
-            and all(math.isfinite(each["error_percent"]) for each in (best, *scores))
-            and all(type(best[key]) is int for key in ("step", "evaluations", "count"))
-        )
-        # What else is looked at later is there, too.
-        fingerprint(result)
-        if sound and values["command"] != "perturb":
-            sound = sound and 0 <= values["errors"] <= values["count"] != 0
-            sound = sound and isinstance(result.reached_target | result.members_alike, bool)
-            epochs_of_a_step(result.training)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        UserError,
-    ) as error:
-        raise ValueError("is no result of capsrun") from error
-    if not sound:
-        raise ValueError("is no result of capsrun")
+def last_written(folder: Path) -> float:
+    """When a file of a run was last written; of a finished run, its result."""
+    for names in ((RESULT,), (METRICS, "checkpoint.pt", CONFIG)):
+        times = [(folder / name).stat().st_mtime for name in names if (folder / name).exists()]
+        if times:
+            return max(times)
+    return folder.stat().st_mtime
 
 
-def fingerprint(result: Result) -> str:
-    """The same for two copies of a result."""
-    values = result.values
-    what = [result.command, result.seed, result.settings, values["steps"], values["date"]]
-    if result.command != "perturb":
-        what += [result.tested, values["errors"], values["count"]]
-        what += [values.get("train_seconds"), values.get("eval_seconds")]
-    return repr(what)
+def add_settings(run: Run, config: Mapping[str, Any]) -> None:
+    """Note with which settings a run was trained."""
+    run.config, run.seed = config, config["seed"]
+    run.name = config.get("name") or run.folder.parent.name
+    run.dataset, run.model = config["dataset"]["name"], config["model"]["name"]
+
+
+def add_progress(run: Run) -> None:
+    """Note how far a run without a result is."""
+    run.steps, run.total_steps = 0, run.config["recipe"]["steps"]
+    for row in read_metrics(run.folder):
+        run.steps = row["step"]
+        run.total_steps = row.get("total_steps", run.total_steps)
+        run.error_percent = row.get("error_percent/test", run.error_percent)
+    run.owner = holder(run.folder / LOCK)
+    run.status = RUNNING if run.owner else INTERRUPTED
+    if (run.folder / "not_finite.pt").exists():
+        run.status, run.problem = INTERRUPTED, "its loss or a weight was not finite"

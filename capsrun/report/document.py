@@ -1,0 +1,181 @@
+"""The report as Markdown: its tables and figures, section by section."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from capsrun.experiments import GROUPS
+from capsrun.report import plots, questions, run_page
+from capsrun.report.gallery import Pictures, curves, paper_figures
+from capsrun.report.page import plain, render
+from capsrun.report.rows import Group, Row, grouped, of_group, of_network, whole_test
+from capsrun.report.tables import (
+    CHOSEN,
+    ROWS,
+    SUMMARY,
+    TABLES,
+    length,
+    others_table,
+    published,
+    row_lines,
+    summary_lines,
+    table,
+)
+from capsrun.runs.reader import Result
+from capsrun.terminal import duration
+
+# What is said of the test images where a group has a table for each set of them.
+IMAGES = {
+    "mnist_padded": "**Padded MNIST**, on which training is stopped:",
+    "affnist": "**affNIST**, its official test set:",
+    "affnist_like": (
+        "**affnist_like**: made here of MNIST in the way of affNIST. It is *not* affNIST, "
+        "so the paper's numbers are not beside it:"
+    ),
+}
+PROVENANCE = ["run", "seed", "tested on", "error %", "of", "steps", "training", "device"]
+PROVENANCE += ["torch", "date", "commit"]
+
+
+def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:
+    """The whole report; draws its pictures."""
+    trained = grouped(result for result in results if result.command == "train")
+    asked, found = questions.questions_and_answers(rows, trained)
+    others = other_runs(rows, results, found)
+    sections = []
+    for group in TABLES:
+        own, title = of_group(group, rows), GROUPS[group]
+        drawn = curves(group, title, own, pictures)
+        sections.append((title, [*tables(own), others_table(own, others), *drawn]))
+    dates = [result.values["date"] for result in results]
+    after_ablations = iterations_figure(found, pictures)
+    after_ablations.append(others_table(of_group("ablations", rows), others))
+    return render(
+        "report.md",
+        results=len(results),
+        dates=" to ".join(dict.fromkeys((min(dates), max(dates)))),
+        summary=table(SUMMARY, summary_lines(rows)),
+        sections=sections,
+        ablations=table(questions.HEADER, questions.lines(asked, found)),
+        after_ablations=after_ablations,
+        figures=paper_figures(rows, results, pictures),
+        missing=missing(rows),
+        provenance=provenance(results, pictures.out_dir),
+    )
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """The tables of a group: one, but for affNIST one for each set of test images."""
+    parts = []
+    for text in (*IMAGES.values(), None):
+        own = [row for row in rows if IMAGES.get(row.tested_on) == text]
+        parts += [text] if own and text else []
+        parts += [table(ROWS, [line for row in own for line in row_lines(row)])] if own else []
+    parts += [f"Note: {note}." for note in dict.fromkeys(row.about.note for row in rows) if note]
+    for row in rows:
+        numbers = [f"{published(n)} {CHOSEN[n.chosen]}, {n.source}" for n in row.about.public]
+        parts += [f"Public, {row.about.title}: {'; '.join(numbers)}."] if numbers else []
+    parts += [
+        f"{row.about.title}: seed {seed} was run more than once, with different results; the "
+        "latest counts."
+        for row in rows
+        for group in row.groups
+        for seed in group.twice
+    ]
+    return parts
+
+
+def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> list[str]:
+    """Error against routing iterations, where there is something to compare."""
+    points = questions.by_iterations(found)
+    if points is None:
+        return []
+    base, errors = points
+    figure = plots.error_by_iterations(errors, f"{questions.network(base)}, {length(None, base)}")
+    return [pictures.draw("iterations", figure, "test error against routing iterations")]
+
+
+def other_runs(
+    rows: Sequence[Row], results: Iterable[Result], found: Iterable[questions.Answer]
+) -> dict[str, list[Group]]:
+    """What belongs to no experiment and answers no question, by the name of the nearest."""
+    compared = {id(r) for a in found for g in (a.base, a.changed) if g for r in g.results}
+    left = [
+        result
+        for result in results
+        if result.command != "perturb"
+        # An eval like the test of training says nothing new.
+        and result.tested != whole_test(result.training["dataset"])
+        and id(result) not in compared
+        and not any(row.fits(result) for row in rows if row.about.group != "ablations")
+    ]
+    nearest_to: dict[str, list[Group]] = {}
+    for group in grouped(left):
+        nearest_to.setdefault(nearest(rows, group).name, []).append(group)
+    return nearest_to
+
+
+def nearest(rows: Iterable[Row], group: Group) -> Row:
+    """The experiment tested on the same data set, if any, that differs in the fewest settings."""
+    result = group.first
+    ours = of_network(result.settings)
+
+    def distance(row: Row) -> tuple[int, int, int]:
+        asked = of_network(row.settings)
+        return (
+            row.tested_on != result.tested_on,
+            bool(row.tested) != bool(result.tested),
+            sum(ours.get(key) != asked.get(key) for key in {*ours, *asked}),
+        )
+
+    own = (row for row in rows if row.about.group != "figures" and row.about.command is not None)
+    return min(own, key=distance)
+
+
+def missing(rows: Sequence[Row]) -> str:
+    """The experiments that have too few seeds at full length, and what makes them."""
+    found = [
+        [
+            row.label,
+            f"{row.missing} of {row.asked}",
+            f"`capsrun reproduce targets=[{row.name}] budget=full`",
+        ]
+        for group in (*TABLES, "ablations", "figures")
+        for row in of_group(group, rows)
+        if row.missing and row.about.command is not None
+    ]
+    if not found:
+        return "Nothing."
+    said = "\n\n`make reproduce BUDGET=full` runs all of them."
+    return table(("at full length", "seeds missing", "command"), found) + said
+
+
+def provenance(results: Iterable[Result], out_dir: Path) -> str:
+    """Where each number comes from, with a link to the page of its run where there is one."""
+    found = [
+        [
+            name_with_page(result, out_dir),
+            str(result.seed),
+            result.tested_on,
+            f"{result.error_percent:.2f}",
+            f"{result.values['count']:,}",
+            f"{result.values['steps']:,}",
+            duration(result.values["train_seconds"]),
+            f"{result.values['device']}, {result.values['precision']}",
+            result.values["versions"]["torch"],
+            result.values["date"],
+            (result.values.get("git_commit") or "–")[:8],
+        ]
+        for result in results
+        if result.command != "perturb"
+    ]
+    return table(PROVENANCE, sorted(found))
+
+
+def name_with_page(result: Result, out_dir: Path) -> str:
+    """The name of a run, as a link to its page where that is at hand."""
+    name, page = plain(result.values["name"]), result.folder / run_page.NAME
+    if not page.exists():
+        return name
+    return f"[{name}]({quote(os.path.relpath(page, out_dir))})"
