@@ -6,15 +6,14 @@ CAPSRUN := $(BIN)/capsrun
 INSTALLED := $(VENV)/.installed
 SWEEPS := $(VENV)/.sweeps
 
-# How long the paper's experiments run, and with which seeds.
+# How long the paper's experiments run, and with which seeds (SEEDS="0 1 2"; else those of the budget).
 BUDGET ?= short
-SEEDS ?= $(shell sed -n 's/^seeds: *//p' configs/budget/$(BUDGET).yaml | tr -d '[],')
-GROUPS := table1 multimnist affnist section7 figures ablations
+SEEDS ?=
 comma := ,
+list = [$(subst $(eval ) ,$(comma),$(strip $(1)))]
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce $(GROUPS) .run report explorers test test-all audit lint \
-  format clean
+.PHONY: help install quickstart reproduce report explorers test test-all audit lint format clean
 
 help: ## list the targets
 	@echo "Targets (make TARGET, PYTHON=python3.12 for another Python):"
@@ -44,39 +43,14 @@ quickstart: $(INSTALLED) ## train, evaluate and perturb a CapsNet on 5,000 real 
 	@echo "What each capsule dimension does:  runs/quickstart/seed0/perturb-mnist5k/pictures/digit_5.png"
 	@echo "Next, the real thing:              $(CAPSRUN) train dataset=mnist"
 
-# Each experiment with each seed is a file, which is there once it is finished: so what is finished is
-# not run again. What an experiment is and to which group it belongs is said in configs/experiment/.
-EXPERIMENTS := $(basename $(notdir $(wildcard configs/experiment/*.yaml)))
-said = $(shell sed -n 's/^  $(2): *\([^#]*\).*/\1/p' configs/experiment/$(1).yaml | tr -d '[],')
-members = $(foreach name,$(EXPERIMENTS),$(if $(filter $(1),$(call said,$(name),group)),$(name)))
-# An experiment without a command of its own is done when those that it uses are.
-with_command = $(if $(filter null,$(call said,$(1),command)),$(call said,$(1),uses),$(1))
-seeds_of = $(if $(filter 1,$(call said,$(1),models)),$(SEEDS),0)
-files = $(foreach name,$(1),$(foreach seed,$(call seeds_of,$(name)),runs/$(BUDGET)/$(name)/seed$(seed)/result.json))
-results = $(call files,$(foreach name,$(call members,$(1)),$(call with_command,$(name))))
-FAILED := runs/$(BUDGET)/.failed
-with_commas = $(subst $(eval ) ,$(comma),$(strip $(1)))
+TARGETS ?= all
+reproduce: $(INSTALLED) ## run the paper's experiments, BUDGET=smoke|short|full; make table1, figures, …: a part
+	@$(CAPSRUN) reproduce targets=$(call list,$(TARGETS)) budget=$(BUDGET) $(if $(SEEDS),seeds=$(call list,$(SEEDS))); \
+	  code=$$?; [ $$code -gt 1 ] || $(CAPSRUN) report; exit $$code
 
-reproduce: ## run the paper's experiments, BUDGET=smoke|short|full SEEDS="0 1 2", or a part of them:
-reproduce: ## table1, multimnist, affnist, section7, figures, ablations; what is finished is left alone
-	@$(MAKE) --no-print-directory .run TARGETS="$(GROUPS)"
-
-$(GROUPS):
-	@$(MAKE) --no-print-directory .run TARGETS=$@
-
-.run: $(INSTALLED)
-	@$(CAPSRUN) reproduce targets=[$(call with_commas,$(TARGETS))] seeds=[$(call with_commas,$(SEEDS))] \
-	  budget=$(BUDGET) only_plan=true
-	@rm -f $(FAILED)
-	-@$(MAKE) --no-print-directory --keep-going $(foreach group,$(TARGETS),$(call results,$(group)))
-	-@$(CAPSRUN) report
-	@if [ -e $(FAILED) ]; then echo "failed, the others are done:"; cat $(FAILED); exit 1; fi
-
-# It runs what it needs first, so two at once could meet; `capsrun reproduce parallel=2` knows better.
-.NOTPARALLEL:
-runs/$(BUDGET)/%/result.json: | $(INSTALLED)
-	@$(CAPSRUN) reproduce targets=[$(*D)] seeds=[$(subst seed,,$(*F))] budget=$(BUDGET) timing=false || \
-	  { mkdir -p $(dir $(FAILED)); echo "$(*D) seed $(subst seed,,$(*F))" >> $(FAILED); exit 1; }
+# Any other target is a group of experiments, or one of them: table1, figures, figure_4. See configs/experiment/.
+.DEFAULT:
+	@$(MAKE) --no-print-directory reproduce TARGETS=$@
 
 report: $(INSTALLED) ## build the report of the committed results again: results/report/
 	$(CAPSRUN) report sources=[results] out_dir=results/report

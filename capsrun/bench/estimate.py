@@ -1,22 +1,26 @@
 """How long the paper's experiments will take on this machine, from a few timed training steps."""
 
-import math
+import dataclasses
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import NamedTuple
 
 import torch
 
-from capsrun.bench.tasks import step_seconds
-from capsrun.config import EvalConfig, TrainConfig
+from capsrun.bench.tasks import STEPS, random_split, wait_for
+from capsrun.config import TrainConfig
 from capsrun.data import sizes
+from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
-from capsrun.runs.jobs import Job, threads_each
+from capsrun.models import build_model
+from capsrun.runs.jobs import Cost, Job, threads_each
 from capsrun.training.device import memory_gb, resolve_device, resolve_precision
+from capsrun.training.schedule import total_steps
+from capsrun.training.step import Trainer
 
 # What a job takes beside training and testing: starting Python, reading data, drawing pictures.
 START_SECONDS = 8.0
@@ -24,17 +28,6 @@ START_SECONDS = 8.0
 TEST_SHARE = 1 / 3
 # A whole run holds more than a few steps: all images, what it tests, what it saves.
 MEMORY_SHARE = 1.5
-
-
-class Cost(NamedTuple):
-    """What a step or a job takes."""
-
-    seconds: float
-    """About how long, with its share of the cores."""
-    memory_gb: float
-    """Of this machine's memory, in 10⁹ bytes, not of a GPU's."""
-    may_stop_early: bool = False
-    """Whether no seed has shown yet where such a run ends: the seconds are to its last step."""
 
 
 def job_costs(
@@ -46,33 +39,34 @@ def job_costs(
     Raises UserError where such a process does not come to its end.
     """
     place = resolve_device(device)
-    threads = threads_each(parallel)
-    slower = parallel if place.type == "cuda" else 1
-    timed: dict[str, Cost] = {}
+    timed: dict[str, tuple[float, float]] = {}
     found = {}
     for job in jobs:
         trained = job if job.trains else job.needs[0]
         training = experiments.training(trained.arguments[1:])
         network = repr((training.model, training.routing, training.dataset.image_px))
         if network not in timed:
-            print(f"timing the network of {trained.experiment} …", file=sys.stderr)
-            timed[network] = timed_apart(training, place, threads)
-        step, may_stop_early = timed[network], False
-        each = slower * step.seconds
+            print(f"timing the network of {trained.name} …", file=sys.stderr)
+            timed[network] = timed_apart(training, place, threads_each(parallel))
+        seconds, step_gb = timed[network]
+        seconds *= parallel if place.type == "cuda" else 1
+        may_stop_early = False
         if job.trains:
             made, ended = job.steps_made(), job.others_ended()
-            ended = None if ended is None or ended <= made else ended
-            seconds = training_seconds(training, each, made, ended)
-            may_stop_early = ended is None and training.stop.asked
+            if ended is not None and ended <= made:  # this one went on further
+                ended = None
+            may_stop_early = training.stop.asked and ended is None
+            seconds = training_seconds(training, seconds, made, ended)
         else:
             test = experiments.tested(job.arguments)
-            testing = testing_seconds(each / training.recipe.batch_size, test)
-            seconds = START_SECONDS + len(job.needs) * testing
-        found[job] = Cost(seconds, MEMORY_SHARE * step.memory_gb, may_stop_early)
+            images = 0 if test is None else sizes(test.dataset)[1]
+            images = min(images, (test and test.images) or images) * len(job.needs)
+            seconds = START_SECONDS + seconds * TEST_SHARE * images / training.recipe.batch_size
+        found[job] = Cost(seconds, MEMORY_SHARE * step_gb, may_stop_early)
     return found
 
 
-def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> Cost:
+def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> tuple[float, float]:
     """What a step takes in a process of its own, whose memory is that of this network alone."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -84,11 +78,27 @@ def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> Co
         ) from None
 
 
-def step_cost(training: TrainConfig, device: torch.device, threads: int) -> Cost:
-    """What a few steps of a run take, in a process that does nothing else."""
+def step_cost(config: TrainConfig, device: torch.device, threads: int) -> tuple[float, float]:
+    """Seconds of a training step, the faster of two, or one where it is long; and 10⁹ bytes.
+
+    On a GPU the step is plain, as to capture it would take longer than the answer is worth; so
+    training there is faster than this says.
+    """
     torch.set_num_threads(threads)
-    seconds = step_seconds(training, device, resolve_precision("auto", device))
-    return Cost(seconds, memory_gb(torch.device("cpu")))
+    dataset = dataclasses.replace(config.dataset, validation=0)
+    batches = TrainingBatches(random_split(dataset, 1000, device), 0, config.recipe.batch_size)
+    model = build_model(config.model, config.routing, config.dataset)
+    precision, fast = resolve_precision("auto", device), device.type == "cpu"
+    trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
+    seconds: list[float] = []
+    for number in range(3):
+        began = time.perf_counter()
+        trainer.advance(batches, number, 1)
+        wait_for(device)
+        seconds.append(time.perf_counter() - began)
+        if number and seconds[-1] > 2:  # long enough to be told by one
+            break
+    return min(seconds[1:]), memory_gb(torch.device("cpu"))
 
 
 def training_seconds(
@@ -98,22 +108,9 @@ def training_seconds(
 
     ended: the step at which it is expected to stop; None: its last.
     """
-    train, test = sizes(training.dataset)
-    batch, recipe = training.recipe.batch_size, training.recipe
-    steps = recipe.steps or math.ceil((recipe.epochs or 0) * train / batch)
-    left = max(math.ceil(ended or steps) - made, 0)
-    every = training.evaluation_steps(train)
-    in_training = min(test, training.record.evaluate_images) + training.dataset.validation
-    tested = (test + left // every * in_training) * (1 if recipe.average is None else 2)
-    return START_SECONDS + step_seconds * (left + TEST_SHARE * tested / batch)
-
-
-def testing_seconds(image_seconds: float, config: EvalConfig | None) -> float:
-    """About how long it takes to test a model; None: on no more than a few images.
-
-    image_seconds: of training.
-    """
-    if config is None:
-        return 0.0
-    count = sizes(config.dataset)[1]
-    return TEST_SHARE * image_seconds * min(count, config.images or count)
+    (train, test), recipe = sizes(training.dataset), training.recipe
+    left = max((ended or total_steps(recipe, train)) - made, 0)
+    on_the_way = min(test, training.record.evaluate_images) + training.dataset.validation
+    tested = test + left // training.evaluation_steps(train) * on_the_way
+    tested *= 1 if recipe.average is None else 2
+    return START_SECONDS + step_seconds * (left + TEST_SHARE * tested / recipe.batch_size)

@@ -3,25 +3,25 @@
 Shapes: B batch, I input capsules, K input dimension.
 """
 
-import dataclasses
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
 
 from capsrun.bench.textbook import textbook_steps
-from capsrun.bench.timing import captured, wait_for
-from capsrun.config import BenchConfig, DatasetConfig, TrainConfig
+from capsrun.config import BenchConfig, DatasetConfig
 from capsrun.data import known
 from capsrun.data.files import Part, RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.training.device import memory_gb, resolve_device
-from capsrun.training.graph import make_trainer
+from capsrun.training.graph import capture, make_trainer, own_stream
 from capsrun.training.metrics import score_split
 from capsrun.training.step import Trainer, to_device
 
@@ -31,13 +31,13 @@ TRAINING_IMAGES, TEST_IMAGES = 60_000, 10_000
 DIGIT_PX = 28
 STEPS = 200_000  # of a run that is timed in its first half, again and again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROFILED_STEPS = 3
 
 
-def variant_names(precision: str, device: torch.device) -> list[str]:
+def variant_names(precision: str) -> list[str]:
     """The kinds of training step that are compared, each with its precision."""
-    precisions = ["fp32"] if precision == "fp32" else ["fp32", "bf16"]
-    kinds = ("plain", "direct", "fast") if device.type == "cpu" else ("plain", "fast")
-    return ["textbook fp32"] + [f"{kind} {p}" for kind in kinds for p in precisions]
+    precisions = dict.fromkeys(("fp32", precision))
+    return ["textbook fp32", *(f"{kind} {p}" for kind in ("plain", "fast") for p in precisions)]
 
 
 def make_model(config: BenchConfig, device: torch.device, fast: bool) -> CapsNet:
@@ -72,62 +72,47 @@ def batches_alone(config: BenchConfig, device: torch.device) -> Run:
     split = random_split(config.dataset, TRAINING_IMAGES, device)
     batches = TrainingBatches(split, 0, config.recipe.batch_size)
     indices, positions = batches.draw(0)
-    return captured(lambda: batches.assemble(indices, positions), device)
+    return repeated(lambda: batches.assemble(indices, positions), device)
 
 
-def training_steps(config: BenchConfig, device: torch.device, name: str, capture: bool) -> Run:
-    """Training steps of a variant, batches included.
+def repeated(once: Callable[[], Any], device: torch.device) -> Run:
+    """Repeat some work; on a GPU as a captured graph, so that the host's time does not count."""
+    repeat: Callable[[], Any] = once
+    if device.type == "cuda":
+        with own_stream(device):
+            repeat = capture(once).replay
 
-    The direct variant, on CPUs, is the fast one without `models/frequency_conv.py` and what came
-    with it: it convolves directly, Conv1 too, squashes with PyTorch's operations, and gives freed
-    memory back; votes and routing are the fast ones.
+    def run(count: int) -> None:
+        for _ in range(count):
+            repeat()
+
+    return run
+
+
+def training_steps(
+    config: BenchConfig, device: torch.device, name: str, capture: bool = True
+) -> tuple[Run, Trainer | None]:
+    """Training steps of a variant, batches included, and what makes them; the textbook has none.
+
     capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
     """
     kind, precision = name.split()
     size = config.recipe.batch_size
+    model = make_model(config, torch.device("cpu"), fast=False)
     if kind == "textbook":
         raw = random_images(config.dataset, TRAINING_IMAGES)
-        like = make_model(config, device, False)
-        return textbook_steps(like, *raw.train, config.dataset, size, device)
-    split = random_split(config.dataset, TRAINING_IMAGES, device)
-    model = make_model(config, torch.device("cpu"), False)
-    fast = kind in ("direct", "fast") and (capture or device.type == "cpu")
+        return textbook_steps(model, *raw.train, config.dataset, size, device), None
+    fast = kind == "fast" and (capture or device.type == "cpu")
     trainer = make_trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
-    return Steps(trainer, TrainingBatches(split, 0, size))
+    batches = TrainingBatches(random_split(config.dataset, TRAINING_IMAGES, device), 0, size)
+    made = 0
 
+    def run(count: int) -> None:
+        nonlocal made
+        trainer.advance(batches, made % (STEPS // 2), count)
+        made += count
 
-class Steps:
-    """A trainer's updates, from one call to the next."""
-
-    def __init__(self, trainer: Trainer, batches: TrainingBatches) -> None:
-        self.trainer, self._batches, self._made = trainer, batches, 0
-
-    def __call__(self, count: int) -> None:
-        self.trainer.advance(self._batches, self._made % (STEPS // 2), count)
-        self._made += count
-
-
-def step_seconds(config: TrainConfig, device: torch.device, precision: str) -> float:
-    """About how long a training step of a run takes: the faster of two, or one where it is long.
-
-    On a GPU the step is plain, as to capture it would take longer than the answer is worth; so
-    training there is faster than this says.
-    """
-    dataset = dataclasses.replace(config.dataset, validation=0)
-    batches = TrainingBatches(random_split(dataset, 1000, device), 0, config.recipe.batch_size)
-    model = build_model(config.model, config.routing, config.dataset)
-    fast = device.type == "cpu"
-    trainer = Trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
-    seconds = []
-    for number in range(3):
-        began = time.perf_counter()
-        trainer.advance(batches, number, 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        if number and seconds[-1] > 2:  # long enough to be told by one
-            break
-    return min(seconds[1:])
+    return run, trainer
 
 
 def routing_alone(
@@ -147,11 +132,11 @@ def routing_alone(
         capsules_BJD = route(poses_BIK)
         torch.autograd.grad(capsules_BJD, inputs, torch.ones_like(capsules_BJD))
 
-    return captured(once, device)
+    return repeated(once, device)
 
 
-def testing(config: BenchConfig, device: torch.device, precision: str, direct: bool) -> Run:
-    """Classify as many images as MNIST has for testing. direct: see `CapsNet.direct`."""
+def testing(config: BenchConfig, device: torch.device, precision: str) -> Run:
+    """Classify as many images as MNIST has for testing."""
     model = make_model(config, device, fast=True)
     split = random_split(config.dataset, TRAINING_IMAGES, device)
 
@@ -167,15 +152,11 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Run, int]:
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty_like(left)
-
-    def run(count: int) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        # The convolutions, which are nearly all of a step, may use TF32 on a GPU.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        for _ in range(count):
-            torch.mm(left, right, out=result)
-        torch.backends.cuda.matmul.allow_tf32 = before
-
+    before = torch.backends.cuda.matmul.allow_tf32
+    # The convolutions, which are nearly all of a step, may use TF32 on a GPU.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    run = repeated(lambda: torch.mm(left, right, out=result), device)
+    torch.backends.cuda.matmul.allow_tf32 = before
     return run, 2 * size**3
 
 
@@ -183,33 +164,49 @@ def large_copy(device: torch.device) -> tuple[Run, int]:
     """A large copy, and the bytes that it reads and writes."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            target.copy_(source)
-
-    return run, 2 * source.numel() * source.element_size()
+    return repeated(lambda: target.copy_(source), device), 2 * source.nbytes
 
 
-def step_flop(model: CapsNet, batch_size: int, digits: int) -> float:
+def step_flop(config: BenchConfig) -> int:
     """Floating-point operations of a training step: three times those of the forward pass.
 
-    An addition and a multiplication count as two. Routing counts as it is defined, with each vote
-    computed once. digits: how many of an image are reconstructed.
+    An addition and a multiplication count as two. They are those of the plain network, as a direct
+    convolution has them; sums outside of matrix products and convolutions are left out.
     """
-    same = model.config.padding == "same"
-    conv1_px = model.image_px if same else model.seen_px - model.config.kernel_px + 1
-    votes = model.digitcaps_weight.numel()
-    multiplications = (
-        model.conv1.weight.numel() * conv1_px**2
-        + model.primarycaps.weight.numel() * model.primary_capsules // model.config.primary_types
-        + votes
-        + (2 * model.routing.iterations - 1) * votes // model.config.primary_dimensions
-    )
-    if model.decoder is not None:
-        decoder = sum(p.numel() for p in model.decoder.parameters() if p.dim() == 2)
-        multiplications += digits * decoder
-    return 3.0 * 2 * multiplications * batch_size
+    dataset = config.dataset
+    images_BCHW = torch.rand(1, dataset.channels, dataset.image_px, dataset.image_px)
+    labels_BT = torch.arange(dataset.digits)[None]
+    model = make_model(config, torch.device("cpu"), fast=False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images_BCHW, labels_BT)
+    return 3 * config.recipe.batch_size * counter.get_total_flops()
+
+
+def operations_ms(run: Run, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each operation of a training step, without those that it calls.
+
+    run: not one that replays a graph, whose kernels belong to no operation. On a GPU its own time
+    is counted, not that of the host.
+    """
+    on_gpu = device.type == "cuda"
+    run(2)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as recorded:
+        run(PROFILED_STEPS)
+        wait_for(device)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = {
+        event.key: getattr(event, key) / 1e3 / PROFILED_STEPS
+        for event in recorded.key_averages()
+        if event.device_type == DeviceType.CPU  # a kernel's time is that of what launched it
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class OwnProcess:
@@ -220,38 +217,29 @@ class OwnProcess:
     """
 
     def __init__(self, config: BenchConfig, name: str) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=_begin, initargs=(config, name)
-        )
+        self._variant = config, name
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self.found: dict[str, Any] = {}
+        """See `steps_here`, in that process."""
 
     def __call__(self, count: int) -> None:
         """Make so many steps, and wait for them."""
-        self._pool.submit(_advance, count).result()
-
-    def finish(self) -> dict[str, Any]:
-        """End the process; returns what was found there, as `bench.json` holds it.
-
-        memory_gb: the most memory that it held, in 10⁹ bytes. ways_ms: see `Trainer.ways_ms`.
-        """
-        found = self._pool.submit(_found).result()
-        self._pool.shutdown()
-        return found
+        self.found = self._pool.submit(steps_here, *self._variant, count).result()
 
 
-_here: dict[str, Any] = {}  # of an OwnProcess
+_here: dict[str, Any] = {}  # what was built in this process, if it is that of a variant
 
 
-def _begin(config: BenchConfig, name: str) -> None:
-    _here["device"] = resolve_device(config.device)
-    _here["run"] = training_steps(config, _here["device"], name, capture=True)
+def steps_here(config: BenchConfig, name: str, count: int) -> dict[str, Any]:
+    """Make training steps of the one variant of this process.
 
-
-def _advance(count: int) -> None:
+    Returns what `bench.json` holds of it. memory_gb: the most memory held so far, in 10⁹ bytes.
+    ways_ms: see `Trainer.ways_ms`.
+    """
+    device = resolve_device(config.device)
+    if not _here:
+        _here["run"], _here["trainer"] = training_steps(config, device, name)
     _here["run"](count)
-    wait_for(_here["device"])
-
-
-def _found() -> dict[str, Any]:
-    run = _here["run"]
-    ways_ms = run.trainer.ways_ms if isinstance(run, Steps) else {}
-    return {"memory_gb": memory_gb(_here["device"]), "ways_ms": ways_ms}
+    wait_for(device)
+    ways_ms = _here["trainer"].ways_ms if _here["trainer"] else {}
+    return {"memory_gb": memory_gb(device), "ways_ms": ways_ms}

@@ -8,7 +8,8 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 D output dimension, T digits in one image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain, pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,14 @@ class TextbookCapsNet(nn.Module):
                 like.primary_capsules, like.classes, config.digit_dimensions, self.dimensions
             )
         )
-        widths = [like.classes * config.digit_dimensions, *config.decoder_widths]
-        layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:]):
-            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        layers += [nn.Linear(widths[-1], like.channels * like.image_px**2), nn.Sigmoid()]
-        self.decoder = nn.Sequential(*layers)
+        widths = [
+            like.classes * config.digit_dimensions,
+            *config.decoder_widths,
+            like.channels * like.image_px**2,
+        ]
+        layers = [(nn.Linear(size, next_size), nn.ReLU()) for size, next_size in pairwise(widths)]
+        self.decoder = nn.Sequential(*chain(*layers))
+        self.decoder[-1] = nn.Sigmoid()
 
     def forward(self, images_BCHW: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the capsule lengths (B, J) and the flat reconstructions (B, T, C · H · W)."""
@@ -105,15 +108,11 @@ def textbook_steps(
     images = ShiftedImages(images_NCHW, labels_N, config)
     loader = DataLoader(images, batch_size=batch_size, shuffle=True, drop_last=True)
 
-    def batches() -> Iterator[list[Tensor]]:
-        while True:
-            yield from loader
-
-    endless = batches()
+    batches = chain.from_iterable(repeat(loader))
 
     def advance(count: int) -> None:
         for _ in range(count):
-            images_BCHW, labels_BT, targets_BTCHW = (t.to(device) for t in next(endless))
+            images_BCHW, labels_BT, targets_BTCHW = (t.to(device) for t in next(batches))
             lengths_BJ, drawn = model(images_BCHW, labels_BT)
             present_BJ = F.one_hot(labels_BT, lengths_BJ.shape[1]).sum(1).float()
             margin = present_BJ * F.relu(0.9 - lengths_BJ) ** 2

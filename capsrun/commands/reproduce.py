@@ -8,48 +8,27 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from capsrun.config import setting
+from tabulate import tabulate
+
 from capsrun.errors import Stopped, Unfinished, UserError, notice
 from capsrun.experiments import Experiments
 from capsrun.names import folder_words, suggest
-from capsrun.runs.jobs import THREADS, BudgetConfig, Job, JobMaker, QueueConfig, threads_each
+from capsrun.runs.jobs import THREADS, Cost, Job, ReproduceConfig, make_jobs, threads_each
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
-
-if TYPE_CHECKING:
-    from capsrun.bench.estimate import Cost
 
 POLL_SECONDS = 0.2
 # How long a job may take to save when the time is over: until its step, or batch of a test, ends.
 GRACE_SECONDS = 60.0
 # How many jobs are named in a line that is no plan.
 FEW = 5
-
-
-@dataclass(kw_only=True)
-class ReproduceConfig:
-    """What it needs. Values: `configs/reproduce.yaml`."""
-
-    targets: list[str]
-    seeds: list[int] = setting(minimum=0)
-    budget: BudgetConfig
-    queue: QueueConfig
-    only_plan: bool
-    timing: bool
-    minutes: float | None = setting(above=0)
-    parallel: int = setting(minimum=1)
-    runs_dir: str
-    device: str = setting(choices=("auto", "cpu", "cuda"))
 
 
 @dataclass
@@ -92,10 +71,13 @@ def reproduce(config: ReproduceConfig, experiments: Experiments) -> Outcome:
     UserError for an unknown target, and Stopped, with everything saved, on Ctrl-C.
     """
     deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
-    maker = JobMaker(experiments, config.budget, config.runs_dir, config.device)
-    jobs = maker.queue(config.queue.entries)
+    jobs = make_jobs(config, experiments)
     left = [job for job in jobs if not job.finished]
-    costs = costs_of(left, config, experiments) if config.timing else {}
+    costs: dict[Job, Cost] = {}
+    if config.timing and left:
+        from capsrun.bench.estimate import job_costs  # it needs PyTorch, as nothing else here does
+
+        costs = job_costs(left, experiments, config.device, config.parallel)
     if len(jobs) > 1 or config.timing or config.only_plan:
         show_plan(jobs, costs, config, deadline)
     if config.only_plan or not left:
@@ -117,83 +99,85 @@ def run(
     parallel: int,
     deadline: float | None,
     stop: StopRequest,
-    needs_gb: Mapping[Job, float] = MappingProxyType({}),
+    needs_gb: Mapping[Job, float] = {},
 ) -> Outcome:
     """Run jobs in order, as many at once as `parallel` says, each when those it needs are done.
 
-    needs_gb: the memory that each takes, where it is known: together they get no more than there is
-    now, nor is one begun beside others when less is left; a job that is too large runs alone.
+    On `stop` and at the deadline what runs is asked to save and end; what has not a minute after
+    the deadline is killed, and loses at most what it did since its last checkpoint.
+    needs_gb: the memory that each takes, where it is known; see `with_ready`.
     """
-    free_gb = available_memory_gb()
+    free_gb, over = available_memory_gb(), False
     outcome, running = Outcome(waiting=list(jobs)), dict[Job, subprocess.Popen]()
     try:
-        while outcome.waiting or running:
-            late = deadline is not None and time.monotonic() >= deadline
-            if stop.asked or late:
-                end(running, GRACE_SECONDS if late else None)
-            take_finished(outcome)
+        while True:
+            late = 0.0 if deadline is None else time.monotonic() - deadline
+            if not over and (stop.asked or late > 0):
+                over = True
+                for process in running.values():
+                    process.terminate()
+            if late > GRACE_SECONDS:
+                for process in running.values():
+                    process.kill()
+            sort_ended(outcome, running, over)
             elsewhere = used_elsewhere(outcome.waiting)
-            ready = [job for job in outcome.waiting if job not in elsewhere and job.ready]
-            together = list(running)
-            while ready and len(together) < parallel and not (stop.asked or late):
-                held_gb = sum(needs_gb.get(job, 0) for job in [*together, ready[0]])
-                own_gb = needs_gb.get(ready[0], 0)
-                if together and (held_gb > free_gb or own_gb > available_memory_gb()):
-                    break
-                together.append(ready.pop(0))
+            ready = [
+                job
+                for job in outcome.waiting
+                if job not in elsewhere and all(need.finished for need in job.needs)
+            ]
+            most = 0 if over else parallel - len(running)
+            together = with_ready(list(running), ready[:most], needs_gb, free_gb)
             for job in together[len(running) :]:
                 outcome.waiting.remove(job)
                 running[job] = start(job, len(together), quiet=parallel > 1)
-            waits_for_others = elsewhere and not (stop.asked or late)
-            if not running and not waits_for_others:  # nothing can be begun any more
-                break
+            if not running and (over or not elsewhere):  # nothing can be begun any more
+                return outcome
             time.sleep(POLL_SECONDS)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
-                if code == 0 and job.finished:
-                    outcome.finished.append(job)
-                elif code == os.EX_TEMPFAIL:  # another process was faster
-                    outcome.waiting.append(job)
-                elif stop.asked or late:
-                    outcome.interrupted.append(job)
-                else:
-                    outcome.failed.append(job)
     finally:
         for process in running.values():  # after a second Ctrl-C, say
             process.kill()
-    return outcome
 
 
-def take_finished(outcome: Outcome) -> None:
-    """Count jobs as finished that other processes have finished meanwhile."""
+def sort_ended(outcome: Outcome, running: dict[Job, subprocess.Popen], over: bool) -> None:
+    """Note how jobs have ended, also those that other processes have finished meanwhile.
+
+    over: whether they were asked to end.
+    """
+    for job in [job for job, process in running.items() if process.poll() is not None]:
+        code = running.pop(job).returncode
+        if code == os.EX_TEMPFAIL or (code == 0 and job.finished):  # taken by another process
+            outcome.waiting.append(job)
+        else:
+            (outcome.interrupted if over else outcome.failed).append(job)
     for job in [job for job in outcome.waiting if job.finished]:
         outcome.waiting.remove(job)
         outcome.finished.append(job)
 
 
+def with_ready(
+    running: list[Job], ready: Sequence[Job], needs_gb: Mapping[Job, float], free_gb: float
+) -> list[Job]:
+    """The running jobs, and those that can be begun beside them.
+
+    Together they get no more memory than `free_gb`, nor is one begun beside others when less than
+    it takes is left; a job that is too large runs alone.
+    """
+    together = list(running)
+    for job in ready:
+        held_gb = sum(needs_gb.get(other, 0) for other in [*together, job])
+        if together and (held_gb > free_gb or needs_gb.get(job, 0) > available_memory_gb()):
+            break
+        together.append(job)
+    return together
+
+
 def used_elsewhere(jobs: Iterable[Job]) -> list[Job]:
     """The jobs at which other processes are at work; says so, once for each of them."""
-    owners = {job: job.owner for job in jobs}
+    owners = {job: owner for job in jobs if (owner := job.owner) is not None}
     for job, owner in owners.items():
-        if owner is not None:
-            notice(f"{job} is left to {owner}")
-    return [job for job, owner in owners.items() if owner is not None]
-
-
-def end(running: Mapping[Job, subprocess.Popen], grace_seconds: float | None) -> None:
-    """Ask jobs to save what they have and end; kill those that have not after the grace, if any.
-
-    A run that is killed loses at most what it did since its last checkpoint.
-    """
-    for process in running.values():
-        process.send_signal(signal.SIGTERM)
-    limit = None if grace_seconds is None else time.monotonic() + grace_seconds
-    for process in running.values():
-        try:
-            process.wait(None if limit is None else max(0.0, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        notice(f"{job} is left to {owner}")
+    return list(owners)
 
 
 def available_memory_gb() -> float:
@@ -244,52 +228,38 @@ def show_outcome(outcome: Outcome) -> None:
             print(f"{what}: {names}" + (f" and {len(jobs) - FEW} more" if jobs[FEW:] else ""))
 
 
-def costs_of(
-    jobs: Sequence[Job], config: ReproduceConfig, experiments: Experiments
-) -> "dict[Job, Cost]":
-    """About what each job will take here, from a few timed steps of each network."""
-    if not jobs:
-        return {}
-    from capsrun.bench.estimate import job_costs  # which needs PyTorch, as nothing else here does
-
-    return job_costs(jobs, experiments, config.device, config.parallel)
-
-
 def show_plan(
-    jobs: Sequence[Job],
-    costs: "Mapping[Job, Cost]",
-    config: ReproduceConfig,
-    deadline: float | None,
+    jobs: Sequence[Job], costs: Mapping[Job, Cost], config: ReproduceConfig, deadline: float | None
 ) -> None:
     """Print a line for each experiment, how long all takes, and what fits into the minutes.
 
     The times are those of jobs that begin in this order, `parallel` at once.
     """
-    width = max((len(job.name) for job in jobs), default=0)
-    if any(job.budget == config.budget.name for job in jobs):
+    if any(job.name.startswith(f"{config.budget.name}/") for job in jobs):
         print(f"budget {config.budget.name}: {' '.join(config.budget.train)}")
-    head = f"{'takes':<24} finished by" if costs else ""
-    print(f"{'experiment':<{width}}  {'seeds':<20} {'state':<32} {head}".rstrip())
-    now, ends, latest = datetime.datetime.now(), when_done(jobs, costs, config.parallel), ""
+    now, ends = datetime.datetime.now(), when_done(jobs, costs, config.parallel)
+    rows, latest = [], ""
     for name, group in itertools.groupby(jobs, key=lambda job: job.name):
         own = list(group)
-        takes = [costs[job] for job in own if job in costs]
-        length = sum(cost.seconds for cost in takes)
-        last = max((ends[job] for job in own if job in ends), default=0.0)
-        at = now + datetime.timedelta(seconds=last)
-        bound = "at most " if any(cost.may_stop_early for cost in takes) else ""
-        latest = latest or (bound and " at the latest")
-        shown = f"{bound + duration(length):<24} {at:%a %d %b %Y %H:%M}{latest}" if takes else ""
-        seeds = " ".join(str(job.seed) for job in own)
-        print(f"{name:<{width}}  {seeds:<20} {states(own):<32} {shown}".rstrip())
-    left = [job for job in jobs if not job.finished]
-    line = f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished"
+        rows.append([name, " ".join(str(job.seed) for job in own), states(own)])
+        left = [job for job in own if job in costs]
+        if left:
+            bound = "at most " if any(costs[job].may_stop_early for job in left) else ""
+            latest = latest or (bound and " at the latest")
+            at = now + datetime.timedelta(seconds=max(ends[job] for job in left))
+            takes = duration(sum(costs[job].seconds for job in left))
+            rows[-1] += [bound + takes, f"{at:%a %d %b %Y %H:%M}{latest}"]
+    heads = ["experiment", "seeds", "state", *(["takes", "finished by"] if costs else [])]
+    print(tabulate(rows, heads, "plain", disable_numparse=True))
+    line = f"{len(jobs)} jobs, {sum(job.finished for job in jobs)} of them finished"
     if costs:
         total = duration(max(ends.values()))
         line += f"; the rest takes {'at most' if latest else 'about'} {total}"
     print(line)
     if costs and deadline is not None:
-        fit = fitting(ends, deadline - time.monotonic())
+        seconds_left = deadline - time.monotonic()
+        fit = ", ".join(str(job) for job, seconds in ends.items() if seconds <= seconds_left)
+        fit = fit or "nothing, but what is begun goes on next time"
         print(f"expected to finish in {config.minutes:g} minutes: {fit}")
 
 
@@ -303,7 +273,7 @@ def states(jobs: Sequence[Job]) -> str:
     return ", ".join(parts + ([f"{new} to run"] if new else []))
 
 
-def when_done(jobs: Iterable[Job], costs: "Mapping[Job, Cost]", parallel: int) -> dict[Job, float]:
+def when_done(jobs: Iterable[Job], costs: Mapping[Job, Cost], parallel: int) -> dict[Job, float]:
     """In how many seconds each job that has a cost will be done, as many at once as `parallel`.
 
     What the memory may forbid is not looked at.
@@ -315,9 +285,3 @@ def when_done(jobs: Iterable[Job], costs: "Mapping[Job, Cost]", parallel: int) -
             ends[job] = begins + costs[job].seconds
             heapq.heappush(free_at, ends[job])
     return ends
-
-
-def fitting(ends: Mapping[Job, float], seconds_left: float) -> str:
-    """The jobs that will be finished in time."""
-    names = [str(job) for job, seconds in ends.items() if seconds <= seconds_left]
-    return ", ".join(names) or "nothing, but what is begun goes on next time"

@@ -4,19 +4,19 @@ A job is one experiment with one seed and one budget. Its folder is
 `<runs_dir>/<budget>/<experiment>/seed<k>`, and it is finished when `result.json` is there.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from capsrun.config import setting
-from capsrun.disk import LOCK, MOST_TEXT_BYTES, holder, parse_json, read_bytes, read_json
+from capsrun.disk import LOCK, holder
 from capsrun.errors import UserError, did_you_mean
-from capsrun.experiments import GROUPS, Experiment, Experiments
-from capsrun.names import quoted, word
+from capsrun.experiments import GROUPS, Experiments
+from capsrun.names import folder_words, quoted, word
 
 # What says how many threads a program takes.
 THREADS = "OMP_NUM_THREADS"
@@ -58,19 +58,37 @@ class QueueConfig:
     entries: list[QueueEntry]
 
 
+@dataclass(kw_only=True)
+class ReproduceConfig:
+    """Everything that `capsrun reproduce` needs. Values: `configs/reproduce.yaml`."""
+
+    targets: list[str]
+    seeds: list[int] = setting(minimum=0)
+    budget: BudgetConfig
+    queue: QueueConfig
+    only_plan: bool
+    timing: bool
+    minutes: float | None = setting(above=0)
+    parallel: int = setting(minimum=1)
+    runs_dir: str
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+
+
 @dataclass(frozen=True)
 class Job:
     """One command and the result that it makes."""
 
-    experiment: str
+    name: str
+    """The experiment after its budget, as in the path of its folder."""
     seed: int
     folder: Path
     arguments: tuple[str, ...]
     """What follows `capsrun`."""
     needs: tuple["Job", ...] = ()
     """The jobs whose models it uses."""
-    budget: str = ""
-    """The name of its budget."""
+
+    def __str__(self) -> str:
+        return f"{self.name} seed {self.seed}"
 
     @property
     def result(self) -> Path:
@@ -82,11 +100,6 @@ class Job:
         return self.result.exists()
 
     @property
-    def ready(self) -> bool:
-        """Whether all that it needs is there."""
-        return all(need.finished for need in self.needs)
-
-    @property
     def owner(self) -> str | None:
         """The process that is at work on it, if there is one."""
         return holder(self.folder / LOCK)
@@ -96,31 +109,32 @@ class Job:
         """Whether it trains a model, and does not only use some."""
         return self.arguments[0] == "train"
 
-    @property
-    def name(self) -> str:
-        """The experiment after its budget, as in the path of its folder."""
-        return "/".join(filter(None, (self.budget, self.experiment)))
-
-    def __str__(self) -> str:
-        return f"{self.name} seed {self.seed}"
-
     def steps_made(self) -> int:
         """How many steps of training were recorded in an interrupted job."""
         if not (self.folder / "checkpoint.pt").exists():
             return 0
-        try:
-            last = read_bytes(self.folder / "metrics.jsonl", MOST_TEXT_BYTES).splitlines()[-1]
-            return int(parse_json(last)["step"])
-        except (OSError, LookupError, ValueError, TypeError, OverflowError):
-            return 0
+        from capsrun.runs.reader import read_metrics  # not needed for a plan from scratch
+
+        return max((row["step"] for row in read_metrics(self.folder)), default=0)
 
     def others_ended(self) -> float | None:
         """The mean step at which other seeds of this run ended; None while none has."""
-        steps = []
-        for path in self.folder.parent.glob("seed*/result.json"):
-            with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
-                steps.append(int(read_json(path)["steps"]))
+        from capsrun.runs.reader import find_results
+
+        results = find_results([self.folder.parent])
+        steps = [result.values["steps"] for result in results if result.command == "train"]
         return sum(steps) / len(steps) if steps else None
+
+
+class Cost(NamedTuple):
+    """What a job takes."""
+
+    seconds: float
+    """About how long, with its share of the cores."""
+    memory_gb: float
+    """Of this machine's memory, in 10⁹ bytes, not of a GPU's."""
+    may_stop_early: bool = False
+    """Whether no seed has shown yet where such a run ends: the seconds are to its last step."""
 
 
 def threads_each(jobs: int) -> int:
@@ -130,115 +144,85 @@ def threads_each(jobs: int) -> int:
     return own or max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
-@dataclass(frozen=True)
-class JobMaker:
-    """Turns names and seeds into jobs of one budget."""
+def make_jobs(config: ReproduceConfig, experiments: Experiments) -> list[Job]:
+    """Every job that is asked for, in order, each after those whose models it uses.
 
-    experiments: Experiments
-    budget: BudgetConfig
-    runs_dir: str
-    device: str
+    Raises UserError for a target that is neither an experiment nor a group of them, or none.
+    """
+    jobs: dict[Path, Job] = {}
+    for entry in config.queue.entries:
+        budget = budget_of(entry, config.budget)
+        for name in chosen(entry.targets, experiments):
+            # An ensemble has one result, whatever the seeds.
+            for seed in entry.seeds if experiments.about(name).models == 1 else [0]:
+                for job in jobs_of(name, seed, budget, config, experiments):
+                    if jobs.setdefault(job.folder, job).arguments != job.arguments:
+                        raise UserError(
+                            f"two entries of the queue ask for different runs in {job.folder}: "
+                            "one of them needs another `length`"
+                        )
+    if not jobs:
+        raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
+    return list(jobs.values())
 
-    def queue(self, entries: Iterable[QueueEntry]) -> list[Job]:
-        """Every job that is asked for, in order, each after those whose models it uses.
 
-        Raises UserError for a target that is neither an experiment nor a group of them, or none.
-        """
-        jobs: dict[Path, Job] = {}
-        for entry in entries:
-            maker = self.of_entry(entry)
-            for name in maker.chosen(entry.targets):
-                # An ensemble has one result, whatever the seeds.
-                seeds = entry.seeds if self.experiments.about(name).models == 1 else [0]
-                for seed in seeds:
-                    for job in maker.with_needs(name, seed):
-                        if jobs.setdefault(job.folder, job).arguments != job.arguments:
-                            raise UserError(
-                                f"two entries of the queue ask for different runs in {job.folder}: "
-                                "one of them needs another `length`"
-                            )
-        if not jobs:
-            raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
-        return list(jobs.values())
+def budget_of(entry: QueueEntry, budget: BudgetConfig) -> BudgetConfig:
+    """The budget of an entry, which may have a length of its own."""
+    if entry.length is None:
+        if entry.train:
+            raise UserError(
+                "an entry of a queue that has `train` needs a `length`, the folder of its runs"
+            )
+        return budget
+    # Nothing of the budget is left: with its smaller data sets the results would be others.
+    return dataclasses.replace(budget, name=entry.length, train=entry.train, eval=[], stand_ins={})
 
-    def of_entry(self, entry: QueueEntry) -> "JobMaker":
-        """What makes the jobs of an entry, which may have a length of its own."""
-        if entry.length is None:
-            if entry.train:
-                raise UserError(
-                    "an entry of a queue that has `train` needs a `length`, the folder of its runs"
-                )
-            return self
-        # Nothing of the budget is left: with its smaller data sets the results would be others.
-        own = replace(self.budget, name=entry.length, train=entry.train, eval=[], stand_ins={})
-        return replace(self, budget=own)
 
-    def chosen(self, targets: Iterable[str]) -> list[str]:
-        """The experiments that are meant by names and groups."""
-        names = self.experiments.names()
-        found: dict[str, None] = {}
-        for target in targets:
-            if target in names:
-                found[target] = None
-            elif target == "all" or target in GROUPS:
-                groups = GROUPS if target == "all" else (target,)
-                members = {group: self.members(group) for group in groups}
-                found |= dict.fromkeys(name for group in groups for name in members[group])
-            else:
-                raise UserError(
-                    f"there is no experiment {target!r}"
-                    f"{did_you_mean(target, ['all', *GROUPS, *names])}; there are all, "
-                    f"{', '.join(GROUPS)} and {', '.join(names)}"
-                )
-        return list(found)
+def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
+    """The experiments that are meant by names and groups."""
+    names = experiments.names()
+    meant = {name: [name] for name in names}
+    for group in GROUPS:
+        meant[group] = [name for name in names if experiments.about(name).group == group]
+    meant["all"] = [name for group in GROUPS for name in meant[group]]
+    for target in targets:
+        if target not in meant:
+            raise UserError(
+                f"there is no experiment {target!r}{did_you_mean(target, meant)}; there are all, "
+                f"{', '.join(GROUPS)} and {', '.join(names)}"
+            )
+    return list(dict.fromkeys(name for target in targets for name in meant[target]))
 
-    def members(self, group: str) -> list[str]:
-        """The experiments of a group."""
-        about = self.experiments.about
-        return [name for name in self.experiments.names() if about(name).group == group]
 
-    def with_needs(self, name: str, seed: int) -> list[Job]:
-        """The job of an experiment after the jobs that it needs.
+def jobs_of(
+    name: str, seed: int, budget: BudgetConfig, config: ReproduceConfig, experiments: Experiments
+) -> list[Job]:
+    """The job of an experiment after the jobs that it needs.
 
-        An experiment without a command of its own is done when those that it uses are.
-        """
-        about = self.experiments.about(name)
-        members = min(about.models, self.budget.members)
-        seeds = [seed] if about.models == 1 else range(members)
-        chains = [self.with_needs(used, k) for used in about.uses for k in seeds]
-        before = [job for chain in chains for job in chain]
-        if about.command is None:
-            return before
-        models = tuple(chain[-1] for chain in chains)
-        folder = self.folder(name, seed)
-        words = self.arguments(name, about, seed, models)
-        return [*before, Job(name, seed, folder, words, models, self.budget.name)]
-
-    def folder(self, name: str, seed: int) -> Path:
-        return Path(self.runs_dir) / self.budget.name / name / f"seed{seed}"
-
-    def arguments(
-        self, name: str, about: Experiment, seed: int, models: Sequence[Job]
-    ) -> tuple[str, ...]:
-        """The command that makes the result of an experiment, without `capsrun`."""
-        assert about.command is not None
-        words = about.command.split()
-        device = [] if self.device == "auto" else [f"device={self.device}"]
-        if words[0] == "train":
-            words += [f"experiment={name}", *self.budget.train, *device]
-            if self.budget.stand_ins:
-                dataset = self.experiments.training([f"experiment={name}"]).dataset.name
-                words += self.budget.stand_ins.get(dataset, [])
-            words += about.smoke if self.budget.name == "smoke" else []
-            words += [f"name={self.budget.name}/{name}", f"seed={seed}"]
-            return (*words, *([] if self.runs_dir == "runs" else [word("runs_dir", self.runs_dir)]))
-        dataset = words[1].removeprefix("dataset=")
-        words += [
-            *self.budget.stand_ins.get(dataset, []),
-            word("checkpoint", models[0].folder),
-            *device,
-            *(self.budget.eval if words[0] == "eval" else []),
-        ]
-        if len(models) > 1:
-            words.append(f"ensemble=[{','.join(quoted(job.folder) for job in models[1:])}]")
-        return (*words, word("out_dir", self.folder(name, seed)))
+    An experiment without a command of its own is done when those that it uses are.
+    """
+    about = experiments.about(name)
+    seeds = [seed] if about.models == 1 else range(min(about.models, budget.members))
+    chains = [jobs_of(used, k, budget, config, experiments) for used in about.uses for k in seeds]
+    before = [job for chain in chains for job in chain]
+    if about.command is None:
+        return before
+    needs = tuple(chain[-1] for chain in chains)
+    folder = Path(config.runs_dir) / budget.name / name / f"seed{seed}"
+    device = [] if config.device == "auto" else [f"device={config.device}"]
+    words = about.command.split()
+    if words[0] == "train":
+        words += [f"experiment={name}", *budget.train, *device]
+        if budget.stand_ins:
+            dataset = experiments.training([f"experiment={name}"]).dataset.name
+            words += budget.stand_ins.get(dataset, [])
+        words += about.smoke if budget.name == "smoke" else []
+        words += [f"name={budget.name}/{name}", f"seed={seed}", *folder_words(config)]
+    else:
+        words += budget.stand_ins.get(words[1].removeprefix("dataset="), [])
+        words += [word("checkpoint", needs[0].folder), *device]
+        words += budget.eval if words[0] == "eval" else []
+        if needs[1:]:
+            words.append(f"ensemble=[{','.join(quoted(job.folder) for job in needs[1:])}]")
+        words.append(word("out_dir", folder))
+    return [*before, Job(f"{budget.name}/{name}", seed, folder, tuple(words), needs)]
