@@ -153,7 +153,7 @@ def answer(name: str, arguments: list[str]) -> None:
         if compose.is_sweep(arguments):
             from capsrun.sweep import run_sweep
 
-            run_sweep(name, arguments)
+            run_sweep(name, arguments, run_command)
         elif (found := compose.composed(name, arguments)) is not None:
             run_command(name, *found)
 
