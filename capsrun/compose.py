@@ -42,6 +42,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-cp", "-cn", "-cd", "-i")
 # Those that are of use here.
 OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--info")
+# The groups that experiments are in, with their titles in the report.
+GROUPS = {
+    "table1": "Table 1: MNIST",
+    "multimnist": "Table 1: MultiMNIST",
+    "affnist": "Padded MNIST and affNIST (§5.2)",
+    "section7": "Other data sets (§7)",
+    "figures": "Figures",
+    "ablations": "What the number depends on",
+}
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
 
@@ -181,10 +190,13 @@ def schema_of(command: str) -> type:
     return getattr(importlib.import_module(f"capsrun.commands.{command}"), name)
 
 
+def experiment_names() -> list[str]:
+    """Those of `configs/experiment/`, in alphabetical order."""
+    return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
+
+
 def targets() -> list[str]:
     """What `capsrun reproduce targets=` takes."""
-    from capsrun.experiments import GROUPS, experiment_names
-
     return ["all", *GROUPS, *experiment_names()]
 
 
