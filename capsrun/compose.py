@@ -129,8 +129,11 @@ def composed(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]] | Non
 def task_words() -> list[str]:
     """The overrides of the job that Hydra runs, without those that are about Hydra."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return list(HydraConfig.get().overrides.task)
+    # As they were typed: what is in `${…}` belongs to the settings.
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return words
 
 
 def is_sweep(arguments: Iterable[str]) -> bool:

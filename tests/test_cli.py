@@ -106,7 +106,6 @@ def test_every_yaml_composes(choice):
             ["with model=cnn_baseline there is no setting"],
         ),
         (["bench", "dataset=affnist_like"], ["affnist_like is for testing"]),
-        (["bench", "recipe=affnist"], ["a recipe that does not say when to stop"]),
         (["train", "+sede=3"], ["no setting 'sede'"]),
         (["train", "~seed"], ["seed has no value"]),
         (["train", "runs_dir='${nope}'"], ["nope"]),

@@ -125,29 +125,6 @@ def test_paths_are_offered_where_a_setting_is_one(home):
     assert offered(f"train runs_dir={home}/da") == [f"runs_dir={home}/data/"]
 
 
-def in_bash(script: Path, line: str, code: str = "") -> list[str]:
-    """What bash is told when Tab is pressed at the end of a line."""
-    asked = (
-        f"COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; COMPREPLY=()\n"
-        "_python_argcomplete capsrun '' '' 2>/dev/null\n"
-        'printf "<%s>" "${COMPREPLY[@]}"'
-    )
-    command = ["bash", "--norc", "-c", f". {shlex.quote(str(script))}\n{asked}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return re.findall("<(.+?)>", done.stdout)
-
-
-@needs("bash")
-def test_bash(home):
-    script = home / "capsrun.bash"
-    script.write_text(completion.script("bash"))
-    (home / "my runs").mkdir()
-    assert in_bash(script, "capsrun train dataset=km") == ["kmnist "]
-    assert in_bash(script, "capsrun eval checkpoint=my") == ["my\\ runs/"]
-    assert in_bash(script, "capsrun eval checkpoint=/no/such/folder/") == [], "no error is shown"
-
-
 @pytest.mark.parametrize("line", ["capsrun ", "capsrun train rec"])
 def test_it_answers_at_once_and_imports_no_torch(line):
     script = (
