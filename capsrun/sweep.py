@@ -125,7 +125,8 @@ def finish(outcome: Outcome, work: Callable[[], Any]) -> None:
         outcome.code, outcome.message = 1, f"failed: {first_line(error)}"
     else:
         outcome.code, outcome.message = 0, "finished"
-        validation = (result or {}).get("scores", {}).get("validation", {})
+        scores = result.get("scores", {}) if isinstance(result, dict) else {}
+        validation = scores.get("validation", {})
         outcome.validation_error_percent = validation.get("error_percent")
 
 

@@ -167,7 +167,8 @@ def test_the_options_are_those_of_hydra():
     from hydra._internal.utils import get_args_parser
 
     found = [option for action in get_args_parser()._actions for option in action.option_strings]
-    assert {*compose.OPTIONS, *compose.SHORT_OPTIONS} == set(found)
+    not_here = {"--shell-completion", "-sc", "--experimental-rerun"}
+    assert {*compose.OPTIONS, *compose.SHORT_OPTIONS} == set(found) - not_here
 
 
 @pytest.mark.parametrize("option", ["--cfg=job", "-c", "--conf", "-cjob", "--mul", "--info"])
@@ -333,38 +334,20 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     assert done.stderr == ""
 
 
-def test_times_and_sizes_are_in_the_units_that_suit_them():
-    times = {
-        0: "0 s",
-        0.02: "0.02 s",
-        0.34: "0.3 s",
-        3: "3 s",
-        9.97: "10 s",
-        59.7: "1 min",
-        100: "1 min 40 s",
-        3_000: "50 min",
-        4_800: "1 h 20 min",
-        7_199: "2 h",
-        40_000: "11 h",
-        90_000: "1 day 1 h",
-        2_000_000: "23 days",
-    }
-    assert {seconds: terminal.duration(seconds) for seconds in times} == times
-    assert [terminal.ago(s) for s in (-1, 20, 60, 3 * 3600 + 100, 86_400)] == [
-        "0 s ago",
-        "20 s ago",
-        "1 min ago",
-        "3 h ago",
-        "1 day ago",
-    ]
-    assert [terminal.size(n) for n in (0, 999, 11_594_722, 150e6, 999.9e6, 5e12)] == [
-        "0 bytes",
-        "999 bytes",
-        "11.6 MB",
-        "150 MB",
-        "1.0 GB",
-        "5000 GB",
-    ]
+TIMES = """0: 0 s, 0.02: 0.02 s, 0.34: 0.3 s, 3: 3 s, 9.97: 10 s, 59.7: 1 min, 100: 1 min 40 s,
+ 3000: 50 min, 4800: 1 h 20 min, 7199: 2 h, 40000: 11 h, 90000: 1 day 1 h, 2e6: 23 days"""
+AGO = "-1: 0 s ago, 20: 20 s ago, 60: 1 min ago, 10900: 3 h ago, 86400: 1 day ago"
+SIZES = (
+    "0: 0 bytes, 999: 999 bytes, 11594722: 11.6 MB, 150e6: 150 MB, 999.9e6: 1.0 GB, 5e12: 5000 GB"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "table"), [(terminal.duration, TIMES), (terminal.ago, AGO), (terminal.size, SIZES)]
+)
+def test_times_and_sizes_are_in_the_units_that_suit_them(said, table):
+    expected = dict(pair.strip().split(": ") for pair in table.split(","))
+    assert {number: said(float(number)) for number in expected} == expected
 
 
 def on_a_terminal(*arguments, cwd) -> str:
@@ -451,7 +434,8 @@ def test_what_is_suggested_after_training_finds_the_model(name, overrides, words
     assert names.model_words(config, folder) == ["dataset=mnist5k", *words]
     assert names.model_words(config, folder / "checkpoint.pt") == ["dataset=mnist5k", *words]
     tested = from_dict(EvalConfig, compose.compose("eval", ["dataset=mnist5k", *words]))
-    assert Path(tested.checkpoint) == folder
+    usual = names.default_run(tested.dataset, tested.split, tested.seed)
+    assert Path(tested.checkpoint or Path(tested.runs_dir) / usual) == folder
     own = vars(config.dataset)
     assert differing_keys(vars(tested.dataset), own) == []
 
