@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a fault of the machine. 2: a mistake of the user. 75: another process is at work
     there. 128 + n: stopped by signal n.
     """
+    if completion.WANTED in os.environ:
+        completion.answer_shell(list(ALL))
     arguments = list(sys.argv[1:] if argv is None else argv)
     threading.excepthook = without_told_twice
     signals: list[int] = []
@@ -141,7 +143,7 @@ def answer(name: str, arguments: list[str]) -> None:
     elif name == "--version":
         print(f"capsrun {__version__}")
     elif name == "completion":
-        completion.main(arguments, list(ALL))
+        completion.main(arguments)
     elif name not in COMMANDS:
         raise UserError(compose.describe_unknown_command(name, list(ALL)))
     else:
@@ -153,7 +155,7 @@ def answer(name: str, arguments: list[str]) -> None:
         if compose.is_sweep(arguments):
             from capsrun.sweep import run_sweep
 
-            run_sweep(name, arguments)
+            run_sweep(name, arguments, run_command)
         elif (found := compose.composed(name, arguments)) is not None:
             run_command(name, *found)
 

@@ -1,23 +1,25 @@
-"""Tab completion for bash, zsh and fish: what is offered, the shells' scripts, and installing them.
+"""Tab completion for bash, zsh and fish: what is offered, and installing it.
 
-The scripts ask `capsrun completion words SHELL LINE` for every word that could come next, so that
-they need not know what capsrun can do.
+argcomplete has the scripts for the shells and knows how each of them splits and quotes words; the
+scripts run capsrun itself with the line in environment variables.
 """
 
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from capsrun.compose import FLAGS, OFFERED, OPTIONS, group_choices, setting_names, setting_values
+from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean
 
 SHELLS = ("bash", "zsh", "fish")
 ACTIONS = ("install", "uninstall", *SHELLS)
-# What the shells' scripts call; it is for nobody else.
-WORDS = "words"
+# What argcomplete's scripts set when they want to know what comes next.
+WANTED = "_ARGCOMPLETE"
 # Settings that are paths, by the last part of their names, with the endings of the files that fit.
 PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".pt",),
@@ -29,121 +31,79 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 # Only names that Hydra reads without quotes are offered.
 PLAIN_NAME = re.compile(r"[\w.+@%~: -]+")
+# At the end of the line that is added to a shell's own file, by which it is found again.
+MARK = "# capsrun completion"
+HELP = """capsrun completion [install|uninstall|bash|zsh|fish]
+
+Lets the Tab key complete commands, settings, their choices and paths.
+
+  capsrun completion install     for your shell ($SHELL); say bash, zsh or fish for another one
+  capsrun completion uninstall   undo that
+  capsrun completion bash        print the script, to be put where you like (so zsh, fish)"""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What can be typed, as `cli.py` knows it."""
+def answer_shell(commands: Sequence[str]) -> None:
+    """Tell the shell whose script started this process what can come next, and end the process.
 
-    commands: Sequence[str]
-    flags: Mapping[str, Iterable[str]]
-    """Options that only some commands have."""
-    groups: Callable[[str], Mapping[str, Sequence[str]]]
-    """Of a command: the choices of dataset, model, …."""
-    settings: Callable[[str, Sequence[str]], Sequence[str]]
-    """Of a command and some choices: the names of its settings, with dots."""
-    values: Callable[[str, str], Sequence[str]]
-    """Of a command and a setting: what it may be, where that is not endless."""
-
-
-def answer(shell: str, line: str, word_breaks: str, vocabulary: Vocabulary) -> list[str]:
-    """What a shell is told: one candidate a line, in the form in which it wants them.
-
-    line: what is typed so far, up to the cursor. word_breaks: of bash, $COMP_WORDBREAKS.
+    commands: what can follow `capsrun`.
     """
-    words, quoted = split(line)
-    found = candidates(words, vocabulary)
-    if shell != "bash":
-        return found
-    # bash replaces only what follows the last = or : of a word, and adds no space by itself.
-    if quoted:
-        return [word + ("" if goes_on(word) else " ") for word in found]
-    breaks = [words[-1].rfind(sign) for sign in "=:" if sign in word_breaks]
-    start = 1 + max(breaks, default=-1)
-    return [escaped(word[start:]) + ("" if goes_on(word) else " ") for word in found]
+    import argcomplete
+
+    def complete(prefix: str, parsed_args: Namespace, **_: object) -> list[str]:
+        return candidates([*parsed_args.words, prefix], commands)
+
+    # Words with dashes are Hydra's business.
+    parser = ArgumentParser(add_help=False, prefix_chars="\0")
+    parser.add_argument("words", nargs="*").completer = complete  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)
 
 
-def escaped(word: str) -> str:
-    """A word with backslashes before what bash would take for something else."""
-    return re.sub(r"([^\w@%+=:,./~\[\]-])", r"\\\1", word)
-
-
-def goes_on(word: str) -> bool:
-    """Whether more has to be typed before the next word: a value, a path, the rest of a list."""
-    return word.endswith(("=", "/")) or ("=[" in word and not word.endswith("]"))
-
-
-def split(line: str) -> tuple[list[str], bool]:
-    """The words after the name of the program, the last of which may be empty or half typed.
-
-    Also whether that word has a quote that is still open.
-    """
-    for closing in ("", "'", '"', "\\"):
-        try:
-            # The letter keeps a word that is empty so far.
-            words = shlex.split(f"{line}{closing}" if closing else f"{line}x")
-        except ValueError:
-            continue
-        if not closing:
-            words[-1] = words[-1][:-1]
-        while words and re.match(r"\w+=", words[0]):  # VARIABLE=value capsrun …
-            words.pop(0)
-        return words[1:] or [""], closing in ("'", '"')
-    return [""], False
-
-
-def candidates(words: Sequence[str], vocabulary: Vocabulary) -> list[str]:
-    """The words that the last of `words` can become; see `goes_on`."""
+def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
+    """What the last of the words after `capsrun`, maybe empty, can become."""
     *before, word = words
     if not before:
-        possible = [*vocabulary.commands, "--help", "--version"]
+        possible = [*commands, "--help", "--version"]
     elif before[0] == "completion":
-        possible = completion_words(before[1:])
-    elif before[0] not in vocabulary.commands:
+        installs = len(before) == 2 and before[1] in ("install", "uninstall")
+        possible = list(SHELLS if installs else ACTIONS if len(before) == 1 else ())
+    elif before[0] not in commands:
         possible = []
     elif before[-1] in ("--cfg", "-c", "--info", "-i"):
         possible = list(OPTIONS["--cfg" if before[-1] in ("--cfg", "-c") else "--info"])
     elif word.startswith("-"):
-        possible = [*OFFERED, *vocabulary.flags.get(before[0], ())]
+        possible = [*OFFERED, *FLAGS.get(before[0], ())]
     elif "=" in word:
-        possible = values(before[0], word, vocabulary)
+        possible = values(before[0], word)
     else:
-        possible = keys(before[0], before[1:], vocabulary)
-    return [candidate for candidate in dict.fromkeys(possible) if candidate.startswith(word)]
+        possible = keys(before[0], before[1:])
+    return [candidate for candidate in possible if candidate.startswith(word)]
 
 
-def completion_words(before: Sequence[str]) -> list[str]:
-    """What can follow `capsrun completion`."""
-    if not before:
-        return list(ACTIONS)
-    return list(SHELLS) if before[0] in ("install", "uninstall") and len(before) == 1 else []
-
-
-def keys(command: str, before: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+def keys(command: str, before: Sequence[str]) -> list[str]:
     """The groups and settings of a command, but for those that were given a value before."""
-    groups = vocabulary.groups(command)
-    chosen = [word for word in before if word.partition("=")[0] in groups]
-    settings = vocabulary.settings(command, chosen)
-    sections = {name.rpartition(".")[0] for name in settings}
-    # A choice has its name, and what an experiment's file tells about it is no setting of a run.
-    no_settings = {*sections, *(f"{group}.name" for group in groups)}
-    own = [s for s in settings if s not in no_settings and not s.startswith("experiment.")]
+    groups = group_choices(command)
+    settings = setting_names(command, [w for w in before if w.partition("=")[0] in groups])
+    # Not the sections, nor the names that choices have, nor what is said about an experiment.
+    others = {*(name.rpartition(".")[0] for name in settings), *(f"{g}.name" for g in groups)}
+    others |= {name for name in settings if name.startswith("experiment.")}
     given = {word.partition("=")[0] for word in before}
-    return [f"{name}=" for name in (*groups, *own) if name not in given]
+    names = dict.fromkeys([*groups, *(name for name in settings if name not in others)])
+    return [f"{name}=" for name in names if name not in given]
 
 
-def values(command: str, word: str, vocabulary: Vocabulary) -> list[str]:
-    """What a word that has a key can become."""
+def values(command: str, word: str) -> list[str]:
+    """What a word that has a key can become; a list is closed after its last value."""
     key, _, value = word.partition("=")
     last = key.rpartition(".")[2]
     is_path = last in PATHS or last.endswith("_dir")
-    start = f"{key}="
-    if value.startswith("[") or not is_path:  # the last of a list, or of a sweep
+    start, end = f"{key}=", "]" if value.startswith("[") else ""
+    if end or not is_path:  # the last of a list, or of a sweep
         start += value[: 1 + max(value.rfind(sign) for sign in "[,")]
     if is_path:
-        return [f"{start}{path}" for path in paths(word[len(start) :], PATHS.get(last, ()))]
-    group = vocabulary.groups(command).get(key)
-    return [f"{start}{choice}" for choice in group or vocabulary.values(command, key)]
+        found = paths(word[len(start) :], PATHS.get(last, ()))
+    else:
+        found = group_choices(command).get(key) or setting_values(command, key)
+    return [start + each + ("" if each.endswith("/") else end) for each in found]
 
 
 def paths(start: str, endings: tuple[str, ...]) -> list[str]:
@@ -160,197 +120,106 @@ def paths(start: str, endings: tuple[str, ...]) -> list[str]:
     return found
 
 
-BASH = r"""# Completion of capsrun for bash; see `capsrun completion`.
-_capsrun() {
-    local candidate
-    COMPREPLY=()
-    # The words of COMP_WORDS are broken at = and :, so the line itself is sent.
-    while IFS= read -r candidate; do
-        COMPREPLY+=("$candidate")
-    done < <("${1/#\~/$HOME}" completion words bash "${COMP_LINE:0:COMP_POINT}" \
-        "$COMP_WORDBREAKS" 2>/dev/null)
-}
-complete -o nospace -F _capsrun capsrun
-"""
+def script(shell: str) -> str:
+    """What a shell has to load."""
+    import argcomplete
 
-ZSH = r"""#compdef capsrun
-# Completion of capsrun for zsh; see `capsrun completion`.
-_capsrun() {
-    local program=${(Q)words[1]} found
-    local line="${(j: :)words[1,CURRENT-1]} $PREFIX"
-    local -a going_on whole
-    for found in "${(@f)$(${program/#\~/$HOME} completion words zsh "$line" 2>/dev/null)}"; do
-        [[ $PREFIX == *=* ]] && found=${found#*=}
-        case $found in
-            '') ;;
-            *[=/]|\[*[^]]) going_on+=("$found") ;;
-            *) whole+=("$found") ;;
-        esac
-    done
-    # Only the values are listed, without the key before them.
-    [[ $PREFIX == *=* ]] && compset -P 1 '*='
-    (( $#going_on )) && compadd -S '' -- "${going_on[@]}"
-    (( $#whole )) && compadd -- "${whole[@]}"
-}
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
-compdef _capsrun capsrun
-"""
-
-FISH = r"""# Completion of capsrun for fish; see `capsrun completion`.
-function __capsrun_words
-    set -l program (string replace -r '^~' $HOME -- (commandline -op)[1])
-    $program completion words fish (commandline -cp) 2>/dev/null
-end
-complete -c capsrun -f -a '(__capsrun_words)'
-"""
-
-SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-# At the end of the line that is added to a shell's own file, by which it is found again.
-MARK = "# capsrun completion"
+    code = argcomplete.shellcode(["capsrun"], shell=shell, complete_arguments=["-o", "nospace"])
+    if shell == "zsh":  # whose own completion may not be on yet
+        on = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"
+        return code.replace("\n", f"\n{on}\n", 1)
+    return code
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a shell's script goes."""
-
-    script: Path
-    startup: Path | None
-    """The shell's own file that has to load it; None where the shell finds it by itself."""
-
-    @property
-    def line(self) -> str:
-        """What loads the script, if it is there."""
-        path = shlex.quote(str(self.script))
-        return f"[ -r {path} ] && . {path}  {MARK}"
-
-
-def place_of(shell: str) -> Place:
-    """Where the script of a shell goes, for this user."""
+def places(shell: str) -> tuple[Path, Path | None]:
+    """Where a shell's script goes, and the shell's own file that has to load it, if any has to."""
     home = Path.home()
     data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
     if shell == "bash":
-        return Place(data / "bash-completion/completions/capsrun", home / ".bashrc")
+        return data / "bash-completion/completions/capsrun", home / ".bashrc"
     if shell == "zsh":
         startup = Path(os.environ.get("ZDOTDIR") or home) / ".zshrc"
-        return Place(data / "zsh/site-functions/_capsrun", startup)
+        return data / "zsh/site-functions/_capsrun", startup
     config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    return Place(config / "fish/completions/capsrun.fish", None)
+    return config / "fish/completions/capsrun.fish", None
 
 
-def install(shell: str | None) -> list[str]:
-    """Write a shell's script and see that the shell loads it; returns what to say about it.
+def install(shell: str) -> None:
+    """Write a shell's script and see that the shell loads it; doing it again changes nothing."""
+    file, startup = places(shell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(script(shell))
+    print(f"written: {file}")
+    path = shlex.quote(str(file))
+    if startup is not None:
+        line = f"[ -r {path} ] && . {path}  {MARK}"
+        if change_line(startup, line):
+            print(f"added to {startup}: {line}")
+        else:
+            print(f"{startup} loads it already")
+    print("undo: capsrun completion uninstall")
+    if startup is not None:
+        print(f"at once, in this one: . {path}")
+    print(f"next: open a new {shell}, and type: capsrun train dataset=mn<Tab>")
 
-    shell: None: the one that $SHELL names. Doing it again changes nothing. Raises UserError where
-    the shell is not known or its files cannot be written.
+
+def uninstall(shells: Sequence[str]) -> None:
+    """Undo `install` for some shells."""
+    found = False
+    for file, startup in map(places, shells):
+        if file.exists():
+            file.unlink()
+            print(f"deleted: {file}")
+            found = True
+        if startup is not None and startup.exists() and change_line(startup, None):
+            print(f"taken out of {startup}: the line that loads it")
+            found = True
+    print("next: open a new terminal" if found else "no completion is installed")
+
+
+def change_line(file: Path, line: str | None) -> bool:
+    """Put our line at the end of a shell's file, or take it out; returns whether that changed it.
+
+    The file is never half-written, keeps its permissions, and may be a link to another place.
     """
-    shell = known_shell(shell)
-    place = place_of(shell)
-    said = []
-    try:
-        place.script.parent.mkdir(parents=True, exist_ok=True)
-        place.script.write_text(SCRIPTS[shell])
-        said.append(f"written: {place.script}")
-        if place.startup is not None:
-            said.append(add_line(place.startup, place.line))
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"the completion for {shell} cannot be written: {error}; `capsrun completion {shell}` "
-            "prints it, to be put where you like"
-        ) from error
-    here = [] if shell == "fish" else [f"at once, in this one: . {shlex.quote(str(place.script))}"]
-    return [
-        *said,
-        "undo: capsrun completion uninstall",
-        *here,
-        f"next: open a new {shell}, and type: capsrun train dataset=mn<Tab>",
-    ]
-
-
-def add_line(file: Path, line: str) -> str:
-    """Put a line at the end of a file that lacks it; returns what was done."""
     text = file.read_text() if file.exists() else ""
-    kept = without_mark(text)
-    if text == kept + line + "\n":
-        return f"{file} loads it already"
-    file.write_text(kept + ("" if not kept or kept.endswith("\n") else "\n") + line + "\n")
-    return f"added to {file}: {line}"
+    lines = [each for each in text.splitlines() if not each.rstrip().endswith(MARK)]
+    new = "".join(f"{each}\n" for each in [*lines, *([line] if line else [])])
+    if new == text or (line is None and len(lines) == len(text.splitlines())):
+        return False
+    with replacing(file.resolve()) as temporary:
+        temporary.write_text(new)
+        if file.exists():
+            shutil.copymode(file, temporary)
+    return True
 
 
-def without_mark(text: str) -> str:
-    """A text without the lines that capsrun added to it."""
-    return "".join(
-        line for line in text.splitlines(keepends=True) if not line.rstrip().endswith(MARK)
-    )
-
-
-def uninstall(shell: str | None) -> list[str]:
-    """Undo `install`, for one shell or (None) for all; returns what to say about it.
-
-    Raises UserError where that is not possible.
-    """
-    said = []
-    for name in SHELLS if shell is None else [known_shell(shell)]:
-        place = place_of(name)
-        try:
-            if place.script.exists():
-                place.script.unlink()
-                said.append(f"deleted: {place.script}")
-            if place.startup is not None and place.startup.exists():
-                text = place.startup.read_text()
-                if without_mark(text) != text:
-                    place.startup.write_text(without_mark(text))
-                    said.append(f"taken out of {place.startup}: the line that loads it")
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"the completion for {name} cannot be removed: {error}") from error
-    return [*said, "next: open a new terminal"] if said else ["no completion is installed"]
-
-
-def known_shell(shell: str | None) -> str:
-    """The name of a shell that has a script. Raises UserError for another one."""
-    name = Path(os.environ.get("SHELL", "")).name if shell is None else shell
-    if name in SHELLS:
-        return name
-    if shell is None:
-        raise UserError(
-            f"$SHELL is {os.environ.get('SHELL', 'not set')!r}, for which there is no completion; "
-            f"say for which shell: capsrun completion install {'|'.join(SHELLS)}"
-        )
-    raise UserError(
-        f"there is no completion for {shell!r}{did_you_mean(shell, SHELLS)}; there is for "
-        f"{', '.join(SHELLS)}"
-    )
-
-
-HELP = """capsrun completion [install|uninstall|bash|zsh|fish]
-
-Lets the Tab key complete commands, settings, their choices and paths.
-
-  capsrun completion install     for your shell ($SHELL); say bash, zsh or fish for another one
-  capsrun completion uninstall   undo that
-  capsrun completion bash        print the script, to be put where you like (so zsh, fish)"""
-
-
-def main(arguments: Sequence[str], commands: Sequence[str]) -> None:
-    """`capsrun completion …`. Raises UserError for words that it does not know.
-
-    commands: what can follow `capsrun`.
-    """
-    vocabulary = Vocabulary(commands, FLAGS, group_choices, setting_names, setting_values)
+def main(arguments: Sequence[str]) -> None:
+    """`capsrun completion …`. Raises UserError for words that it does not know."""
     action, *rest = arguments or ["--help"]
-    if action == WORDS:
-        try:
-            shell, line, word_breaks = [*rest, "", ""][:3]
-            for word in answer(shell, line, word_breaks, vocabulary):
-                print(word)
-        except Exception:  # whatever is wrong, somebody who presses Tab is not to be told so
-            return
-    elif action in ("-h", "--help", "help"):
+    if action in ("-h", "--help", "help"):
         print(HELP)
     elif action in SHELLS and not rest:
-        print(SCRIPTS[action], end="")
+        print(script(action), end="")
     elif action in ("install", "uninstall") and len(rest) <= 1:
-        do = install if action == "install" else uninstall
-        print("\n".join(do(rest[0] if rest else None)))
+        own = Path(os.environ.get("SHELL", "")).name
+        shell = rest[0] if rest else own
+        if shell not in SHELLS and (rest or action == "install"):
+            which = repr(shell) if rest else f"$SHELL, which is {os.environ.get('SHELL', '')!r}"
+            raise UserError(
+                f"there is no completion for {which}{did_you_mean(shell, SHELLS)}; there is: "
+                f"capsrun completion {action} {'|'.join(SHELLS)}"
+            )
+        try:
+            if action == "install":
+                install(shell)
+            else:
+                uninstall([shell] if rest else SHELLS)
+        except (OSError, UnicodeError) as error:
+            raise UserError(
+                f"the completion cannot be written or removed: {error}; `capsrun completion "
+                "bash|zsh|fish` prints it, to be put where you like"
+            ) from error
     else:
         hint = did_you_mean(action, ACTIONS) if action not in ACTIONS else ""
         raise UserError(

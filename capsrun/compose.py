@@ -42,6 +42,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-cp", "-cn", "-cd", "-i")
 # Those that are of use here.
 OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--info")
+# The groups that experiments are in, with their titles in the report.
+GROUPS = {
+    "table1": "Table 1: MNIST",
+    "multimnist": "Table 1: MultiMNIST",
+    "affnist": "Padded MNIST and affNIST (§5.2)",
+    "section7": "Other data sets (§7)",
+    "figures": "Figures",
+    "ablations": "What the number depends on",
+}
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
 
@@ -120,8 +129,11 @@ def composed(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]] | Non
 def task_words() -> list[str]:
     """The overrides of the job that Hydra runs, without those that are about Hydra."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return list(HydraConfig.get().overrides.task)
+    # As they were typed: what is in `${…}` belongs to the settings.
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return words
 
 
 def is_sweep(arguments: Iterable[str]) -> bool:
@@ -181,10 +193,13 @@ def schema_of(command: str) -> type:
     return getattr(importlib.import_module(f"capsrun.commands.{command}"), name)
 
 
+def experiment_names() -> list[str]:
+    """Those of `configs/experiment/`, in alphabetical order."""
+    return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
+
+
 def targets() -> list[str]:
     """What `capsrun reproduce targets=` takes."""
-    from capsrun.experiments import GROUPS, experiment_names
-
     return ["all", *GROUPS, *experiment_names()]
 
 

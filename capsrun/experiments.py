@@ -7,19 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.compose import compose, configs_dir
+from capsrun.compose import GROUPS, compose, configs_dir, experiment_names
 from capsrun.config import EvalConfig, TrainConfig, setting
 from capsrun.settings import Config, from_dict
-
-# The groups that experiments are in, with their titles in the report.
-GROUPS = {
-    "table1": "Table 1: MNIST",
-    "multimnist": "Table 1: MultiMNIST",
-    "affnist": "Padded MNIST and affNIST (§5.2)",
-    "section7": "Other data sets (§7)",
-    "figures": "Figures",
-    "ablations": "What the number depends on",
-}
 
 
 @dataclass(kw_only=True)
@@ -72,11 +62,6 @@ def settings_for(schema: type[Config], cfg: Any) -> Config:
 def training_config(overrides: Sequence[str] = ()) -> TrainConfig:
     """The settings of `capsrun train` with these overrides. Raises UserError for a mistake."""
     return settings_for(TrainConfig, compose("train", overrides))
-
-
-def experiment_names() -> list[str]:
-    """Their names, in alphabetical order."""
-    return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
 
 
 class Experiments:

@@ -49,9 +49,9 @@ def must_match(dataset: DatasetConfig, split: str) -> list[str]:
 
 
 def changed_words(dataset: DatasetConfig, split: str) -> list[str]:
-    """The overrides without which the default model would not fit these images."""
+    """The overrides without which the default model would not fit these images, or lack them."""
     usual = usual_dataset(dataset.trained_on)
-    keys = [*must_match(dataset, split), *(["source"] if dataset.source else [])]
+    keys = [*must_match(dataset, split), *(["source"] if dataset.source else []), "data_dir"]
     differing = differing_keys(vars(dataset), vars(usual))
     return [word(f"dataset.{key}", ours) for key, ours, _ in differing if key in keys]
 
@@ -62,12 +62,15 @@ def default_run(dataset: DatasetConfig, split: str, seed: int) -> str:
     return f"{with_choices(base, changed_words(dataset, split))}/seed{seed}"
 
 
-def train_command(dataset: DatasetConfig, split: str = "test", seed: int = 0) -> str:
-    """The command that makes the model of `default_run`."""
+def train_command(
+    dataset: DatasetConfig, split: str = "test", seed: int = 0, runs_dir: str = "runs"
+) -> str:
+    """The command that makes the model of `default_run`, in `runs_dir`."""
     model, _, recipe = dataset.trained_by.partition("-")
     words = [f"dataset={dataset.trained_on}", *changed_words(dataset, split)]
     words += [f"model={model}"] if model != "capsnet" else []
     words += [f"recipe={recipe}"] if recipe != "quick" else []
+    words += [] if runs_dir == "runs" else [word("runs_dir", runs_dir)]
     return command("train", *words, *seed_words(seed))
 
 

@@ -30,7 +30,6 @@ from capsrun.config import (
 from capsrun.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
-MOST_DEPTH = 10
 
 
 @dataclass(frozen=True)
@@ -148,16 +147,13 @@ def from_dict(schema: type[Config], values: Any) -> Config:
     return config
 
 
-def _check_stored(value: Any, depth: int = 0) -> None:
+def _check_stored(value: Any) -> None:
     """Raise ValueError for values from a file that no run can have stored there."""
-    if depth > MOST_DEPTH:
-        raise ValueError("it is nested too deeply")
     if isinstance(value, str) and "${" in value:  # it could ask for environment variables
         raise ValueError(f"it holds {value!r}, whose value is elsewhere")
-    for part in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        _check_stored(part, depth + 1)
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts if isinstance(value, dict | list) else ():
+        _check_stored(part)
 
 
 def _structured(schema: type, given: Any) -> Any:

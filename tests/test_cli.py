@@ -1,51 +1,32 @@
 """The command line: speed, help, composition, and one clear sentence for every mistake."""
 
 import contextlib
-import dataclasses
 import fcntl
+import io
 import os
 import pty
 import re
+import resource
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY, run_capsrun, train_config, without_root
+from conftest import REPOSITORY, TINY, train_config, without_root
 
-from capsrun import cli, completion, compose, names, terminal
-from capsrun.commands.list import ListConfig
-from capsrun.commands.report import ReportConfig
-from capsrun.commands.reproduce import ReproduceConfig
-from capsrun.config import (
-    BenchConfig,
-    DataConfig,
-    EvalConfig,
-    ExploreConfig,
-    ExportConfig,
-    PerturbConfig,
-    TrainConfig,
-)
+from capsrun import cli, compose, names, terminal
+from capsrun.config import EvalConfig, TrainConfig
 from capsrun.errors import UserError
+from capsrun.experiments import settings_for
+from capsrun.runs.checkpoint import check_dataset, find_model
 from capsrun.settings import differing_keys, from_dict
 
-SCHEMAS = {
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "perturb": PerturbConfig,
-    "explore": ExploreConfig,
-    "export": ExportConfig,
-    "data": DataConfig,
-    "list": ListConfig,
-    "bench": BenchConfig,
-    "reproduce": ReproduceConfig,
-    "report": ReportConfig,
-}
 CHOICES = [
     f"{folder.name}={file.stem}"
     for folder in sorted((REPOSITORY / "configs").iterdir())
@@ -64,41 +45,27 @@ def mistake(capsys, *arguments):
     return captured.err
 
 
-def fastest(*arguments, cwd):
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert run_capsrun(*arguments, cwd=cwd).returncode == 0
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def test_help_answers_in_half_a_second(tmp_path):
-    assert fastest("--help", cwd=tmp_path) < 0.5
-
-
-def test_the_configuration_is_shown_in_a_second_and_a_half(tmp_path):
-    assert fastest("train", "--cfg", "job", cwd=tmp_path) < 1.5
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--cfg", "job"], ["train", "--help"]])
-def test_help_imports_no_torch(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [(["--help"], 0.3), (["train", "--cfg", "job"], 1.0), (["train", "--help"], 1.0)],
+)
+def test_what_needs_no_torch_answers_at_once(arguments, seconds):
     script = (
         "import sys\n"
         "from capsrun.cli import main\n"
         f"main({arguments!r})\n"
-        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+        "assert not {'torch', 'matplotlib', 'numpy', 'argcomplete'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    # Of the processor: other processes may be at work here.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used < 1.5 * seconds
 
 
 def test_help_names_every_command_with_an_example(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in (*SCHEMAS, "completion"):
+    for name in cli.ALL:
         assert f"capsrun {name}" in text
     assert cli.main([]) == 0
     assert capsys.readouterr().out == text
@@ -109,17 +76,16 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("capsrun 0.")
 
 
-def test_every_command_has_a_configuration_that_composes():
-    assert set(cli.COMMANDS) == set(SCHEMAS)
-    for name, schema in SCHEMAS.items():
-        from_dict(schema, compose.compose(name))
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_configuration_that_composes(name):
+    settings_for(compose.schema_of(name), compose.compose(name))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_yaml_composes(choice):
     group, name = choice.split("=")
     if group in ("budget", "queue"):
-        config = from_dict(ReproduceConfig, compose.compose("reproduce", [choice]))
+        config = from_dict(compose.schema_of("reproduce"), compose.compose("reproduce", [choice]))
         assert config.queue.entries if group == "queue" else config.budget.name == name
     elif group == "experiment":
         train_config(choice)
@@ -127,11 +93,6 @@ def test_every_yaml_composes(choice):
         # Cross-entropy is for networks without capsules.
         config = train_config(*["model=cnn_baseline"] * ("entropy" in choice), choice)
         assert getattr(config, group).name == name
-
-
-def test_every_yaml_is_found():
-    files = list((REPOSITORY / "configs").glob("*/*.yaml"))
-    assert len(CHOICES) == len([file for file in files if file.parent.name != "sweep"]) >= 9
 
 
 @pytest.mark.parametrize(
@@ -144,17 +105,12 @@ def test_every_yaml_is_found():
             ["train", "model=cnn_baseline", "routing.iterations=1"],
             ["with model=cnn_baseline there is no setting"],
         ),
-        (["train", "model=cnn_baseline", "model.chanels=[8]"], ["did you mean 'model.channels'"]),
         (["bench", "dataset=affnist_like"], ["affnist_like is for testing"]),
-        (["bench", "recipe=affnist"], ["a recipe that does not say when to stop"]),
         (["train", "+sede=3"], ["no setting 'sede'"]),
         (["train", "~seed"], ["seed has no value"]),
-        (["train", "dataset=null"], ["dataset"]),
         (["train", "runs_dir='${nope}'"], ["nope"]),
         (["train", "recipe.epochs=inf"], ["recipe.epochs is inf", "finite"]),
         (["train", "seed=99999999999999999999"], ["seed is 99999999999999999999", "at most"]),
-        (["eval", "routing.iterations=3"], ["no setting", "routing"]),
-        (["perturb", "model=capsnet"], ["no setting", "model"]),
         (["train", "dataset=mnits"], ["dataset=mnits", "did you mean 'mnist'", "fashion_mnist"]),
         (["train", "loss=none"], ["loss=none", "authors, cross_entropy, paper"]),
         (["train", "seed=zero"], ["seed", "'zero'"]),
@@ -163,37 +119,27 @@ def test_every_yaml_is_found():
         (["train", "routing.leaky=perhaps"], ["routing.leaky", "bool"]),
         (["train", "recipe.learning_rate=fast"], ["recipe.learning_rate", "fast"]),
         (["train", "routing.iterations=0"], ["routing.iterations is 0", "at least 1"]),
-        (["train", "routing.iterations=-3"], ["routing.iterations is -3"]),
-        (["train", "recipe.batch_size=0"], ["recipe.batch_size is 0"]),
-        (["train", "recipe.epochs=0"], ["recipe.epochs is 0"]),
-        (["train", "recipe.epochs=null", "recipe.steps=-5"], ["recipe.steps is -5"]),
         (["train", "recipe.steps=5"], ["exactly one of recipe.steps and recipe.epochs"]),
         (["train", "recipe.decay_steps=5"], ["exactly one of recipe.decay_steps"]),
-        (["train", "recipe.learning_rate=nan"], ["recipe.learning_rate is nan"]),
         (["train", "loss.margin_present=1.5"], ["loss.margin_present is 1.5", "at most 1"]),
         (["train", "model.decoder_widths=[512,0]"], ["model.decoder_widths is 0"]),
         (["train", "device=tpu"], ["device is 'tpu'", "auto, cpu, cuda"]),
         (["train", "model.primary_scale=half"], ["model.primary_scale", "authors, one"]),
-        (["train", "name=.."], ["name"]),
         (["train", "name=../elsewhere"], ["name"]),
         (["train", "seed=[1"], ["'seed=[1' cannot be read"]),
         (["train", "seed"], ["'seed' cannot be read", "did you mean seed=…"]),
         (["train", "mnist"], ["'mnist' cannot be read", "did you mean dataset=mnist"]),
-        (["train", "mnits"], ["did you mean dataset=mnist"]),
         (["train", "dataset", "mnist"], ["did you mean dataset=…"]),
         (["train", "x y"], ["quote values with special characters"]),
         (["train", "--dataset", "mnist"], ["no option --dataset", "dataset=mnist"]),
-        (["train", "--dataset=mnist"], ["no option --dataset", ": dataset=mnist"]),
         (["train", "--learning-rate", "0.1"], [": recipe.learning_rate=0.1"]),
         (["train", "--hlep"], ["no option --hlep", "did you mean '--help'"]),
         (["train", "--fast"], ["no option --fast", "capsrun train --help"]),
         (["train", "-x"], ["no option -x"]),
         (["bench", "--profil"], ["did you mean '--profile'"]),
         (["mnist"], ["no command 'mnist'", "`capsrun train dataset=mnist`"]),
-        (["cnn_baseline"], ["`capsrun train model=cnn_baseline`"]),
         (["smoke"], ["`capsrun reproduce budget=smoke`"]),
         (["table1"], ["`capsrun reproduce targets=table1`"]),
-        (["figure_4"], ["`capsrun reproduce targets=figure_4`"]),
         (["dataset=mnist"], ["capsrun train dataset=mnist"]),
         (["completon"], ["did you mean 'completion'"]),
         (["xyzzy"], ["`capsrun` lists them"]),
@@ -202,16 +148,11 @@ def test_every_yaml_is_found():
         (["reproduce", "targets=tabel1"], ["did you mean 'table1'"]),
         (["reproduce", "table1"], ["did you mean targets=table1"]),
         (["reproduce", "budget=smok"], ["did you mean 'smoke'"]),
-        (["perturb", "perturb.invert=yse"], ["did you mean 'yes'"]),
-        (["train", "device=cdua"], ["did you mean 'cuda'"]),
         (["train", "dataset=multimnist", "dataset.source=kmnits"], ["did you mean 'kmnist'"]),
         (["train", "dataset.name=mnits"], ["no data set 'mnits', did you mean 'mnist'"]),
         (["eval", "split=exam"], ["split is 'exam'", "test, validation, train"]),
-        (["eval", "mask=none"], ["mask is 'none'"]),
         (["eval", "checkpoint=nowhere"], ["nowhere", "capsrun list"]),
         (["eval", "seed=3"], ["seed3", "capsrun train dataset=mnist seed=3"]),
-        (["perturb", "dataset=mnist5k"], ["capsrun train dataset=mnist5k"]),
-        (["data", "samples=0"], ["samples is 0"]),
     ],
     ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else None,
 )
@@ -226,12 +167,13 @@ def test_the_options_are_those_of_hydra():
     from hydra._internal.utils import get_args_parser
 
     found = [option for action in get_args_parser()._actions for option in action.option_strings]
-    assert {*completion.OPTIONS, *completion.SHORT_OPTIONS} == set(found)
+    not_here = {"--shell-completion", "-sc", "--experimental-rerun"}
+    assert {*compose.OPTIONS, *compose.SHORT_OPTIONS} == set(found) - not_here
 
 
 @pytest.mark.parametrize("option", ["--cfg=job", "-c", "--conf", "-cjob", "--mul", "--info"])
 def test_options_of_hydra_are_let_through(option):
-    cli.refuse_unknown_flags("train", [option, "job", "seed=-1"])
+    compose.refuse_unknown_options("train", [option, "job", "seed=-1"])
 
 
 def test_cuda_without_a_gpu(in_tmp, capsys, monkeypatch):
@@ -274,30 +216,62 @@ def test_run_names_follow_from_what_was_chosen():
     assert "/" not in name("dataset.trained_on=a/b")
 
 
-def test_the_name_of_a_run_can_be_given_back(in_tmp, capsys):
-    overrides = [*TINY, "recipe.steps=1"]
-    assert cli.main(["train", *overrides]) == 0
-    (checkpoint,) = in_tmp.rglob("checkpoint.pt")
-    folder = checkpoint.parent.relative_to(in_tmp)
-    assert "+" in str(folder)
-    assert cli.main(["eval", "dataset=mnist5k", f"checkpoint={folder}"]) == 0
+def suggested(capsys, *arguments):
+    """The words of the command that a message says to use."""
+    program, *words = shlex.split(re.search("`(.*?)`", mistake(capsys, *arguments))[1])
+    assert program == "capsrun"
+    return words
 
 
-def test_multirun_makes_a_run_for_each_combination(in_tmp):
-    done = run_capsrun(
-        "train",
-        "--multirun",
-        *TINY,
-        "recipe.steps=1",
-        "routing.iterations=1,2",
-        "seed=0,1",
-        cwd=in_tmp,
-    )
-    assert done.returncode == 0, done.stderr
-    results = sorted(path.parent.relative_to(in_tmp) for path in in_tmp.rglob("result.json"))
-    assert len(results) == 4
-    assert {path.name for path in results} == {"seed0", "seed1"}
-    assert done.stdout.count("test error") >= 4
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["dataset=mnist5k", "dataset.split_seed=3", "seed=2"],
+        ["dataset=multimnist", "dataset.source=mnist5k", "dataset.split_seed=3"],
+        ["dataset=multimnist", "dataset.source=kmnist"],
+        ["dataset=mnist_padded", "dataset.source=mnist5k"],
+        ["dataset=affnist"],
+        ["dataset=affnist_like", "dataset.source=mnist5k", "dataset.split_seed=3"],
+        ["dataset=kmnist", "split=validation", "dataset.validation=100", "dataset.split_seed=4"],
+        ["dataset=cifar10", "dataset.standardise=false", "dataset.image_px=28"],
+        ["dataset=mnist5k", "runs_dir='it is'", "dataset.data_dir=/elsewhere"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_that_makes_a_model_makes_the_one_that_is_missing(in_tmp, capsys, words):
+    config = from_dict(EvalConfig, compose.compose("eval", words))
+    command, *overrides = suggested(capsys, "eval", *words)
+    assert command == "train"
+    trained = train_config(*overrides)
+    name = names.run_name(trained, overrides)
+    file = Path(trained.runs_dir) / name / f"seed{trained.seed}" / "checkpoint.pt"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert find_model(config, config.split) == file
+    check_dataset(config.dataset, trained, config.split)
+    assert trained.dataset.data_dir == config.dataset.data_dir
+
+
+def test_a_model_that_was_suggested_is_found_by_default_and_by_name(in_tmp, capsys):
+    tested = ["eval", "dataset=mnist5k", "dataset.split_seed=3"]
+    _, *words = suggested(capsys, *tested)
+    name = names.run_name(train_config(*words), words)
+    assert "+" in name
+    assert cli.main(["train", *words, *TINY, f"name={name}"]) == 0
+    assert cli.main(tested) == 0
+    assert cli.main([*tested, f"checkpoint=runs/{name}/seed0"]) == 0
+
+
+def test_a_folder_of_recipes_of_ones_own(in_tmp, capsys):
+    """Other YAML files in it, whatever they hold, are no hindrance."""
+    (in_tmp / "recipe").mkdir()
+    (in_tmp / "recipe" / "mine.yaml").write_text("defaults: [quick, _self_]\nname: mine\n")
+    (in_tmp / "compose.yaml").write_text("services: {web: {image: 'a:b'}}\n")
+    (in_tmp / "odd.yaml").write_text("a: [\n&x *y {{ no yaml }}\n")
+    arguments = ["train", "--config-dir", ".", "recipe=mine", "--cfg", "job"]
+    assert cli.main(arguments) == 0
+    assert "name: mine" in capsys.readouterr().out
 
 
 def test_an_option_may_stand_between_settings(capsys):
@@ -307,11 +281,10 @@ def test_an_option_may_stand_between_settings(capsys):
     assert "name: kmnist" in shown
 
 
-def test_different_settings_under_one_name_are_refused(in_tmp, capsys):
-    assert cli.main(["train", *TINY, "recipe.steps=1", "name=same"]) == 0
-    capsys.readouterr()
-    message = mistake(capsys, "train", *TINY, "recipe.steps=2", "name=same")
-    assert "recipe.steps (there 1, now 2)" in message
+def test_different_settings_under_one_name_are_refused(in_tmp, capsys, tiny_run):
+    shutil.copytree(tiny_run, in_tmp / "runs" / "run" / "seed0")
+    message = mistake(capsys, "train", *TINY, "recipe.steps=2", "name=run")
+    assert "recipe.steps (there 12, now 2)" in message
 
 
 def test_differing_keys_by_hand():
@@ -326,42 +299,26 @@ def test_configurations_of_the_wrong_kind_are_refused():
             from_dict(TrainConfig, values)
 
 
-@pytest.fixture(scope="session")
-def installed_wheel(tmp_path_factory) -> Path:
-    """A folder into which the wheel is installed."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(REPOSITORY)]
-    subprocess.run(build, check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True
+@pytest.mark.slow
+def test_the_wheel_holds_everything_and_works_from_another_directory(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+        (entry,) = (name for name in held if name.endswith("entry_points.txt"))
+        assert "capsrun = capsrun.cli:main" in archive.read(entry).decode()
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "capsrun", "configs"]
+    files = subprocess.run(listed, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    ours = [file for file in files.stdout.split() if (REPOSITORY / file).exists()]
+    assert {f.replace("configs/", "capsrun/configs/", 1) for f in ours} <= held
+    command = [sys.executable, "-m", "capsrun", "train", *TINY, "name=w"]
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": os.environ["PATH"]}
+    trained = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
-    return folder / "site"
-
-
-def test_the_installed_wheel_works_from_another_directory(installed_wheel, tmp_path):
-    assert (installed_wheel / "capsrun" / "configs" / "dataset" / "mnist.yaml").exists()
-    environment = {"PYTHONPATH": str(installed_wheel)}
-    where = subprocess.run(
-        [sys.executable, "-c", "import capsrun; print(capsrun.__file__)"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(installed_wheel))
-    trained = run_capsrun("train", *TINY, "name=w", cwd=tmp_path, **environment)
-    assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-1].startswith("test error ")
-    sources = ["dataset=mnist5k", "checkpoint=runs/w/seed0"]
-    # It does what eval does, and needs the parts of the page, which are in the wheel too.
-    few = ["explore.images=1", "explore.search=20"]
-    explored = run_capsrun("explore", *sources, *few, cwd=tmp_path, **environment)
-    assert explored.returncode == 0, explored.stderr
-    assert (tmp_path / "runs" / "w" / "seed0" / "explore-mnist5k.html").exists()
-    assert (installed_wheel / "bin" / "capsrun").exists()
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
@@ -377,41 +334,23 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     assert done.stderr == ""
 
 
-def test_times_and_sizes_are_in_the_units_that_suit_them():
-    times = {
-        0: "0 s",
-        0.02: "0.02 s",
-        0.34: "0.3 s",
-        3: "3 s",
-        9.97: "10 s",
-        59.7: "1 min",
-        100: "1 min 40 s",
-        3_000: "50 min",
-        4_800: "1 h 20 min",
-        7_199: "2 h",
-        40_000: "11 h",
-        90_000: "1 day 1 h",
-        2_000_000: "23 days",
-    }
-    assert {seconds: terminal.duration(seconds) for seconds in times} == times
-    assert [terminal.ago(s) for s in (-1, 20, 60, 3 * 3600 + 100, 86_400)] == [
-        "0 s ago",
-        "20 s ago",
-        "1 min ago",
-        "3 h ago",
-        "1 day ago",
-    ]
-    assert [terminal.size(n) for n in (0, 999, 11_594_722, 150e6, 999.9e6, 5e12)] == [
-        "0 bytes",
-        "999 bytes",
-        "11.6 MB",
-        "150 MB",
-        "1.0 GB",
-        "5000 GB",
-    ]
+TIMES = """0: 0 s, 0.02: 0.02 s, 0.34: 0.3 s, 3: 3 s, 9.97: 10 s, 59.7: 1 min, 100: 1 min 40 s,
+ 3000: 50 min, 4800: 1 h 20 min, 7199: 2 h, 40000: 11 h, 90000: 1 day 1 h, 2e6: 23 days"""
+AGO = "-1: 0 s ago, 20: 20 s ago, 60: 1 min ago, 10900: 3 h ago, 86400: 1 day ago"
+SIZES = (
+    "0: 0 bytes, 999: 999 bytes, 11594722: 11.6 MB, 150e6: 150 MB, 999.9e6: 1.0 GB, 5e12: 5000 GB"
+)
 
 
-def on_a_terminal(*arguments, cwd, **environment) -> str:
+@pytest.mark.parametrize(
+    ("said", "table"), [(terminal.duration, TIMES), (terminal.ago, AGO), (terminal.size, SIZES)]
+)
+def test_times_and_sizes_are_in_the_units_that_suit_them(said, table):
+    expected = dict(pair.strip().split(": ") for pair in table.split(","))
+    assert {number: said(float(number)) for number in expected} == expected
+
+
+def on_a_terminal(*arguments, cwd) -> str:
     """What a command shows in a terminal of 100 columns, with its control sequences."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -419,7 +358,7 @@ def on_a_terminal(*arguments, cwd, **environment) -> str:
     process = subprocess.Popen(
         [sys.executable, "-m", "capsrun", *arguments],
         cwd=cwd,
-        env={**inherited, "TERM": "xterm", **environment},
+        env={**inherited, "TERM": "xterm"},
         stdin=side,
         stdout=side,
         stderr=side,
@@ -430,15 +369,21 @@ def on_a_terminal(*arguments, cwd, **environment) -> str:
         while piece := os.read(main, 4096):
             shown += piece
     os.close(main)
-    assert process.wait() in (0, 2)
+    assert process.wait() == 0
     return shown.decode()
 
 
-@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_colours_are_for_terminals_that_want_them(tmp_path, environment):
-    assert "\x1b[31mcapsrun:\x1b[0m there is no command" in on_a_terminal("trian", cwd=tmp_path)
-    assert "\x1b" not in on_a_terminal("trian", cwd=tmp_path, **environment)
-    assert "\x1b" not in run_capsrun("trian", cwd=tmp_path, TERM="xterm").stderr
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    stream = io.StringIO()
+    for variable in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(variable, raising=False)
+    assert terminal.styled("x", terminal.RED, stream) == "x"
+    stream.isatty = lambda: True
+    assert terminal.styled("x", terminal.RED, stream) == "\x1b[31mx\x1b[0m"
+    for variable, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, value)
+            assert terminal.styled("x", terminal.RED, stream) == "x"
 
 
 def test_training_on_a_terminal_ends_with_the_answer_in_bold(in_tmp, capsys):
@@ -489,7 +434,8 @@ def test_what_is_suggested_after_training_finds_the_model(name, overrides, words
     assert names.model_words(config, folder) == ["dataset=mnist5k", *words]
     assert names.model_words(config, folder / "checkpoint.pt") == ["dataset=mnist5k", *words]
     tested = from_dict(EvalConfig, compose.compose("eval", ["dataset=mnist5k", *words]))
-    assert Path(tested.checkpoint) == folder
+    usual = names.default_run(tested.dataset, tested.split, tested.seed)
+    assert Path(tested.checkpoint or Path(tested.runs_dir) / usual) == folder
     own = vars(config.dataset)
     assert differing_keys(vars(tested.dataset), own) == []
 
@@ -499,21 +445,21 @@ def test_mnist_need_not_be_said():
     assert names.model_words(config, Path("runs/mnist-capsnet-quick/seed0")) == []
 
 
-def test_each_command_says_what_is_next(in_tmp, capsys):
+def test_each_command_says_what_is_next(in_tmp, capsys, tiny_run):
     def run(*arguments):
         assert cli.main(list(arguments)) == 0
         lines = capsys.readouterr().out.splitlines()
         found = suggested_words(lines)
         for command, *words in found:
-            from_dict(SCHEMAS[command], compose.compose(command, words))
+            settings_for(compose.schema_of(command), compose.compose(command, words))
         return [command for command, *_ in found], lines
 
-    default = "name=mnist5k-capsnet-quick"
     assert run("list")[0] == ["train", "train"]
-    commands, lines = run("train", *TINY, default)
+    shutil.copytree(tiny_run, in_tmp / "runs" / "run" / "seed0")
+    commands, lines = run("train", *TINY, "name=run")
     assert commands == ["eval", "perturb", "explore"]
     assert lines[-1].startswith("test error ")
-    assert run("train", *TINY, default)[0] == commands, "a finished run says so too"
+    (in_tmp / "runs" / "run").rename(in_tmp / "runs" / "mnist5k-capsnet-quick")
     commands, lines = run("eval", "dataset=mnist5k")
     assert commands == ["perturb", "explore", "report"]
     assert lines[-1].startswith("test error ")
@@ -532,7 +478,7 @@ def test_each_command_says_what_is_next(in_tmp, capsys):
     assert run("train", *cnn, *small, "name=cnn")[0] == ["eval"], "it has no capsules"
 
 
-def test_a_checkpoint_of_a_like_name_is_hinted_at(in_tmp, capsys, tiny_run):
+def test_a_checkpoint_of_a_like_name_is_hinted_at(in_tmp, capsys):
     folder = in_tmp / "runs" / "mnist-capsnet-quick" / "seed0"
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").touch()
@@ -558,10 +504,9 @@ def ask_and_swallow(*_):
     ("act", "code"),
     [(lambda *_: signal.raise_signal(signal.SIGTERM), 143), (ask_and_swallow, 130)],
 )
-def test_a_signal_before_there_is_anything_to_save(monkeypatch, capsys, act, code):
+def test_a_signal_before_there_is_anything_to_save(in_tmp, monkeypatch, capsys, act, code):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    command = dataclasses.replace(cli.COMMANDS["list"], run=act)
-    monkeypatch.setitem(cli.COMMANDS, "list", command)
+    monkeypatch.setattr("capsrun.commands.list.main", act)
     assert cli.main(["list"]) == code
     said = capsys.readouterr().err
     assert "stopped at once; the same command goes on after what is saved" in said

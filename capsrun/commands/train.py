@@ -44,7 +44,6 @@ from capsrun.runs.progress import (
     stoppable,
 )
 from capsrun.runs.reader import best_on_test, read_metrics
-from capsrun.sweep import Done, last_validation_error
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import (
     autocast,
@@ -112,13 +111,11 @@ class Run:
                 self.recorder.close()
 
 
-def main(config: TrainConfig, overrides: Sequence[str]) -> Done:
-    """`capsrun train`: name the run, and make what is left of it."""
+def main(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """`capsrun train`: name the run, and make what is left of it; returns its result."""
     config.name = config.name or run_name(config, overrides)
     out_dir = Path(config.runs_dir) / config.name / f"seed{config.seed}"
-    already = (out_dir / "result.json").exists()
-    train(config, out_dir, model_words(config, out_dir))
-    return Done(last_validation_error(out_dir), already)
+    return train(config, out_dir, model_words(config, out_dir))
 
 
 def train(

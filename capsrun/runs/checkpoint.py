@@ -110,9 +110,8 @@ def find_model(config: CheckpointConfig, split: str = "test") -> Path:
     if config.checkpoint is not None:
         return find_checkpoint(config.checkpoint)
     usual = Path(config.runs_dir) / default_run(config.dataset, split, config.seed)
-    return find_checkpoint(
-        str(usual / FILE_NAME), train_command(config.dataset, split, config.seed)
-    )
+    command = train_command(config.dataset, split, config.seed, config.runs_dir)
+    return find_checkpoint(str(usual / FILE_NAME), command)
 
 
 def find_checkpoint(path: str, train_command: str | None = None) -> Path:

@@ -1,0 +1,104 @@
+"""The order of the modules, and the sizes of files and functions."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+# The rooms from the bottom: a module imports from its own room and from those below it only.
+ROOMS = [
+    "errors terminal",
+    "disk",
+    "config",
+    "settings",
+    "compose",
+    "experiments",
+    "data",
+    "models",
+    "names",
+    "training",
+    "runs",
+    "report",
+    "bench",
+    "explorer",
+    "commands sweep",
+    "completion library",
+    "cli",
+]
+LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names.split()}
+# What the package itself offers comes from `library`, and runs it as a program.
+ABOVE = {"__init__": len(ROOMS), "__main__": len(ROOMS)}
+# Modules whose files or functions are still too long.
+LONG = {
+    "commands.bench",
+    "commands.eval",
+    "commands.report",
+    "commands.train",
+    "models.fast.routing_gpu",
+    "models.routing",
+    "report.routing_maps",
+}
+SOURCES = sorted((REPOSITORY / "capsrun").rglob("*.py"))
+MOST_LINES, MOST_FUNCTION_LINES = 400, 50
+
+
+def module_of(path: Path) -> str:
+    """`data.mnist`; of a package, its name."""
+    parts = path.relative_to(REPOSITORY / "capsrun").with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): ast.parse(path.read_text()) for path in SOURCES}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules of the package that one imports: at its top, in functions, for types."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from capsrun.data import mnist` is of a module, `… import Dataset` of what is in one.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in (n.removeprefix("capsrun.") for n in names if n.startswith("capsrun.")):
+            found |= {part for part in (name, name.rpartition(".")[0]) if part in MODULES}
+    return found
+
+
+IMPORTS = {module: imported(tree) for module, tree in MODULES.items()}
+
+
+def level(module: str) -> int:
+    return {**LEVELS, **ABOVE}[module.partition(".")[0]]
+
+
+def test_every_module_has_its_place():
+    assert {module.partition(".")[0] for module in MODULES} == {*LEVELS, *ABOVE}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_below(module):
+    upwards = {name for name in IMPORTS[module] if level(name) > level(module)}
+    assert upwards == set()
+
+
+@pytest.mark.xfail(strict=True, reason="training.step and training.graph import each other")
+def test_no_circle():
+    left = {module: names - {module} for module, names in IMPORTS.items()}
+    while free := [module for module, names in left.items() if not names & left.keys()]:
+        for module in free:
+            del left[module]
+    assert list(left) == [], "these import each other, or what does"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_files_and_functions_are_short(path, request):
+    if module_of(path) in LONG:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="it is to be taken apart"))
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+    functions = [n for n in ast.walk(MODULES[module_of(path)]) if isinstance(n, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: n for name, n in lengths.items() if n > MOST_FUNCTION_LINES} == {}
