@@ -21,7 +21,7 @@ from capsrun.errors import Stopped
 from capsrun.models import build_model
 from capsrun.models.fast.routing_cpu import load_kernels
 from capsrun.models.routing import coupling_coefficients, squash
-from capsrun.runs import parts
+from capsrun.runs import segments
 from capsrun.runs.checkpoint import read_checkpoint
 from capsrun.training import device, graph
 from capsrun.training.device import set_deterministic
@@ -358,34 +358,11 @@ def test_what_is_a_change():
     now["versions"] = {"python": "3.12.1", "torch": "2.8.0"}
     repaired = {**now, "versions": {"python": "3.12.9", "torch": "2.8.0"}}
     newer = {**now, "versions": {"python": "3.13.0", "torch": "2.8.0"}}
-    assert parts.differences(now, repaired) == []
-    assert parts.differences(now, newer) == ["python 3.13 (before: 3.12)"]
-    assert parts.differences(now, {**now, "git_commit": "abc"}) == ["commit abc (before: unknown)"]
+    assert segments.differences(now, repaired) == []
+    assert segments.differences(now, newer) == ["python 3.13 (before: 3.12)"]
+    assert segments.differences(now, {**now, "git_commit": "abc"}) == ["commit abc (before: unknown)"]
     on_gpu = {**now, "versions": now["versions"] | {"cuda": "13.0"}}
-    assert parts.differences(now, on_gpu) == ["cuda 13.0 (before: unknown)"]
-    assert parts.differences(now, {**now, "processes": 2}) == ["processes 2 (before: 1)"]
-    one = parts.extended([], 5, now)
-    assert parts.extended(one, 5, newer) == one  # no step was made there
-
-
-def test_a_checkpoint_without_parts_goes_on(tmp_path, monkeypatch, capsys):
-    """And one from before the setting `deterministic`."""
-    config = train_config(*TINY)
-    interrupted(monkeypatch, tmp_path, config, 8)
-    state = torch.load(tmp_path / "checkpoint.pt")
-    # It was tested before it was saved then.
-    with open(tmp_path / "metrics.jsonl", "a") as stream:
-        stream.write(json.dumps({"step": 8, "error_percent/test": 90.0}) + "\n")
-        state["metrics_bytes"] = stream.tell()
-    del state["parts"], state["config"]["deterministic"], state["event_bytes"]
-    torch.save(state, tmp_path / "checkpoint.pt")
-    settings = tmp_path / "config.yaml"
-    settings.write_text(settings.read_text().replace("deterministic: false\n", ""))
-    assert "deterministic" not in settings.read_text()
-    result = train(config, tmp_path)
-    assert "went on with" not in capsys.readouterr().err
-    assert [part["device"] for part in result["parts"]] == [None, result["device"]]
-    assert result["parts"][0]["last_step"] == 8
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    tested = [row["step"] for row in rows if "error_percent/test" in row]
-    assert tested == [8, 12], "no step is tested twice"
+    assert segments.differences(now, on_gpu) == ["cuda 13.0 (before: unknown)"]
+    assert segments.differences(now, {**now, "processes": 2}) == ["processes 2 (before: 1)"]
+    one = segments.extended([], 5, now)
+    assert segments.extended(one, 5, newer) == one  # no step was made there

@@ -21,7 +21,6 @@ from capsrun.report import figures
 from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.report.routing_maps import Routed, routed, routing_figure
 from capsrun.report.run_page import write_run_page
-from capsrun.runs import record
 from capsrun.runs.checkpoint import (
     Trained,
     check_dataset,
@@ -30,7 +29,9 @@ from capsrun.runs.checkpoint import (
     load_checkpoint,
     output_folder,
 )
+from capsrun.runs.folder import output
 from capsrun.runs.progress import bar
+from capsrun.runs.recorder import show_in_tensorboard
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
 from capsrun.training.metrics import score_split
@@ -63,7 +64,7 @@ def evaluate(
     check_routing_images(config.routing_images, split)
     name = folder_name(config, trained.config, others)
     out_dir = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
-    with record.output(out_dir):
+    with output(out_dir):
         for path, member in zip([checkpoint, *others], ensemble):
             print(f"{path}: {precision} on {describe_device(device)}")
             if not member.finished:
@@ -194,7 +195,7 @@ def replace_pictures(out_dir: Path, drawn: Mapping[str, Figure]) -> None:
         path.unlink()
     for name, figure in drawn.items():
         figures.save(figure, out_dir / "pictures" / f"{name}.png")
-    record.show_in_tensorboard(out_dir, "eval", drawn)
+    show_in_tensorboard(out_dir, "eval", drawn)
 
 
 def unlike_training(config: EvalConfig, trained: TrainConfig) -> str:

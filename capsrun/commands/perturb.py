@@ -26,9 +26,10 @@ from capsrun.names import folder_words, model_words, suggest
 from capsrun.report import figures
 from capsrun.report.pictures import displayed
 from capsrun.report.run_page import write_run_page
-from capsrun.runs import record
 from capsrun.runs.checkpoint import check_dataset, find_model, load_drawing_model, output_folder
+from capsrun.runs.folder import output
 from capsrun.runs.progress import bar
+from capsrun.runs.recorder import show_in_tensorboard
 from capsrun.training.device import provenance, resolve_device
 from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import to_device
@@ -84,7 +85,7 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
 
     folder = output_folder(checkpoint, config.runs_dir)
     out_dir = Path(config.out_dir or folder / f"perturb-{place}")
-    with record.output(out_dir):
+    with output(out_dir):
         swept = [perturbed(model, subject.image_CHW, subject.label, values) for subject in subjects]
         paths = write_pictures(out_dir, config.perturb.format, model, subjects, swept, values)
         for path in paths:
@@ -161,7 +162,7 @@ def write_pictures(
         else:
             figures.save_animation(frames_of_one(subject, images_DVCHW, values), path)
         name = subject.file_name
-        record.show_in_tensorboard(out_dir, name, {f"perturb/{name}": still})
+        show_in_tensorboard(out_dir, name, {f"perturb/{name}": still})
         paths.append(path)
     if len(subjects) > 1:
         paths.append(out_dir / "pictures" / f"all_classes.{file_format}")
