@@ -360,7 +360,9 @@ def test_what_is_a_change():
     newer = {**now, "versions": {"python": "3.13.0", "torch": "2.8.0"}}
     assert segments.differences(now, repaired) == []
     assert segments.differences(now, newer) == ["python 3.13 (before: 3.12)"]
-    assert segments.differences(now, {**now, "git_commit": "abc"}) == ["commit abc (before: unknown)"]
+    assert segments.differences(now, {**now, "git_commit": "abc"}) == [
+        "commit abc (before: unknown)"
+    ]
     on_gpu = {**now, "versions": now["versions"] | {"cuda": "13.0"}}
     assert segments.differences(now, on_gpu) == ["cuda 13.0 (before: unknown)"]
     assert segments.differences(now, {**now, "processes": 2}) == ["processes 2 (before: 1)"]
