@@ -5,7 +5,6 @@ import json
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,27 +13,16 @@ from conftest import TINY, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from capsrun.commands import train as train_command
+from capsrun.commands.writer import Writer
 from capsrun.report import figures
-from capsrun.runs import record
+from capsrun.runs.recorder import Recorder, is_shown
 
 # Of a run of the authors' length, in bytes.
 LARGEST_BOARD, LARGEST_METRICS = 4e6, 8e6
 
 
-def fake_run(folder, *overrides):
-    """A run of the authors' settings that only records."""
-    config = train_config("dataset=mnist", "recipe=authors", *overrides)
-    return SimpleNamespace(
-        config=config,
-        step=0,
-        steps=config.recipe.steps,
-        recorder=record.Recorder(folder),
-        dataset=SimpleNamespace(train=SimpleNamespace(epoch_images=60_000)),
-    )
-
-
 def fake_numbers(rng):
-    """Twelve of them, as log_step records with three routing iterations."""
+    """As many as a run with three routing iterations logs."""
     names = ["loss/total", "loss/margin", "loss/reconstruction", "learning_rate"]
     names += ["capsule_length/true_class", "capsule_length/other_classes", "images_per_second"]
     names += [f"routing_logit_change/iteration_{number}" for number in (1, 2, 3)] + ["memory_gb"]
@@ -47,20 +35,22 @@ def grid(rng, px):
     return figures.image_grid([("image", images), ("reconstruction", images)], ["5"] * 16)
 
 
-def record_all(run, rng, picture):
-    """What a run records in all its steps, without training."""
-    evaluate_every = train_command.evaluation_steps(run)
-    for step in range(1, run.steps + 1):
-        run.step = step
-        if step % run.config.record.log_every_steps == 0 or step == run.steps:
-            train_command.record_numbers(run, fake_numbers(rng))
-        if step % evaluate_every == 0 or step == run.steps:
-            run.recorder.numbers(step, {"error_percent/test": rng.random()})
-            if train_command.draws_reconstructions(run):
-                run.recorder.picture(step, "reconstructions", picture)
+def record_all(folder, config, rng, picture):
+    """What a run of MNIST records in all its steps, without training."""
+    record, steps = config.record, config.recipe.steps
+    evaluate_every = config.evaluation_steps(60_000)
+    recorder = Recorder(folder, steps)
+    for step in range(1, steps + 1):
+        if step % record.log_every_steps == 0 or step == steps:
+            shown = is_shown(step, record.log_every_steps, steps, record.tensorboard_points)
+            recorder.numbers(step, fake_numbers(rng), shown)
+        if step % evaluate_every == 0 or step == steps:
+            recorder.numbers(step, {"error_percent/test": rng.random()})
+            if is_shown(step, evaluate_every, steps, record.tensorboard_pictures):
+                recorder.picture(step, "reconstructions", picture)
     for name in ("confusion", "failures", "hits"):
-        run.recorder.picture(run.step, name, picture)
-    run.recorder.close()
+        recorder.picture(steps, name, picture)
+    recorder.close()
 
 
 def board_of(folder):
@@ -72,9 +62,9 @@ def board_of(folder):
 def test_the_event_file_of_the_authors_run_is_small(tmp_path):
     """300,000 steps, logged every 20, with 640 evaluations."""
     rng = np.random.default_rng(0)
-    run = fake_run(tmp_path)
-    assert run.steps == 300_000
-    record_all(run, rng, grid(rng, 28))
+    config = train_config("dataset=mnist", "recipe=authors")
+    assert config.recipe.steps == 300_000
+    record_all(tmp_path, config, rng, grid(rng, 28))
     size = sum(file.stat().st_size for file in (tmp_path / "tensorboard").iterdir())
     assert 1e5 < size < LARGEST_BOARD
     assert (tmp_path / "metrics.jsonl").stat().st_size < LARGEST_METRICS
@@ -95,17 +85,17 @@ def test_short_runs_show_everything():
     """Up to 40,000 steps logged every 20, and the 10 evaluations of the quick recipe."""
     for steps in (12, 4_690, 40_000):
         logged = [*range(20, steps, 20), steps]
-        assert all(record.is_shown(step, 20, steps, 2000) for step in logged)
-    assert all(record.is_shown(step, 469, 4_690, 20) for step in range(469, 4_691, 469))
+        assert all(is_shown(step, 20, steps, 2000) for step in logged)
+    assert all(is_shown(step, 469, 4_690, 20) for step in range(469, 4_691, 469))
 
 
 @pytest.mark.parametrize("steps", [40_001, 123_457, 10**6])
 @pytest.mark.parametrize("every", [1, 20, 7])
 def test_longer_ones_show_so_many_at_most(steps, every):
-    shown = [s for s in range(every, steps, every) if record.is_shown(s, every, steps, 50)]
+    shown = [s for s in range(every, steps, every) if is_shown(s, every, steps, 50)]
     assert 25 <= len(shown) <= 50
     assert len(set(np.diff(shown))) == 1
-    assert record.is_shown(steps, every, steps, 50)
+    assert is_shown(steps, every, steps, 50)
 
 
 def resident_mb():
@@ -146,16 +136,16 @@ def as_many_threads_afterwards():
 )
 def test_memory_is_flat(tmp_path, monkeypatch, steps, settings):
     """With logs, evaluations, pictures and checkpoints all along."""
-    samples, original = [], train_command.log_step
+    samples, original = [], Writer.log
     monkeypatch.setattr(train_command, "resolve_device", lambda _: one_thread())
 
-    def sample(run, update):
-        original(run, update)
-        if run.step % (steps // 40) == 0:
+    def sample(writer, *arguments):
+        original(writer, *arguments)
+        if writer.run.step % (steps // 40) == 0:
             gc.collect()
-            samples.append((run.step, resident_mb()))
+            samples.append((writer.run.step, resident_mb()))
 
-    monkeypatch.setattr(train_command, "log_step", sample)
+    monkeypatch.setattr(Writer, "log", sample)
     seconds = 10 if steps > 1000 else 0
     settings += [f"recipe.steps={steps}", f"record.checkpoint_every_seconds={seconds}"]
     drawn = ["record.evaluate_images=250", "record.tensorboard_pictures=100000"]
@@ -176,27 +166,29 @@ def test_logging_costs_little(tmp_path, monkeypatch):
 
     Not of the clock, which other programs move too.
     """
-    original, spent = train_command.log_step, []
+    spent = {"batch_numbers": [], "log": [], "training_loop": []}
 
-    def timed(run, update):
-        start = time.process_time()
-        original(run, update)
-        spent.append(time.process_time() - start)
+    def timed(place, name):
+        original = getattr(place, name)
 
-    loop, whole = train_command.training_loop, []
+        def called(*arguments):
+            start = time.process_time()
+            try:
+                return original(*arguments)
+            finally:
+                spent[name].append(time.process_time() - start)
 
-    def timed_loop(run, stop):
-        start = time.process_time()
-        loop(run, stop)
-        whole.append(time.process_time() - start)
+        monkeypatch.setattr(place, name, called)
 
+    timed(train_command, "batch_numbers")
+    timed(train_command, "training_loop")
+    timed(Writer, "log")
     monkeypatch.setattr(train_command, "resolve_device", lambda _: one_thread())
-    monkeypatch.setattr(train_command, "log_step", timed)
-    monkeypatch.setattr(train_command, "training_loop", timed_loop)
     narrow = ["model.conv1_channels=32", "model.primary_types=4", "recipe.batch_size=32"]
     length = ["recipe.epochs=null", "recipe.steps=200", "record.evaluate_images=10"]
     config = train_config("dataset=mnist5k", "precision=fp32", *narrow, *length)
     train_command.train(config, tmp_path)
-    assert len(spent) == 10  # of the settings as they are
-    print(f"logging: {1e3 * np.mean(spent):.1f} ms each, of {whole[0]:.2f} s in all")
-    assert sum(spent) < 0.02 * whole[0]
+    assert len(spent["log"]) == 10  # of the settings as they are
+    logging, whole = sum(spent["batch_numbers"]) + sum(spent["log"]), sum(spent["training_loop"])
+    print(f"logging: {1e3 * logging / 10:.1f} ms each, of {whole:.2f} s in all")
+    assert logging < 0.02 * whole

@@ -8,7 +8,7 @@ from test_train import StopAfter
 from capsrun import errors
 from capsrun.commands.train import train
 from capsrun.errors import Stopped
-from capsrun.runs import parts
+from capsrun.runs import segments
 from capsrun.training import device
 
 torch_version = str(torch.__version__)
@@ -62,11 +62,13 @@ def test_what_is_a_change():
     now["versions"] = {"python": "3.12.1", "torch": "2.8.0"}
     repaired = {**now, "versions": {"python": "3.12.9", "torch": "2.8.0"}}
     newer = {**now, "versions": {"python": "3.13.0", "torch": "2.8.0"}}
-    assert parts.differences(now, repaired) == []
-    assert parts.differences(now, newer) == ["python 3.13 (before: 3.12)"]
-    assert parts.differences(now, {**now, "git_commit": "abc"}) == ["commit abc (before: unknown)"]
+    assert segments.differences(now, repaired) == []
+    assert segments.differences(now, newer) == ["python 3.13 (before: 3.12)"]
+    assert segments.differences(now, {**now, "git_commit": "abc"}) == [
+        "commit abc (before: unknown)"
+    ]
     on_gpu = {**now, "versions": now["versions"] | {"cuda": "13.0"}}
-    assert parts.differences(now, on_gpu) == ["cuda 13.0 (before: unknown)"]
-    assert parts.differences(now, {**now, "processes": 2}) == ["processes 2 (before: 1)"]
-    one = parts.extended([], 5, now)
-    assert parts.extended(one, 5, newer) == one  # no step was made there
+    assert segments.differences(now, on_gpu) == ["cuda 13.0 (before: unknown)"]
+    assert segments.differences(now, {**now, "processes": 2}) == ["processes 2 (before: 1)"]
+    one = segments.extended([], 5, now)
+    assert segments.extended(one, 5, newer) == one  # no step was made there

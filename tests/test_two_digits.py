@@ -14,16 +14,16 @@ from PIL import Image
 
 from capsrun import cli, compose, errors
 from capsrun.bench import tasks
-from capsrun.commands import train as train_command
 from capsrun.commands.train import train
 from capsrun.config import DataConfig
 from capsrun.data import load_dataset
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
-from capsrun.report import figures, pictures
+from capsrun.report import figures, pictures, training
 from capsrun.report.pictures import in_colours
 from capsrun.runs.checkpoint import check_dataset, load_checkpoint, read_checkpoint
 from capsrun.settings import from_dict
+from capsrun.training import stopping
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import score_split
 
@@ -336,7 +336,7 @@ def test_affnist_is_not_trained_on(in_tmp, capsys):
 
 def fixed_accuracy(monkeypatch, errors):
     """Each evaluation finds the next number of errors; returns the list of what was asked."""
-    original, asked = train_command.score_split, []
+    original, asked = training.score_split, []
     left = iter(errors)
 
     def score(model, split, *args, **kwargs):
@@ -347,7 +347,7 @@ def fixed_accuracy(monkeypatch, errors):
         labels[:wrong] = (labels[:wrong] + 1) % 10
         return dataclasses.replace(found, predicted_NT=labels)
 
-    monkeypatch.setattr(train_command, "score_split", score)
+    monkeypatch.setattr(training, "score_split", score)
     return asked
 
 
@@ -369,7 +369,7 @@ def test_a_run_stops_at_the_first_evaluation_that_reaches_its_target(tmp_path, m
     lines = capsys.readouterr().out.strip().splitlines()
     assert "test accuracy 99.00 % reached after 6 steps" in lines
     expected = "stopped after 6 steps (0.02 epochs), which reached 99 % on the test images"
-    assert lines[-2] == expected
+    assert stopping.stopped_line(result["stopped"]) == expected
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
 
 
@@ -379,14 +379,14 @@ def test_whether_a_target_is_reached_by_the_last_step_is_said(tmp_path, monkeypa
     result = train(train_config(*PADDED, *STOP), tmp_path)
     assert (result["steps"], result["errors"]) == (12, last)
     assert (result["stopped"]["reached"], result["stopped"]["steps"]) == (reached, 12)
-    line = train_command.stopped_line(result["stopped"])
+    line = stopping.stopped_line(result["stopped"])
     assert line.startswith("99 % on the test images was not reached in 12 steps") is not reached
 
 
 def test_ctrl_c_while_the_target_is_reached_only_delays_the_end(tmp_path, monkeypatch):
     """Neither does a checkpoint that is due then change anything."""
     asked = fixed_accuracy(monkeypatch, [0, 0])
-    original = train_command.score_split
+    original = training.score_split
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
@@ -394,7 +394,7 @@ def test_ctrl_c_while_the_target_is_reached_only_delays_the_end(tmp_path, monkey
 
     config = train_config(*PADDED, *STOP, "record.checkpoint_every_seconds=0")
     with monkeypatch.context() as patch:
-        patch.setattr(train_command, "score_split", interrupted)
+        patch.setattr(training, "score_split", interrupted)
         with pytest.raises(Stopped, match="after step 3 of 12, which is saved"):
             train(config, tmp_path)
     result = train(config, tmp_path)
@@ -429,7 +429,7 @@ def test_how_to_stop_must_make_sense(settings, message):
 def test_a_run_that_was_killed_after_it_stopped_does_not_go_on(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         fixed_accuracy(patch, [0, 0])
-        patch.setattr(train_command, "score_figures", lambda *args: 1 / 0)
+        patch.setattr(training, "score_figures", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(train_config(*PADDED, *STOP), tmp_path)
     result = train(train_config(*PADDED, *STOP), tmp_path)

@@ -13,8 +13,9 @@ from capsrun import disk
 from capsrun.config import CheckpointConfig, EvalConfig, PerturbConfig
 from capsrun.data import Dataset, load_dataset
 from capsrun.report.run_page import write_run_page
-from capsrun.runs import record
 from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
+from capsrun.runs.folder import output
+from capsrun.runs.recorder import show_in_tensorboard
 
 
 def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
@@ -39,7 +40,7 @@ def result_folder(
     Raises UserError for a run's own folder, and Busy while another process writes to this one.
     """
     folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / name)
-    with record.output(folder):
+    with output(folder):
         yield folder
 
 
@@ -63,6 +64,6 @@ def write_result(
     drawn: figures by name for TensorBoard, where they replace earlier ones of the same key.
     """
     for key, figures in drawn.items():
-        record.show_in_tensorboard(folder, key, figures)
+        show_in_tensorboard(folder, key, figures)
     disk.write_json(folder / "result.json", result)
     return write_run_page(folder)

@@ -1,27 +1,29 @@
 """Checkpoints: tensors and plain types, written whole or not at all, read without running code."""
 
 import io
-import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from capsrun.config import CheckpointConfig, DatasetConfig, TrainConfig
-from capsrun.data import is_part_of, known
+from capsrun.data import is_part_of
 from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
-from capsrun.names import default_run, train_command
-from capsrun.runs import parts
+from capsrun.names import default_run, must_match, train_command
 from capsrun.settings import from_dict
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
 # The weights of the largest network that is made, their average and Adam's moments.
 MOST_BYTES = 16 * MOST_PARAMETERS
+# What a checkpoint holds at least.
+TYPES: dict[str, Any] = {"config": dict, "step": int, "model": dict, "optimizer": dict | None}
+TYPES["train_seconds"] = int | float
 
 
 class Trained(NamedTuple):
@@ -50,9 +52,10 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
         temporary.write_bytes(content.getbuffer())
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
+    types: of what it has to hold beside `TYPES`.
     Raises UserError for a file that is missing, damaged or not a capsrun checkpoint. A file that
     holds anything but tensors and plain types is refused before any of it is run.
     """
@@ -69,37 +72,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    if not {"config", "step", "model", "optimizer", "train_seconds"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path} is incomplete")
-    if not _is_sound(checkpoint):
-        raise UserError(f"checkpoint {path} is damaged: its values are of other types or ranges")
+    for key, kind in {**TYPES, **(types or {})}.items():
+        if key not in checkpoint or not isinstance(checkpoint[key], kind):
+            raise UserError(f"checkpoint {path} is incomplete or damaged: it has no sound {key!r}")
     return checkpoint
-
-
-def _is_sound(checkpoint: dict[str, Any]) -> bool:
-    """Whether each part of a checkpoint is of the type and range that `save_checkpoint` writes."""
-    step, seconds = checkpoint["step"], checkpoint["train_seconds"]
-    return (
-        isinstance(checkpoint["config"], dict)
-        and isinstance(checkpoint["model"], dict)
-        and isinstance(checkpoint["optimizer"], dict | None)
-        and isinstance(checkpoint.get("averaged"), dict | None)
-        and type(step) is int
-        and step >= 0
-        and type(seconds) in (int, float)
-        and (0 < seconds < math.inf or step == seconds == 0)
-        and checkpoint.get("precision", "fp32") in ("fp32", "bf16")
-        and _are_sizes({"metrics.jsonl": checkpoint.get("metrics_bytes", 0)})
-        and _are_sizes(checkpoint.get("event_bytes", {}))
-        and parts.are_parts(checkpoint.get("parts", []))
-    )
-
-
-def _are_sizes(sizes: Any) -> bool:
-    """Whether these are lengths of files, by their names."""
-    return isinstance(sizes, dict) and all(
-        type(name) is str and type(length) is int and length >= 0 for name, length in sizes.items()
-    )
 
 
 def find_model(config: CheckpointConfig, split: str = "test") -> Path:
@@ -231,11 +207,6 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"({trained.dataset.name}), but those of dataset={dataset.name} have "
             f"{counts[dataset.digits]}; {instead}"
         )
-    if dataset.standardise != trained.dataset.standardise:
-        raise UserError(
-            f"the model was trained with dataset.standardise={trained.dataset.standardise}: say "
-            "the same here"
-        )
     if split == "test" and is_part_of(dataset, trained.dataset):
         source = trained.dataset.source or trained.dataset.name
         raise UserError(
@@ -243,15 +214,12 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"which the model was trained; test it with dataset={trained.dataset.name}"
         )
     ours_from, theirs_from = (d.source or d.name for d in (dataset, trained.dataset))
-    # The seed decides about test images only where they are picked by it.
-    of_test = ["split_seed"] if known(ours_from).picked_from else []
-    keys = of_test if split == "test" else ["split_seed", "validation"]
-    for key in keys if ours_from == theirs_from else []:
-        value = getattr(trained.dataset, key)
-        if getattr(dataset, key) != value:
+    for key in must_match(dataset, split):
+        value, unseen = getattr(trained.dataset, key), key in ("split_seed", "validation")
+        if getattr(dataset, key) != value and (ours_from == theirs_from or not unseen):
             raise UserError(
-                f"the model was trained with dataset.{key}={value}: say the same here, or images "
-                "that it was trained on are counted as unseen"
+                f"the model was trained with dataset.{key}={value}: say the same here"
+                + (", or images that it was trained on are counted as unseen" if unseen else "")
             )
     if dataset.trained_on != trained.dataset.name:
         notice(f"this model was trained on {trained.dataset.name}, not on {dataset.trained_on}")

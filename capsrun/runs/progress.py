@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def stoppable(items: Iterable[Any], stop: StopRequest) -> Iterator[Any]:
 
 
 class Stopwatch:
-    """Counts seconds, but not while it is paused; goes on from those of an interrupted run."""
+    """Counts seconds while it runs; goes on from those of an interrupted run."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before = seconds
@@ -101,29 +102,34 @@ class Stopwatch:
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._before + running
 
-    def start(self) -> None:
+    @contextmanager
+    def running(self) -> Iterator[None]:
         self._started = time.perf_counter()
-
-    def pause(self) -> None:
-        self._before, self._started = self.seconds, None
+        try:
+            yield
+        finally:
+            self._before, self._started = self.seconds, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        self.pause()
-        yield
-        self.start()
+        self._before, self._started = self.seconds, None
+        try:
+            yield
+        finally:
+            self._started = time.perf_counter()
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Turn Ctrl-C, SIGTERM and a closed terminal into a request that is seen between two steps.
 
-    A second one stops at once.
+    A second one stops at once. Elsewhere than in the main thread signals are not ours.
     """
     request = StopRequest()
-    before: dict[int, Any] = {}
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main else ()
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(number: int, _: Any) -> None:
         request.signal_number = number
         restore()
         if process_rank()[0] == 0:
@@ -131,14 +137,10 @@ def stop_requests() -> Iterator[StopRequest]:
             print(said, file=sys.stderr, flush=True)
 
     def restore() -> None:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[name] = signal.signal(name, ask)
-    except ValueError:  # not the main thread: signals are somebody else's business
-        pass
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield request
     finally:

@@ -1,0 +1,139 @@
+"""What a run is on disk: its folder, which one process at a time writes to."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from capsrun.disk import (
+    LOCK,
+    locked,
+    make_folder,
+    read_json,
+    read_yaml,
+    refuse_if_locked,
+    remove_leftovers,
+    replacing,
+)
+from capsrun.errors import Busy, UserError
+from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
+from capsrun.runs.reader import check_result
+from capsrun.settings import differing_keys, role
+
+# What a checkpoint holds of an unfinished run beside what makes a model of it.
+TO_GO_ON = {"precision": str, "metrics_bytes": int, "parts": list}
+
+
+@contextlib.contextmanager
+def output(folder: Path) -> Iterator[None]:
+    """Make a folder for what a command finds out about a run, and be the only one to write to it.
+
+    Raises UserError for a run's own folder, and Busy while another process writes to this one.
+    """
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
+    make_folder(folder / "pictures")
+    with locked(folder / LOCK):
+        clean(folder)
+        yield
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half-written in a folder with pictures."""
+    remove_leftovers(folder)
+    remove_leftovers(folder / "pictures")
+
+
+class RunFolder:
+    """The folder of one training run, which is resumed, left alone or refused when it exists.
+
+    `config.yaml` says which run it is; `result.json` is there once the run is finished.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        """Nothing is read or written yet. config: the `TrainConfig` as a dict."""
+        self.path, self.config = path, config
+        self.pictures = path / "pictures"
+        self.checkpoint = path / FILE_NAME
+        self._lock = contextlib.ExitStack()
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run found, or None while it is not finished; nothing is written.
+
+        Raises UserError for a damaged result and where the folder is of a run with other settings,
+        and Busy, naming it, where another process is at work on this run.
+        """
+        self._refuse_other_settings()
+        file = self.path / "result.json"
+        if not os.path.lexists(file):
+            refuse_if_locked(self.path / LOCK)
+            return None
+        try:
+            values = read_json(file)
+            check_result(values)
+            if values["command"] != "train":
+                raise ValueError("is of another command")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged; delete it to make it again") from error
+        return values
+
+    def _refuse_other_settings(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            if self.checkpoint.exists() or (self.path / "result.json").exists():
+                raise UserError(
+                    f"{self.path} holds results but no config.yaml that says of which settings; "
+                    "choose another name=…, or move that folder away"
+                )
+            return
+        try:
+            before = read_yaml(file)
+            if not isinstance(before, dict):
+                raise ValueError("holds no settings")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged; move the folder away to start anew") from error
+        different = [
+            f"{key} (there {theirs}, now {ours})"
+            for key, theirs, ours in differing_keys(before, self.config)
+            if role(key).resume
+        ]
+        if different:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {', '.join(different)}; "
+                "choose another name=…, or move that folder away"
+            )
+
+    def open(self) -> dict[str, Any] | None:
+        """Make the folder, and be the only process that writes to it, until `close`.
+
+        Returns the last checkpoint of an interrupted run, or None for one that has to begin.
+        Raises UserError when the folder cannot be written or the checkpoint cannot be used, and
+        Busy when another process writes to it.
+        """
+        make_folder(self.path)
+        self._lock.enter_context(locked(self.path / LOCK))
+        if (self.path / "result.json").exists():  # since this process looked for it
+            raise Busy(f"{self.path} has been finished by another process just now")
+        make_folder(self.pictures)
+        clean(self.path)
+        if not (self.path / "config.yaml").exists():
+            with replacing(self.path / "config.yaml") as temporary:
+                temporary.write_text(OmegaConf.to_yaml(self.config))
+        if not self.checkpoint.exists():
+            return None
+        try:
+            return read_checkpoint(self.checkpoint, TO_GO_ON)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to train from the start") from error
+
+    def tidy(self) -> None:
+        """Delete what a process left that was killed when the run was finished, if that may be."""
+        with contextlib.suppress(Busy, OSError), locked(self.path / LOCK):
+            clean(self.path)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.close()
