@@ -135,7 +135,7 @@ class _ReluFrequencyConv(torch.autograd.Function):
         batch, outputs, depth = _blocks(sizes, kernels.lanes())
         size, dtype = kernels.matrix_size, maps_BCHW.dtype
         products = max(size(batch, depth), size(outputs, depth))
-        kernels[f"backward_{SUFFIXES[dtype]}"](
+        getattr(kernels, f"backward_{SUFFIXES[dtype]}")(
             address(gradient),
             buffers.take("masks", 0, torch.int16),
             *sizes,
@@ -165,7 +165,7 @@ def _transform(
     known = buffers.weights_stay and buffers.weight == weight
     buffers.weight = buffers.written = None  # until all of it is there
     kernel = weight_OCMN.contiguous(memory_format=torch.channels_last)
-    kernels[f"forward_{SUFFIXES[dtype]}"](
+    getattr(kernels, f"forward_{SUFFIXES[dtype]}")(
         *map(address, (maps_BCHW, kernel)),
         *sizes,
         int(not known),
