@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST_DIR, TINY, needs_compiler, train_config
+from conftest import TINY, needs_compiler, train_config
 from torch.nn import functional as F
 
 from capsrun import errors
@@ -515,22 +515,3 @@ def test_a_fast_run_can_go_on_without_compiling():
     second.advance(batches, 5, 6)
     ours, theirs = (t.advance(batches, 11, 1).losses.total.item() for t in (second, straight))
     assert ours == pytest.approx(theirs, rel=1e-3)
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
-def test_three_epochs_err_the_same_over_three_seeds(tmp_path):
-    """A network of an eighth of the size, a quarter of an hour."""
-    small = ["dataset=mnist", f"dataset.data_dir={MNIST_DIR}", "recipe.epochs=3"]
-    small += ["model.conv1_channels=64", "model.primary_types=8"]
-    means = []
-    for compiled in (True, False):
-        counts = []
-        for seed in range(3):
-            config = train_config(*small, f"compile={compiled}", f"seed={seed}")
-            counts.append(train(config, tmp_path / f"{compiled}-{seed}")["errors"])
-        means.append(sum(counts) / 3)
-    # The standard error of a mean of three counts around 85 is 5; of the difference of two, 7.5.
-    assert abs(means[0] - means[1]) < 3 * 7.5
-    assert max(means) < 150

@@ -162,18 +162,6 @@ def test_a_backward_pass_after_another_batch():
 
 
 @needs_compiler
-def test_only_what_is_asked_for_is_computed():
-    maps, weight, gradient = (t.float() for t in draw((4, 3, 5, 11, 9, 2)))
-    _, to_maps, to_weight = with_gradients(by_kernels(2), [maps, weight], gradient)
-    maps.requires_grad_()
-    (alone,) = torch.autograd.grad(relu_frequency_conv2d(maps, weight, 2), [maps], gradient)
-    assert torch.equal(alone, to_maps)
-    maps, weight = maps.detach(), weight.requires_grad_()
-    (alone,) = torch.autograd.grad(relu_frequency_conv2d(maps, weight, 2), [weight], gradient)
-    assert torch.equal(alone, to_weight)
-
-
-@needs_compiler
 def test_threads_do_not_share_memory():
     maps, weight, _ = (t.float() for t in draw((32, 32, 32, 19, 9, 2)))
     expected = [relu_frequency_conv2d(maps * scale, weight, 2) for scale in (1, 2, 3)]

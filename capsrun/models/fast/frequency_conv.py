@@ -122,16 +122,14 @@ class _ReluFrequencyConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         maps_BCHW, weight_OCMN = ctx.saved_tensors
         sizes, kernels, buffers = ctx.sizes, ctx.kernels, _buffers
         if buffers.written is not ctx.written:  # another batch came between
             ctx.written = _transform(maps_BCHW, weight_OCMN, sizes, kernels, None)
         gradient = gradients[0].float().contiguous(memory_format=torch.channels_last)
-        to_maps = torch.empty_like(maps_BCHW) if ctx.needs_input_grad[0] else None
-        to_weight = None
-        if ctx.needs_input_grad[1]:
-            to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
+        to_maps = torch.empty_like(maps_BCHW)
+        to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
         batch, outputs, depth = _blocks(sizes, kernels.lanes())
         size, dtype = kernels.matrix_size, maps_BCHW.dtype
         products = max(size(batch, depth), size(outputs, depth))
