@@ -1,16 +1,19 @@
 """The network: its size, its shapes, its initialisation, and that every option does something."""
 
 import functools
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import TINY, train_config
 from torch.nn import functional as F
 
+from capsrun.config import TrainConfig
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
-from capsrun.models import build_model, capsnet
+from capsrun.models import build_model, capsnet, fast, plan_model
 from capsrun.models.routing import capsule_votes, route, squash
+from capsrun.settings import deciding, from_dict
 from capsrun.training.step import Trainer
 
 
@@ -19,8 +22,10 @@ def make(*overrides, seed=0):
     return build_model(config.model, config.routing, config.dataset, seed)
 
 
-def parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameters(*overrides):
+    config = train_config(*overrides)
+    plan = plan_model(config.model, config.routing, config.dataset)
+    return sum(parameter.numel() for parameter in plan.parameters())
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,7 @@ def parameters(model):
     ],
 )
 def test_parameter_counts(overrides, count):
-    assert parameters(make(*overrides)) == count
+    assert parameters(*overrides) == count
 
 
 @pytest.mark.parametrize(
@@ -44,9 +49,9 @@ def test_parameter_counts(overrides, count):
     [(28, 1, 10, 32 * 36), (36, 1, 10, 3200), (40, 1, 10, 4608), (17, 3, 2, 32), (33, 2, 5, 2592)],
 )
 def test_any_square_image_and_number_of_classes(image_px, channels, classes, capsules):
-    model = make(
-        f"dataset.image_px={image_px}", f"dataset.channels={channels}", f"dataset.classes={classes}"
-    )
+    sizes = {"image_px": image_px, "channels": channels, "classes": classes}
+    small = ["model.conv1_channels=8", "model.decoder_widths=[16]"]
+    model = make(*small, *(f"dataset.{name}={size}" for name, size in sizes.items()))
     assert model.primary_capsules == capsules
     output = model(torch.rand(2, channels, image_px, image_px), torch.tensor([[0], [1]]))
     assert output.capsules_BJD.shape == (2, classes, 16)
@@ -243,7 +248,7 @@ def test_every_option_changes_the_numbers(override):
 def test_routing_in_pieces_changes_nothing():
     """On a CPU a batch is routed a few images at a time."""
     model = make(*TINY)
-    images = torch.rand(2 * capsnet.ROUTED_AT_ONCE_ON_CPU + 3, 1, 28, 28)
+    images = torch.rand(2 * fast.ROUTED_AT_ONCE_ON_CPU + 3, 1, 28, 28)
     history, whole = [], []
     capsules = model.encode(images, history)
     votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)
@@ -251,3 +256,22 @@ def test_routing_in_pieces_changes_nothing():
     assert len(history) == 3
     for ours, theirs in zip(history, whole):
         torch.testing.assert_close(tuple(ours), tuple(theirs))
+
+
+def test_another_routing_algorithm(monkeypatch):
+    """A function, a line of the table, and a setting, which only other algorithms have."""
+
+    def mean(votes_BIJD, bias_JD, iterations, leaky, detach, history):
+        return squash(votes_BIJD.mean(1))
+
+    monkeypatch.setitem(capsnet.ROUTINGS, "mean", mean)
+    config = train_config(*TINY, "+routing.algorithm=mean")
+    assert from_dict(TrainConfig, asdict(config)) == config
+    assert deciding(asdict(config)) != deciding(asdict(train_config(*TINY)))
+    model = build_model(config.model, config.routing, config.dataset)
+    model.fast = True
+    images = torch.rand(3, 1, 28, 28)
+    votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)
+    torch.testing.assert_close(model.encode(images), squash(votes.mean(1)))
+    with pytest.raises(UserError, match=r"'maen', did you mean 'mean'.*one of: dynamic, mean"):
+        make(*TINY, "+routing.algorithm=maen")

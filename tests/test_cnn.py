@@ -11,7 +11,7 @@ from capsrun.config import CrossEntropyConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
-from capsrun.models import build_model
+from capsrun.models import build_model, cnn, plan_model
 from capsrun.models.cnn import CNN, CNNOutput, drop_out
 from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.training.losses import cross_entropy
@@ -31,31 +31,21 @@ def build(*overrides):
     return build_model(config.model, config.routing, config.dataset)
 
 
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 @pytest.mark.parametrize(
     ("dataset", "model", "parameters"),
     [
         ("mnist", "cnn_baseline", 35_445_522),  # §5: 35.4 million
         ("multimnist", "cnn_multimnist", 24_563_978),  # §6: 24.56 million
-        ("mnist_padded", "cnn_affnist", 13_734_794),
+        ("mnist_padded", "cnn_affnist", 13_734_794),  # as large as the CapsNet, within 5 %
         ("mnist", "cnn_authors", 7_495_946),
         ("mnist_padded", "capsnet", 13_475_808),
         ("multimnist", "capsnet", 11_361_968),  # §6: 11.36 million
     ],
 )
 def test_parameters(dataset, model, parameters):
-    assert count(build(f"dataset={dataset}", f"model={model}")) == parameters
-
-
-def test_the_cnn_for_affnist_is_as_large_as_the_capsnet():
-    ours, theirs = (count(build("dataset=mnist_padded", f"model={m}")) for m in MODELS_AT_40)
-    assert abs(ours / theirs - 1) < 0.05
-
-
-MODELS_AT_40 = ("cnn_affnist", "capsnet")
+    config = train_config(f"dataset={dataset}", f"model={model}")
+    plan = plan_model(config.model, config.routing, config.dataset)
+    assert sum(p.numel() for p in plan.parameters()) == parameters
 
 
 def test_the_layers_of_the_baseline():
@@ -208,51 +198,44 @@ def test_dropout_is_of_the_last_hidden_layer_and_in_training_only():
     torch.testing.assert_close(trained[kept], 2 * tested[kept])
 
 
-def test_dropout_changes_what_training_sees():
-    losses = []
-    for dropout in (0.0, 0.9):
-        config = train_config("dataset=mnist5k", "model=cnn_baseline", *SMALL)
-        config.model.dropout = dropout
-        model = build_model(config.model, config.routing, config.dataset)
-        trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", True)
-        batches = TrainingBatches(load_dataset(config.dataset, CPU).train, 0, 16)
-        losses.append(trainer.advance(batches, 0, 1).losses.total.item())
-    assert losses[0] != losses[1]
-
-
 # Runs
 
 
-@pytest.mark.parametrize("recipe", ["quick", "sixty", "authors", "multimnist", "affnist"])
+@pytest.mark.parametrize("recipe", ["sixty", "authors", "affnist"])
 @pytest.mark.parametrize("name", CNNS)
 def test_a_cnn_has_the_rate_of_the_authors_whatever_the_recipe(name, recipe):
-    words = [f"recipe={recipe}", f"model={name}"]
+    words = [f"model={name}", f"recipe={recipe}"]
     assert train_config(*words).recipe.learning_rate == 0.001
-    assert train_config(*reversed(words)).recipe.learning_rate == 0.001
     assert train_config(*words, "recipe.learning_rate=0.003").recipe.learning_rate == 0.003
 
 
-@pytest.mark.parametrize("name", ["cnn_baseline", "cnn_authors", "cnn_affnist"])
-def test_a_cnn_learns(name, tmp_path):
-    settings = [*SMALL, "recipe.steps=200", "recipe.learning_rate=0.003", "model.hidden=[64]"]
-    config = train_config("dataset=mnist5k", f"model={name}", *settings, "precision=fp32")
+def test_a_cnn_learns(tmp_path):
+    settings = [*SMALL, "recipe.steps=150", "recipe.learning_rate=0.003", "model.hidden=[64]"]
+    settings += ["record.evaluate_every_steps=75"]
+    config = train_config("dataset=mnist5k", "model=cnn_baseline", *settings, "precision=fp32")
     result = train(config, tmp_path)
     assert result["error_percent"] < 50
-    assert result["model"] == name
+    assert result["model"] == "cnn_baseline"
     assert result["reconstruction_squared_error"] is None
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert pictures == ["confusion.png", "curves.png", "failures.png"]
+    assert isinstance(load_checkpoint(tmp_path / "checkpoint.pt").model, CNN)
 
 
-def test_a_cnn_on_two_digits(tmp_path):
+def test_a_cnn_on_two_digits(monkeypatch):
+    """Units are dropped in training, by each image's own number, and not in testing."""
+    noise = []
+    monkeypatch.setattr(cnn, "drop_out", lambda h, share, noise_B: noise.append(noise_B) or h)
     config = train_config("dataset=multimnist", FROM_5K, "model=cnn_multimnist", *SMALL)
-    result = train(config, tmp_path)
-    assert result["count"] == 10_000
-    assert result["almost_correct"] >= result["count"] - result["errors"]
-    trained = load_checkpoint(tmp_path / "checkpoint.pt").model
-    assert isinstance(trained, CNN)
-    test = load_dataset(config.dataset, CPU).test
-    score = score_split(trained, test, "fp32", most=500)
-    batch = test.batch(torch.arange(500))
-    top2 = trained.eval()(batch.images_BCHW).logits_BJ.topk(2).indices.sort(1).values
+    config.model.dropout = 0.5
+    model = build_model(config.model, config.routing, config.dataset)
+    trainer = Trainer(model, config.loss, config.recipe, 12, CPU, "fp32", True)
+    data = load_dataset(config.dataset, CPU)
+    trainer.advance(TrainingBatches(data.train, 0, 16), 0, 2)
+    score = score_split(model, data.test, "fp32", most=200)
+    assert score.count == 200
+    assert len(torch.cat(noise).unique()) == 2 * 16
+    assert score.almost_correct >= score.count - score.errors
+    batch = data.test.batch(torch.arange(200))
+    top2 = model(batch.images_BCHW).logits_BJ.topk(2).indices.sort(1).values
     assert torch.equal(score.predicted_NT, top2)

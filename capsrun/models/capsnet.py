@@ -58,6 +58,25 @@ def same_padding(size_px: int, kernel_px: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def sizes_of(config: CapsNetConfig, px: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """The padding of both convolutions, and how many places an axis of PrimaryCaps' grid has.
+
+    px: of the images. Raises ValueError where they are too small for the convolutions.
+    """
+    kernel_px = config.kernel_px
+    conv1_pads = primary_pads = (0, 0)
+    if config.padding == "same":
+        conv1_pads, primary_pads = (same_padding(px, kernel_px, stride) for stride in (1, 2))
+    conv1_px = px + sum(conv1_pads) - kernel_px + 1
+    grid_px = (conv1_px + sum(primary_pads) - kernel_px) // 2 + 1
+    if grid_px < 1:
+        raise ValueError(
+            f"images of {px} px are too small for two {kernel_px}×{kernel_px} convolutions: at "
+            f"least {2 * kernel_px - 1} px"
+        )
+    return conv1_pads, primary_pads, grid_px
+
+
 def padded(maps: Tensor, pads: tuple[int, int]) -> Tensor:
     """Maps with so many zeros before and after, along both axes."""
     return F.pad(maps, 2 * pads) if any(pads) else maps
@@ -98,42 +117,21 @@ class CapsNet(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
-        kernel_px = config.kernel_px
-        self.conv1_pads = self.primary_pads = (0, 0)
-        if config.padding == "same":
-            self.conv1_pads = same_padding(image_px, kernel_px, 1)
-            self.primary_pads = same_padding(image_px, kernel_px, 2)
-        conv1_px = image_px + sum(self.conv1_pads) - kernel_px + 1
-        grid_px = (conv1_px + sum(self.primary_pads) - kernel_px) // 2 + 1
-        if grid_px < 1:
-            raise ValueError(
-                f"images of {image_px} px are too small for two {kernel_px}×"
-                f"{kernel_px} convolutions: at least {2 * kernel_px - 1} px"
-            )
         self.config, self.routing, self.algorithm = config, routing, algorithm_of(routing)
         self.image_px, self.channels, self.classes = image_px, channels, classes
+        self.conv1_pads, self.primary_pads, grid_px = sizes_of(config, image_px)
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
-        padded = sum(self.conv1_pads) + sum(self.primary_pads)
-        self.seen_px = min(2 * (grid_px - 1) + 2 * kernel_px - 1 - padded, image_px)
-
+        reached_px = 2 * (grid_px - 1) + 2 * config.kernel_px - 1
+        self.seen_px = min(reached_px - sum(self.conv1_pads + self.primary_pads), image_px)
         self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
-        self.primarycaps = nn.Conv2d(
-            config.conv1_channels,
-            config.primary_types * config.primary_dimensions,
-            config.kernel_px,
-            stride=2,
-        )
+        maps = config.primary_types * config.primary_dimensions
+        self.primarycaps = nn.Conv2d(config.conv1_channels, maps, config.kernel_px, stride=2)
+        capsules_JD = classes, config.digit_dimensions
         self.digitcaps_weight = nn.Parameter(
-            torch.empty(
-                self.primary_capsules, config.primary_dimensions, classes, config.digit_dimensions
-            )
+            torch.empty(self.primary_capsules, config.primary_dimensions, *capsules_JD)
         )
-        self.digitcaps_bias = (
-            nn.Parameter(torch.empty(classes, config.digit_dimensions))
-            if config.digit_bias
-            else None
-        )
+        self.digitcaps_bias = nn.Parameter(torch.empty(capsules_JD)) if config.digit_bias else None
         self.decoder = self._make_decoder() if config.reconstruction else None
         self.reset_parameters()
 

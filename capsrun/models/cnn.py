@@ -37,8 +37,7 @@ class CNN(nn.Module):
     apart. Raises ValueError when the image is too small for its layers.
     """
 
-    fast = False
-    triton = False
+    fast = triton = frequency = False
     """It has nothing to compute in another way, but is set like CapsNet's."""
     decoder = None
 

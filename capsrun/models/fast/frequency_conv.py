@@ -122,20 +122,18 @@ class _ReluFrequencyConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         maps_BCHW, weight_OCMN = ctx.saved_tensors
         sizes, kernels, buffers = ctx.sizes, ctx.kernels, _buffers
         if buffers.written is not ctx.written:  # another batch came between
             ctx.written = _transform(maps_BCHW, weight_OCMN, sizes, kernels, None)
         gradient = gradients[0].float().contiguous(memory_format=torch.channels_last)
-        to_maps = torch.empty_like(maps_BCHW) if ctx.needs_input_grad[0] else None
-        to_weight = None
-        if ctx.needs_input_grad[1]:
-            to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
+        to_maps = torch.empty_like(maps_BCHW)
+        to_weight = torch.empty_like(weight_OCMN, memory_format=torch.channels_last)
         batch, outputs, depth = _blocks(sizes, kernels.lanes())
         size, dtype = kernels.matrix_size, maps_BCHW.dtype
         products = max(size(batch, depth), size(outputs, depth))
-        kernels[f"backward_{SUFFIXES[dtype]}"](
+        getattr(kernels, f"backward_{SUFFIXES[dtype]}")(
             address(gradient),
             buffers.take("masks", 0, torch.int16),
             *sizes,
@@ -165,7 +163,7 @@ def _transform(
     known = buffers.weights_stay and buffers.weight == weight
     buffers.weight = buffers.written = None  # until all of it is there
     kernel = weight_OCMN.contiguous(memory_format=torch.channels_last)
-    kernels[f"forward_{SUFFIXES[dtype]}"](
+    getattr(kernels, f"forward_{SUFFIXES[dtype]}")(
         *map(address, (maps_BCHW, kernel)),
         *sizes,
         int(not known),

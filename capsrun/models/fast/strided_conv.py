@@ -34,14 +34,11 @@ class _ReluStridedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         features_BCHW, kernel_OCMN, weight_OCMN = ctx.saved_tensors
         gradient_BOYX = gradients[0].contiguous(memory_format=torch.channels_last)
-        to_maps = to_weight = None
-        if ctx.needs_input_grad[0]:
-            to_maps = maps_gradient(gradient_BOYX, kernel_OCMN, features_BCHW, ctx.stride)
-        if ctx.needs_input_grad[1]:
-            to_weight = weight_gradient(gradient_BOYX, features_BCHW, weight_OCMN, ctx.stride)
+        to_maps = maps_gradient(gradient_BOYX, kernel_OCMN, features_BCHW, ctx.stride)
+        to_weight = weight_gradient(gradient_BOYX, features_BCHW, weight_OCMN, ctx.stride)
         return to_maps, to_weight, None
 
 
