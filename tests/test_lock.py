@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY, run_capsrun, train_config
+from conftest import TINY, run_capsrun, train_config
 
 from capsrun import cli, disk
 from capsrun.commands import reproduce
@@ -272,35 +271,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-STUB = """#!{python}
-import os, pathlib, sys, time
-words = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
-if sys.argv[1] == "reproduce" and "only_plan" not in words:
-    name, seed = words["targets"].strip("[]"), words["seeds"].strip("[]")
-    busy = pathlib.Path("busy")
-    busy.mkdir()  # fails where another one is at work
-    time.sleep(0.2)
-    folder = pathlib.Path("runs", words["budget"], name, "seed" + seed)
-    folder.mkdir(parents=True)  # fails where it was run before
-    (folder / "result.json").touch()
-    busy.rmdir()
-"""
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
-def test_make_with_four_jobs_does_not_run_anything_twice_or_at_once(tmp_path):
-    """With a stand-in for capsrun that fails where two of them meet."""
-    for name in ("Makefile", "configs", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    stub = tmp_path / ".venv" / "bin" / "capsrun"
-    stub.parent.mkdir(parents=True)
-    stub.write_text(STUB.format(python=sys.executable))
-    stub.chmod(0o755)
-    (tmp_path / ".venv" / ".installed").touch()
-    words = ["make", "-j4", "table1", "figures", "BUDGET=smoke", "SEEDS=0 1"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = list((tmp_path / "runs" / "smoke").glob("*/seed*/result.json"))
-    assert len(results) > 10
