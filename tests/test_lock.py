@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -295,18 +294,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-STUB = """#!{python}
-import os, pathlib, sys, time
-words = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
-if sys.argv[1] == "reproduce" and "only_plan" not in words:
-    name, seed = words["targets"].strip("[]"), words["seeds"].strip("[]")
-    busy = pathlib.Path("busy")
-    busy.mkdir()  # fails where another one is at work
-    time.sleep(0.2)
-    folder = pathlib.Path("runs", words["budget"], name, "seed" + seed)
-    folder.mkdir(parents=True)  # fails where it was run before
-    (folder / "result.json").touch()
-    busy.rmdir()
-"""

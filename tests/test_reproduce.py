@@ -215,12 +215,12 @@ def test_estimates():
 
 def test_jobs_are_timed(capfd):
     words = ["budget=smoke", train_words(*SMALL), "device=cpu", "seeds=[0]"]
-    jobs = jobs_of(*words, "targets=[figure_4,ablation_uniform]")
+    jobs = jobs_of(*words, "targets=figure_4")
     costs = estimate.job_costs(jobs, EXPERIMENTS, "cpu")
     assert list(costs) == jobs
     assert all(8 <= cost.seconds < 60 for cost in costs.values())
     assert all(0.1 < cost.memory_gb < 50 for cost in costs.values())
-    assert capfd.readouterr().err.count("timing") == 2  # two networks, three jobs
+    assert capfd.readouterr().err.count("timing") == 1  # one network, two jobs
 
 
 def test_a_run_that_stops_early_is_expected_to_end_where_other_seeds_did(
@@ -334,14 +334,6 @@ def test_nothing_runs_on_after_a_second_ctrl_c(tmp_path, python_jobs, monkeypatc
     assert started[0].wait(10) == -signal.SIGKILL
 
 
-def test_ctrl_c_ends_what_runs_and_begins_nothing(tmp_path, python_jobs):
-    stop = StopRequest()
-    stop.signal_number = signal.SIGINT
-    outcome = reproduce.run([fake(tmp_path, "a", "done()")], 1, None, stop)
-    assert len(outcome.waiting) == 1
-    assert not outcome.failed
-
-
 @pytest.fixture
 def in_process(monkeypatch):
     """Jobs in this process, one after the other."""
@@ -380,11 +372,11 @@ def test_a_closed_terminal_ends_and_saves_what_runs(in_tmp):
     command = [sys.executable, "-m", "capsrun", *words, "targets=table1_mnist_1", "seeds=0"]
     process = subprocess.Popen(command, cwd=in_tmp)
     run_dir = in_tmp / "runs/smoke/table1_mnist_1/seed0"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not has_logged(run_dir) and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 128 + signal.SIGHUP
+    assert process.wait(200) == 128 + signal.SIGHUP
     assert (run_dir / "checkpoint.pt").exists()
     assert not (run_dir / "result.json").exists()
 
