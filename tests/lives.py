@@ -31,6 +31,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from capsrun.commands import train
 from capsrun.data import mnist5k  # noqa: F401
+from capsrun.report import training
 from capsrun.runs.checkpoint import read_checkpoint
 
 SETTINGS = [
@@ -95,7 +96,7 @@ def in_flush(number: int) -> None:
 
 def in_test(number: int) -> None:
     """Die while the model is tested."""
-    whole, left = train.stoppable, [number]
+    whole, left = training.stoppable, [number]
 
     def stoppable(*arguments: object):
         for item in whole(*arguments):
@@ -104,7 +105,7 @@ def in_test(number: int) -> None:
                 die()
             yield item
 
-    train.stoppable = stoppable
+    training.stoppable = stoppable
 
 
 # Each way to die, and how many of such moments one run has at least.

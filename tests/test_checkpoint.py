@@ -99,12 +99,13 @@ def test_other_files_are_refused(tmp_path, content):
         ("optimizer", {"optimizer": [1]}),
         ("metrics_bytes", {"metrics_bytes": "1"}),
         ("parts", {"parts": {}}),
-        ("precision", {}),
+        ("precision", {"precision": None}),
     ],
 )
 def test_what_a_run_needs_to_go_on_is_checked(saved, key, state):
     path, _, config = saved
-    torch.save({**torch.load(path), "metrics_bytes": 1, "parts": [], **state}, path)
+    rest = {"precision": "fp32", "metrics_bytes": 1, "parts": []}
+    torch.save({**torch.load(path), **rest, **state}, path)
     folder = RunFolder(path.parent, dataclasses.asdict(config))
     with pytest.raises(UserError, match=f"no sound '{key}'; delete it to train from the start"):
         folder.open()

@@ -11,7 +11,7 @@ from test_train import assert_same_run, curves
 LIVES = Path(__file__).with_name("lives.py")
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(30, 0), pytest.param(300, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(15, 0), pytest.param(300, 1, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_path, kills, seed):
     """Bit for bit, with no file half-written and no curve doubled."""
     done = subprocess.run(
