@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import TINY, train_config
 
-from capsrun.disk import replacing
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.runs.checkpoint import (
@@ -52,7 +51,7 @@ def test_names_of_the_weights_are_fixed(saved):
     ]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])
+@pytest.mark.parametrize("kept", [0, 100, 0.5, -1])
 def test_a_truncated_checkpoint_is_refused(saved, kept):
     path = saved[0]
     content = path.read_bytes()
@@ -167,11 +166,3 @@ def test_an_interrupted_write_leaves_the_old_file(saved, monkeypatch):
         save_checkpoint(path, {}, 6, model={})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_replacing_writes_whole_files(tmp_path):
-    path = tmp_path / "file"
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert not path.exists()
-    assert path.read_text() == "new"

@@ -142,14 +142,19 @@ class StopAfter:
         monkeypatch.setattr(TrainingBatches, "batch", count)
 
 
+def interrupted(monkeypatch, config, folder, steps):
+    """Train, but ask it to stop after so many steps."""
+    with monkeypatch.context() as patch:
+        StopAfter(patch, steps)
+        with pytest.raises(Stopped, match="saved"):
+            train(config, folder)
+
+
 def straight_and_resumed(config, folder, monkeypatch, stops):
     """Train at once, and with a stop after each of so many steps; the same comes out of both."""
     result = train(config, folder / "straight")
     for steps in stops:
-        with monkeypatch.context() as patch:
-            StopAfter(patch, steps)
-            with pytest.raises(Stopped):
-                train(config, folder / "resumed")
+        interrupted(monkeypatch, config, folder / "resumed", steps)
     train(config, folder / "resumed")
     assert_same_run(folder / "resumed", folder / "straight")
     return result
@@ -160,10 +165,7 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tiny_run, tmp_path, m
     folder = tmp_path / "seed0"
     config = train_config(*TINY, "name=run")
     for steps in stops:
-        with monkeypatch.context() as patch:
-            StopAfter(patch, steps)
-            with pytest.raises(Stopped, match="saved"):
-                train(config, folder)
+        interrupted(monkeypatch, config, folder, steps)
     train(config, folder)
     assert_same_run(folder, tiny_run)
 
@@ -351,13 +353,12 @@ def test_where_and_how_often_may_differ(tiny_run, monkeypatch):
 
 def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
     """Another machine may choose another one for `auto`; a run does not change half-way."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train_command, "resolve_precision", lambda *_: "fp32")
-        StopAfter(patch, 3)
-        with pytest.raises(Stopped):
-            train(train_config(*TINY), tmp_path)
-    monkeypatch.setattr(train_command, "resolve_precision", lambda *_: "bf16")
-    assert train(train_config(*TINY), tmp_path)["precision"] == "fp32"
+    choices = ["bf16", "fp32"]
+    monkeypatch.setattr(train_command, "resolve_precision", lambda *_: choices.pop())
+    interrupted(monkeypatch, train_config(*TINY), tmp_path, 3)
+    interrupted(monkeypatch, train_config(*TINY), tmp_path, 2)
+    assert not choices
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["precision"] == "fp32"
 
 
 def test_the_shift_of_the_configuration_is_used():
@@ -438,9 +439,9 @@ def test_without_decoder(tmp_path):
 
 
 def test_seeds_differ(tiny_run, tmp_path):
-    train(train_config(*TINY, "seed=1"), tmp_path)
+    train(train_config(*TINY, "seed=1", "recipe.steps=1", "model.reconstruction=false"), tmp_path)
     ours, theirs = (load_checkpoint(f / "checkpoint.pt").model for f in (tmp_path, tiny_run))
-    assert not torch.equal(ours.conv1.weight, theirs.conv1.weight)
+    assert not torch.allclose(ours.conv1.weight, theirs.conv1.weight, atol=0.02)
 
 
 def test_stopwatch_does_not_count_pauses(monkeypatch):
