@@ -203,7 +203,7 @@ def test_noisy_figures_are_refused(in_tmp, quick, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ["plain", "fast"])
 def test_the_profile_names_what_takes_time(few_images, kind):
-    run, _ = tasks.training_steps(bench_config(), CPU, f"{kind} fp32", capture=False)
+    run, _ = tasks.training_steps(bench_config(), CPU, f"{kind} fp32")
     found = tasks.operations_ms(run, CPU)
     assert {"capsrun::batch", "aten::_fused_adam_"} <= found.keys()
     assert ("aten::convolution_backward" if kind == "plain" else "_RouteBackward") in found

@@ -34,10 +34,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROFILED_STEPS = 3
 
 
+def precisions(precision: str) -> list[str]:
+    """Those that are timed: fp32, and the one in which training computes here."""
+    return list(dict.fromkeys(("fp32", precision)))
+
+
 def variant_names(precision: str) -> list[str]:
     """The kinds of training step that are compared, each with its precision."""
-    precisions = dict.fromkeys(("fp32", precision))
-    return ["textbook fp32", *(f"{kind} {p}" for kind in ("plain", "fast") for p in precisions)]
+    kinds = [f"{kind} {p}" for kind in ("plain", "fast") for p in precisions(precision)]
+    return ["textbook fp32", *kinds]
 
 
 def make_model(config: BenchConfig, device: torch.device, fast: bool) -> CapsNet:
@@ -90,19 +95,16 @@ def repeated(once: Callable[[], Any], device: torch.device) -> Run:
 
 
 def training_steps(
-    config: BenchConfig, device: torch.device, name: str, capture: bool = True
+    config: BenchConfig, device: torch.device, name: str
 ) -> tuple[Run, Trainer | None]:
-    """Training steps of a variant, batches included, and what makes them; the textbook has none.
-
-    capture: whether a fast variant is captured on a GPU, as in training; else it is plain there.
-    """
+    """Training steps of a variant, batches included, and what makes them; the textbook has none."""
     kind, precision = name.split()
     size = config.recipe.batch_size
     model = make_model(config, torch.device("cpu"), fast=False)
     if kind == "textbook":
         raw = random_images(config.dataset, TRAINING_IMAGES)
         return textbook_steps(model, *raw.train, config.dataset, size, device), None
-    fast = kind == "fast" and (capture or device.type == "cpu")
+    fast = kind == "fast"
     trainer = make_trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     batches = TrainingBatches(random_split(config.dataset, TRAINING_IMAGES, device), 0, size)
     made = 0

@@ -47,13 +47,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Raises Noisy, and draws no chart, when the turns of a kind of step, or of the matrix products
     that it is compared with, differed by more than `config.spread_percent`; `bench.json` says so of
-    each figure that is not to be quoted. Raises UserError for a network without capsules or a data
-    set without training images.
+    each figure that is not to be quoted. Raises UserError as `refuse_untimed` does.
     """
-    if not isinstance(config.model, CapsNetConfig):
-        raise UserError(f"bench times CapsNets, which model={config.model.name} is not")
-    if known(config.dataset.name).for_testing:
-        raise UserError(f"bench times training, and {config.dataset.name} is for testing")
+    refuse_untimed(config)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")
@@ -74,13 +70,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     share = others["making a batch"].median_seconds / steps[variants[-1]].median_seconds
     rows["making a batch"]["percent_of_step"] = 100 * share
     for name, task in steps.items():
-        rows[name] |= {
-            "times_textbook": ratio(steps[TEXTBOOK], task),
-            "images_per_second": config.recipe.batch_size / task.median_seconds,
-            "percent_of_matrix_rate": 100 * task.rate / others[product_of(name)].rate,
-            "first_seconds": task.first_seconds,
-            **processes[name].found,
-        }
+        compared = step_figures(task, steps[TEXTBOOK], others[product_of(name)], config)
+        rows[name] |= compared | processes[name].found
     result: dict[str, Any] = {
         "command": "bench",
         **provenance(device, precision),
@@ -89,24 +80,31 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "batch_size": config.recipe.batch_size,
         "step_gflop": flop / 1e9,
         "load_before": load_before,
-        "matrix_gflops": {p: others[f"matrix product {p}"].rate for p in {"fp32": 0, precision: 0}},
+        "matrix_gflops": {
+            p: others[f"matrix product {p}"].rate for p in tasks.precisions(precision)
+        },
         "steps": {name: rows[name] for name in steps},
         "others": {name: rows[name] for name in others},
         "notes": list(errors.notices),
     }
     if config.profile:
-        # The kernels of a captured graph belong to no operation, so on a GPU it is the plain step.
-        name = variants[-1] if device.type == "cpu" else f"plain {precision}"
-        run, _ = tasks.training_steps(config, device, name, capture=False)
-        result["profile"] = {"of": name, "operations_ms": tasks.operations_ms(run, device)}
+        result["profile"] = profile(config, device, precision)
     result["config"] = dataclasses.asdict(config)
     return finish(result, out_dir)
+
+
+def refuse_untimed(config: BenchConfig) -> None:
+    """Raise UserError for a network without capsules or a data set without training images."""
+    if not isinstance(config.model, CapsNetConfig):
+        raise UserError(f"bench times CapsNets, which model={config.model.name} is not")
+    if known(config.dataset.name).for_testing:
+        raise UserError(f"bench times training, and {config.dataset.name} is for testing")
 
 
 def other_tasks(config: BenchConfig, device: torch.device, precision: str) -> dict[str, Task]:
     """What is timed beside training steps; routing in each of the ways that work here."""
     found = {}
-    for name in dict.fromkeys(("fp32", precision)):
+    for name in tasks.precisions(precision):
         found[f"matrix product {name}"] = Task(*tasks.matrix_product(device, tasks.DTYPES[name]))
     found["copy"] = Task(*tasks.large_copy(device))
     kinds = {"plain": (False, False), "fast": (True, False)}
@@ -136,6 +134,28 @@ def figures_of(task: Task, config: BenchConfig) -> dict[str, Any]:
         "turns_ms": [1e3 * seconds for seconds in task.turns_seconds],
         "repeats": task.repeats,
     }
+
+
+def step_figures(
+    task: Task, textbook: Task, product: Task, config: BenchConfig
+) -> dict[str, float]:
+    """The figures that only a training step has, beside the textbook's and a matrix product."""
+    return {
+        "times_textbook": ratio(textbook, task),
+        "images_per_second": config.recipe.batch_size / task.median_seconds,
+        "percent_of_matrix_rate": 100 * task.rate / product.rate,
+        "first_seconds": task.first_seconds,
+    }
+
+
+def profile(config: BenchConfig, device: torch.device, precision: str) -> dict[str, Any]:
+    """Where the time of the fastest kind of step goes.
+
+    The kernels of a captured graph belong to no operation, so on a GPU it is the plain step.
+    """
+    name = f"{'fast' if device.type == 'cpu' else 'plain'} {precision}"
+    run, _ = tasks.training_steps(config, device, name)
+    return {"of": name, "operations_ms": tasks.operations_ms(run, device)}
 
 
 def finish(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
