@@ -16,7 +16,7 @@ from capsrun.errors import UserError
 from capsrun.settings import from_dict
 
 if TYPE_CHECKING:
-    from capsrun.data import Dataset
+    from capsrun.data.splits import Dataset
 
 
 def training_config(*overrides: str) -> TrainConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from capsrun.compose import compose, group_choices
 from capsrun.config import CapsNetConfig, DatasetConfig, ModelConfig, TrainConfig
+from capsrun.data import known
 from capsrun.settings import differing_keys, from_dict, role
 
 # These choices make the first part of a run's name.
@@ -39,8 +40,6 @@ def with_choices(base: str, overrides: Iterable[str]) -> str:
 
 def must_match(dataset: DatasetConfig, split: str) -> list[str]:
     """The settings that these images share with those of a model that is tested on them."""
-    from capsrun.data import known
-
     keys = ["image_px", "channels", "classes", "standardise"]
     # The seed decides about test images only where they are picked by it.
     if split != "test":

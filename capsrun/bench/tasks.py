@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capsrun.bench.textbook import textbook_steps
 from capsrun.config import BenchConfig, DatasetConfig
-from capsrun.data import known
+from capsrun.data import known, make_dataset
 from capsrun.data.files import Part, RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
@@ -69,7 +69,7 @@ def random_images(dataset: DatasetConfig, count: int) -> RawData:
 
 def random_split(dataset: DatasetConfig, count: int, device: torch.device) -> TrainingSplit:
     """Training images of random pixels, as the data set makes them."""
-    return known(dataset.name).make(random_images(dataset, count), dataset, device).train
+    return make_dataset(random_images(dataset, count), dataset, device).train
 
 
 def batches_alone(config: BenchConfig, device: torch.device) -> Run:

@@ -12,10 +12,10 @@ from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import DataConfig
-from capsrun.data import Dataset, Split, known, load_dataset
+from capsrun.data import known, load_dataset
 from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
 from capsrun.data.multimnist import DigitPairs, ink_overlap
-from capsrun.data.splits import OfDigits
+from capsrun.data.splits import Dataset, OfDigits, Split
 from capsrun.names import dataset_words, suggest
 from capsrun.report import figures
 from capsrun.report.pictures import displayed, in_colours

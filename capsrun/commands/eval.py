@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from capsrun.commands.models import announce, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import Dataset, Split, known, load_dataset
+from capsrun.data import known, load_dataset
+from capsrun.data.splits import Dataset, Split
 from capsrun.errors import UserError, notice
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, suggest, uses_of_model

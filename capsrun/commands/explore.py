@@ -13,8 +13,8 @@ from torch import Tensor
 from capsrun import disk
 from capsrun.commands.models import load_test_images
 from capsrun.config import ExploreConfig, ExploreSettings
-from capsrun.data import Split
 from capsrun.data.batches import in_class_order
+from capsrun.data.splits import Split
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page
 from capsrun.models.capsnet import CapsNet

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from capsrun.config import TrainConfig
 from capsrun.errors import UserError, did_you_mean
-from capsrun.names import dataset_words, folder_words, suggest, word
+from capsrun.names import folder_words, model_words, suggest
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
 from capsrun.settings import from_dict
 from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
@@ -46,8 +46,8 @@ def main(config: ListConfig, overrides: Sequence[str]) -> None:
             trained = from_dict(TrainConfig, finished[-1].config)
         except UserError:  # it is of another version
             return suggest(["report", *folder_words(config)])
-        # Whether it is where eval looks for a model, only PyTorch's data sets know.
-        words = [*dataset_words(trained.dataset), word("checkpoint", finished[-1].folder)]
+        trained.runs_dir = config.runs_dir  # the folder may have been moved
+        words = model_words(trained, finished[-1].folder)
         suggest(["eval", *words], ["report", *folder_words(config)])
     elif any(run.status == INTERRUPTED for run in runs):
         print("next: the command that began a run goes on with it where it was interrupted")

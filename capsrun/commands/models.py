@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from capsrun import disk
 from capsrun.config import CheckpointConfig, EvalConfig, PerturbConfig
-from capsrun.data import Dataset, load_dataset
+from capsrun.data import load_dataset
+from capsrun.data.splits import Dataset
 from capsrun.report.run_page import write_run_page
 from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
 from capsrun.runs.folder import output

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from capsrun.commands.models import load_test_images, model_facts, result_folder, write_result
 from capsrun.config import PerturbConfig, SweepConfig
-from capsrun.data import Dataset, Split
 from capsrun.data.batches import in_class_order
 from capsrun.data.own_image import read_image
-from capsrun.data.splits import standardise
+from capsrun.data.splits import Dataset, Split, standardise
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import folder_words, model_words, suggest

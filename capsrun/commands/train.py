@@ -13,8 +13,8 @@ import torch
 from capsrun import errors
 from capsrun.commands.writer import NOT_FINITE, Run, Writer, batch_numbers
 from capsrun.config import TrainConfig
-from capsrun.data import Dataset, known, load_dataset
-from capsrun.data.splits import TrainingBatches
+from capsrun.data import known, load_dataset
+from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.names import model_words, run_name, suggest, uses_of_model

@@ -14,8 +14,7 @@ import torch
 
 from capsrun import errors
 from capsrun.config import MarginLossConfig, TrainConfig
-from capsrun.data import Dataset
-from capsrun.data.splits import TrainingBatches
+from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.disk import write_json
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration

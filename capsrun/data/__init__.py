@@ -1,27 +1,30 @@
-"""The data sets, found by name. Their images are uint8 and live on the device."""
+"""The table of data sets. Their images are uint8 and live on the device.
 
-from collections.abc import Callable
+Nothing here imports PyTorch, until a data set is loaded: what the table says is needed at once.
+"""
+
+import importlib
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from capsrun.config import DatasetConfig
-from capsrun.data import affnist, affnist_like, multimnist, official, padded, smallnorb
-from capsrun.data.files import RawData
-from capsrun.data.splits import Dataset, Split, stored_dataset
 from capsrun.errors import UserError, did_you_mean
 
-__all__ = ["DATASETS", "Dataset", "Split", "is_part_of", "known", "load_dataset", "sizes"]
+if TYPE_CHECKING:
+    import torch
+
+    from capsrun.data.splits import Dataset
 
 
 @dataclass(frozen=True)
 class Entry:
     """What is to be known of a data set before its files are read."""
 
-    read: Callable[[DatasetConfig], RawData] | None
-    """Reads its files; None: it is made of the images of `dataset.source`."""
-    make: Callable[[RawData, DatasetConfig, torch.device], Dataset] = stored_dataset
-    """What becomes of the images that were read."""
+    read: str | None
+    """What makes a `RawData` of its files and the settings, as `file.function` of this folder;
+    None: it is made of the images of `dataset.source`."""
+    make: str = "splits.stored_dataset"
+    """What makes a `Dataset` of a `RawData`, the settings and a device."""
     is_source: bool = False
     """Whether other data sets may be made of it."""
     digits: int = 1
@@ -39,17 +42,17 @@ class Entry:
 
 
 DATASETS = {
-    "mnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
-    "mnist5k": Entry(official.mnist5k, is_source=True, picked_from="mnist", images=(4_000, 1_000)),
-    "fashion_mnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
-    "kmnist": Entry(official.mnist, is_source=True, images=(60_000, 10_000)),
-    "mnist_padded": Entry(None, padded.make, sampled=True),
-    "affnist": Entry(affnist.load, for_testing=True, images=(0, 320_000)),
-    "affnist_like": Entry(None, affnist_like.make, for_testing=True, copies=32),
-    "multimnist": Entry(None, multimnist.make, digits=2, sampled=True, copies=10),
-    "cifar10": Entry(official.cifar10, images=(50_000, 10_000)),
-    "svhn": Entry(official.svhn, images=(73_257, 26_032)),
-    "smallnorb": Entry(smallnorb.load, images=(24_300, 24_300)),
+    "mnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
+    "mnist5k": Entry("official.mnist5k", is_source=True, picked_from="mnist", images=(4000, 1000)),
+    "fashion_mnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
+    "kmnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
+    "mnist_padded": Entry(None, "padded.make", sampled=True),
+    "affnist": Entry("affnist.load", for_testing=True, images=(0, 320_000)),
+    "affnist_like": Entry(None, "affnist_like.make", for_testing=True, copies=32),
+    "multimnist": Entry(None, "multimnist.make", digits=2, sampled=True, copies=10),
+    "cifar10": Entry("official.cifar10", images=(50_000, 10_000)),
+    "svhn": Entry("official.svhn", images=(73_257, 26_032)),
+    "smallnorb": Entry("smallnorb.load", images=(24_300, 24_300)),
 }
 
 
@@ -72,7 +75,7 @@ def sizes(config: DatasetConfig) -> tuple[int, int]:
     return train - config.validation, test * entry.copies
 
 
-def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
+def load_dataset(config: DatasetConfig, device: "torch.device") -> "Dataset":
     """Find (or download), verify and split a data set, and move it to the device.
 
     Raises UserError when it cannot be had, is damaged, or is not what `config` says.
@@ -86,10 +89,21 @@ def load_dataset(config: DatasetConfig, device: torch.device) -> Dataset:
             f"images of {config.name} have {entry.digits} digit(s) each, but dataset.digits is "
             f"{config.digits}"
         )
-    return entry.make(_reader(config)(config), config, device)
+    return make_dataset(_function(_reader(config))(config), config, device)
 
 
-def _reader(config: DatasetConfig) -> Callable[[DatasetConfig], RawData]:
+def make_dataset(raw: Any, config: DatasetConfig, device: "torch.device") -> "Dataset":
+    """What becomes of the images, a `RawData`, that were read."""
+    return _function(known(config.name).make)(raw, config, device)
+
+
+def _function(place: str) -> Any:
+    """What `file.function` of this folder is."""
+    file, name = place.split(".")
+    return getattr(importlib.import_module(f"capsrun.data.{file}"), name)
+
+
+def _reader(config: DatasetConfig) -> str:
     """What reads the images of a data set: its own files, or those of its source."""
     read = known(config.name).read
     if read is not None:

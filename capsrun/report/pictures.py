@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from capsrun.data import Split
 from capsrun.data.batches import in_class_order
+from capsrun.data.splits import Split
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.report import figures

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.data import Split
 from capsrun.data.batches import in_class_order
+from capsrun.data.splits import Split
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.report.figures import FONT_SIZE, TWO_COLOURS, new_figure

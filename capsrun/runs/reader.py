@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capsrun.config import DatasetConfig, RecipeConfig, StopConfig
+from capsrun.data import sizes
 from capsrun.disk import (
     LOCK,
     MOST_TEXT_BYTES,
@@ -261,8 +262,6 @@ def best_on_test(
 
 def training_images(training: Mapping[str, Any]) -> int:
     """How many images an epoch of a training configuration has."""
-    from capsrun.data import sizes  # imports PyTorch
-
     return sizes(DatasetConfig(**training["dataset"]))[0]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsrun.data import Split
 from capsrun.data.batches import in_class_order
+from capsrun.data.splits import Split
 from capsrun.models import Model
 from capsrun.models.fast.frequency_conv import weights_stay
 from capsrun.training.device import autocast
