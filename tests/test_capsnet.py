@@ -264,7 +264,8 @@ def test_another_routing_algorithm(monkeypatch):
     def mean(votes_BIJD, bias_JD, iterations, leaky, detach, history):
         return squash(votes_BIJD.mean(1))
 
-    monkeypatch.setitem(capsnet.ROUTINGS, "mean", mean)
+    monkeypatch.setattr("capsrun.models.routing.mean", mean, raising=False)
+    monkeypatch.setitem(capsnet.ROUTINGS, "mean", "routing.mean")
     config = train_config(*TINY, "+routing.algorithm=mean")
     assert from_dict(TrainConfig, asdict(config)) == config
     assert deciding(asdict(config)) != deciding(asdict(train_config(*TINY)))

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 K input dimension, D output dimension, T digits in one image.
 """
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 
-ROUTINGS: dict[str, Callable[..., Tensor]] = {
-    "dynamic": route,
+ROUTINGS = {
+    "dynamic": "routing.route",
 }
-"""Routing algorithms by their name, which is `routing.algorithm` for all but the paper's. Each is a
-function with the arguments of `route`, in their order."""
+"""Routing algorithms by their name, which is `routing.algorithm` for all but the paper's: as
+`file.function` of this folder, with the arguments of `route`, in their order."""
 
 
 def algorithm_of(routing: RoutingConfig) -> Callable[..., Tensor]:
@@ -32,7 +33,8 @@ def algorithm_of(routing: RoutingConfig) -> Callable[..., Tensor]:
     if name not in ROUTINGS:
         hint, names = did_you_mean(name, ROUTINGS), ", ".join(ROUTINGS)
         raise UserError(f"routing.algorithm is {name!r}{hint}; it can be one of: {names}")
-    return ROUTINGS[name]
+    file, function = ROUTINGS[name].split(".")
+    return getattr(importlib.import_module(f"capsrun.models.{file}"), function)
 
 
 class CapsNetOutput(NamedTuple):
