@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from capsrun.disk import LOCK, locked, replacing
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.names import folder_words, suggest
-from capsrun.report.document import document
+from capsrun.report.document import document, main_tables
 from capsrun.report.gallery import Pictures
 from capsrun.report.page import to_html
 from capsrun.report.rows import Row, make_row
@@ -34,6 +34,8 @@ class ReportConfig:
     runs_dir: str
     out_dir: str
     keep: str | None
+    update: list[str]
+    """Markdown files with a place for tables of the report; see `update_tables`."""
 
 
 def main(config: ReportConfig, overrides: Sequence[str]) -> None:
@@ -60,6 +62,8 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     disk.make_folder(out_dir / "pictures")
     with locked(out_dir / LOCK):
         rows = write_report(results, experiments, out_dir)
+    for path in config.update:
+        update_tables(Path(path), main_tables(rows, results))
     if config.keep is not None:
         keep(results, Path(config.keep))
     table = tabulate(summary_lines(rows), SUMMARY, tablefmt="plain", disable_numparse=True)
@@ -80,6 +84,18 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
         with replacing(out_dir / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
     return rows
+
+
+def update_tables(path: Path, tables: Mapping[str, str]) -> None:
+    """Put tables, by name, between `<!-- name -->` and `<!-- end -->` in a file."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, mark, rest = text.partition(start)
+        if mark:
+            text = before + start + content + end + rest.partition(end)[2]
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def keep(results: Sequence[Result], folder: Path) -> None:

@@ -40,8 +40,7 @@ PROVENANCE += ["torch", "date", "commit"]
 
 def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:
     """The whole report; draws its pictures."""
-    trained = grouped(result for result in results if result.command == "train")
-    asked, found = questions.questions_and_answers(rows, trained)
+    asked, found = questions.questions_and_answers(rows, trainings(results))
     others = other_runs(rows, results, found)
     sections = []
     for group in TABLES:
@@ -63,6 +62,18 @@ def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures)
         missing=missing(rows),
         provenance=provenance(results, pictures.out_dir),
     )
+
+
+def trainings(results: Iterable[Result]) -> list[Group]:
+    """What training itself found."""
+    return grouped(result for result in results if result.command == "train")
+
+
+def main_tables(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, str]:
+    """The tables that other pages show too, by the name of their place there."""
+    asked, found = questions.questions_and_answers(rows, trainings(results))
+    answers = table(questions.HEADER, questions.lines(asked, found))
+    return {"summary": table(SUMMARY, summary_lines(rows)), "questions": answers}
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
