@@ -30,8 +30,8 @@ from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from capsrun.commands import train
-from capsrun.data import mnist5k  # noqa: F401
-from capsrun.report import training
+from capsrun.commands import writer as training
+from capsrun.data import official  # noqa: F401
 from capsrun.runs.checkpoint import read_checkpoint
 
 SETTINGS = [

@@ -49,21 +49,15 @@ def test_padded_training_digits_go_everywhere_and_stay_whole(digits):
     assert seen == set(range(13)), "all 13 rows"
 
 
-def test_padded_test_digits_have_one_place_fixed_by_seed(digits):
+def test_padded_test_digits_have_one_place(digits):
     test = load("mnist_padded").test
     assert len(test) == 1000
     batch = everything(test)
-    assert torch.equal(batch.images_BCHW, everything(load("mnist_padded").test).images_BCHW)
-    # A batch of some images holds the same images.
-    chosen = torch.tensor([7, 991, 3])
-    assert torch.equal(test.batch(chosen).images_BCHW, batch.images_BCHW[chosen])
     ink = digits.test.images_NCHW.sum((1, 2, 3), dtype=torch.int64)
     torch.testing.assert_close(batch.images_BCHW.sum((1, 2, 3)) * 255, ink.float())
     assert torch.equal(batch.labels_BT[:, 0], digits.test.labels_N)
     offsets = test.offsets(test.indices(0, 1000))
     assert (offsets.min(), offsets.max()) == (0, 12)
-    other = load("mnist_padded", "dataset.split_seed=1").test
-    assert not torch.equal(other.offsets(torch.arange(9)), offsets[:9])
 
 
 def test_all_169_places_of_each_test_digit(digits):
@@ -111,17 +105,17 @@ def test_a_pair_is_its_two_digits_added_and_clipped(digits):
         torch.testing.assert_close(batch.images_BCHW[n, 0] * 255, total.clamp(max=255).float())
 
 
-def test_image_k_is_image_k_whatever_the_batch():
-    split = load("multimnist").train
-    indices = torch.tensor([3_999_999, 17, 123_456])
+@pytest.mark.parametrize("name", ["multimnist", "mnist_padded", "affnist_like"])
+def test_image_k_is_image_k_whatever_the_batch_and_fixed_by_seed(name):
+    split = load(name).test
+    indices = torch.tensor([len(split) - 1, 17, 991])
     together = split.batch(indices)
     for n, index in enumerate(indices):
         alone = split.batch(index[None])
         for ours, theirs in zip(alone[:3], together[:3]):
             assert torch.equal(ours[0], theirs[n])
-    again = load("multimnist").train.batch(indices)
-    assert torch.equal(again.images_BCHW, together.images_BCHW)
-    other = load("multimnist", "dataset.split_seed=1").train.batch(indices)
+    assert torch.equal(load(name).test.batch(indices).images_BCHW, together.images_BCHW)
+    other = load(name, "dataset.split_seed=1").test.batch(indices)
     assert not torch.equal(other.images_BCHW, together.images_BCHW)
 
 
@@ -147,19 +141,6 @@ def test_no_partner_comes_twice_and_the_base_keeps_its_shift():
     offsets = split.offsets(images)
     assert len(offsets[:, 0].unique(dim=0)) == 1
     assert len(offsets[:, 1].unique(dim=0)) == 81, "all shifts of up to 4 px along each axis"
-
-
-def test_shifts_of_multimnist_are_equally_likely():
-    split = load("multimnist").train
-    offsets = split.offsets(torch.arange(40_000))
-    for digit in range(2):
-        for axis in range(2):
-            places = offsets[:, digit, axis].bincount(minlength=9)
-            assert len(places) == 9
-            # 4,000 bases have one shift each, partners have 40,000.
-            expected = 40_000 / 9
-            spread = expected * (0.25 if digit == 0 else 0.06)
-            assert (places - expected).abs().max() < spread
 
 
 def test_an_epoch_of_pairs_has_every_base_once_and_the_next_has_other_partners():
@@ -194,8 +175,10 @@ def test_multimnist_has_the_size_and_the_overlap_of_the_paper(monkeypatch):
     # Of the ink itself: what was measured here; the paper reports no such number.
     ink = ink_overlap(everything(dataset.test, 10_000).targets_BTCHW).mean().item()
     assert ink == pytest.approx(0.727, abs=0.01)
+    # The shifts of the authors' README, which may push a digit's frame over the edge.
     wider = load_dataset(train_config("dataset=multimnist", "dataset.shift_px=6").dataset, CPU)
     assert wider.test.frame_overlap(torch.arange(10_000)).mean() < 0.75
+    assert wider.test.offsets(torch.arange(999)).min() == -2
 
 
 def test_overlap_of_boxes_by_hand():
@@ -240,18 +223,6 @@ def test_warps_by_hand():
     # Rotated after it was scaled: the columns' scale has moved it, then it is turned upwards.
     both = warped(right, column_scale_B=4 / 3, rotation_degrees_B=90)
     assert both[1, 5] == pytest.approx(1, abs=1e-5)
-
-
-def test_the_extent_of_ink_holds_what_is_drawn():
-    image = torch.zeros(11, 11)
-    image[3:7, 4:9] = 1
-    how = transforms(rotation_degrees_B=17, shear_B=0.15, row_scale_B=1.1, column_scale_B=0.9)
-    first, last = ink_extent(image[None, None], how.matrices())
-    drawn = (warp(image[None, None], how, 21)[0, 0] > 0).nonzero() - 10
-    assert (drawn > first).all()
-    assert (drawn < last).all()
-    assert (drawn.amin(0) - first < 1.5).all(), "it is not much larger than needed"
-    assert (last - drawn.amax(0) < 1.5).all()
 
 
 def test_affnist_like_transforms_are_spread_as_they_should_be():
@@ -299,15 +270,11 @@ def test_affnist_like_keeps_all_ink_on_the_canvas(digits):
     assert seen[:, -1].any()
 
 
-def test_affnist_like_is_fixed_by_seed_and_has_32_versions(digits):
+def test_affnist_like_has_32_versions(digits):
     test = load("affnist_like").test
-    of_digit = 3 + 1000 * torch.arange(32)
-    batch = test.batch(of_digit)
+    batch = test.batch(3 + 1000 * torch.arange(32))
     assert (batch.labels_BT == digits.test.labels_N[3]).all()
     assert len({image.numpy().tobytes() for image in batch.images_BCHW}) == 32
-    assert torch.equal(load("affnist_like").test.batch(of_digit).images_BCHW, batch.images_BCHW)
-    other = load("affnist_like", "dataset.split_seed=1").test.batch(of_digit)
-    assert not torch.equal(other.images_BCHW, batch.images_BCHW)
     # Bytes, as those of affNIST are.
     torch.testing.assert_close(batch.images_BCHW * 255, (batch.images_BCHW * 255).round())
 
@@ -453,10 +420,6 @@ def test_training_images_are_a_function_of_seed_and_step_whatever_changes_them()
 def test_settings_that_do_not_fit_are_refused(name, override, message):
     with pytest.raises(UserError, match=message):
         load(name, override)
-
-
-def test_wider_shifts_of_the_authors_readme_are_allowed():
-    assert load("multimnist", "dataset.shift_px=6").test.offsets(torch.arange(999)).min() == -2
 
 
 def test_validation_digits_have_their_own_places_and_pairs():

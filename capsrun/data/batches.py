@@ -79,6 +79,12 @@ def random_offsets(counters_B: Tensor, shift_px: int, *keys: int) -> Tensor:
     return random_integers(counters_B[:, None] * 2 + axes, -shift_px, shift_px, *keys)
 
 
+def nth_offset(numbers_B: Tensor, shift_px: int) -> Tensor:
+    """Shift (B, 2) number 0 to (2·shift_px + 1)² − 1, counted row by row."""
+    side = 2 * shift_px + 1
+    return torch.stack([numbers_B // side, numbers_B % side], dim=1) - shift_px
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
     """The order (N,) in which epoch `epoch` visits the `count` training images."""

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data.batches import HELD_OUT_PLACE, PLACE, Batch, place, random_offsets, to_pixels
+from capsrun.data.batches import (
+    HELD_OUT_PLACE,
+    PLACE,
+    Batch,
+    nth_offset,
+    place,
+    random_offsets,
+    to_pixels,
+)
 from capsrun.data.files import RawData
 from capsrun.data.splits import (
     OF_PHOTOS,
@@ -40,13 +48,10 @@ class PlacedDigits(OfDigits):
         """The row and column (B, 2) of each digit's top left corner."""
         shift_px = self.config.shift_px
         border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
-        if self.config.test == "sample":
-            return border_px + random_offsets(
-                indices_B, shift_px, self.config.split_seed, self.stream
-            )
-        _, places_B = self.numbers(indices_B)
-        side = 2 * shift_px + 1
-        return border_px - shift_px + torch.stack([places_B // side, places_B % side], dim=1)
+        if self.config.test == "all":
+            return border_px + nth_offset(self.numbers(indices_B)[1], shift_px)
+        drawn_B2 = random_offsets(indices_B, shift_px, self.config.split_seed, self.stream)
+        return border_px + drawn_B2
 
     def batch(self, indices_B: Tensor) -> Batch:
         digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]

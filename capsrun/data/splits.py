@@ -19,6 +19,7 @@ from capsrun.data.batches import (
     Batch,
     batch_indices,
     epoch_order,
+    nth_offset,
     place,
     queue_order,
     random_bits,
@@ -149,11 +150,6 @@ class StoredImages(TrainingSplit):
     def epoch_images(self) -> int:
         return len(self)
 
-    @property
-    def border_px(self) -> int:
-        """Black pixels on each side of an image in the middle; negative where it is cut."""
-        return (self.config.image_px - self.images_NCHW.shape[-1]) // 2
-
     def labels(self, indices_B: Tensor) -> Tensor:
         return self.labels_N[indices_B][:, None]
 
@@ -169,26 +165,23 @@ class StoredImages(TrainingSplit):
     @property
     def records(self) -> int:
         """How many records the authors' file has of them: each image at each shift."""
-        return len(self) * self._side**2
-
-    @property
-    def _side(self) -> int:
-        """How many shifts there are along an axis."""
-        return 2 * self.config.shift_px + 1
+        return len(self) * (2 * self.config.shift_px + 1) ** 2
 
     def record_batch(self, records_B: Tensor) -> Batch:
         """Some records of the authors' file.
 
         An image's records are its shifts, row by row; the images are in the order of the file.
         """
-        indices_B, places_B = records_B // self._side**2, records_B % self._side**2
-        rows_and_columns = [places_B // self._side, places_B % self._side]
-        moves_B2 = torch.stack(rows_and_columns, dim=1) - self.config.shift_px
+        shifts = (2 * self.config.shift_px + 1) ** 2
+        indices_B = records_B // shifts
+        moves_B2 = nth_offset(records_B % shifts, self.config.shift_px)
         return self._as_batch(self._moved(indices_B, moves_B2), indices_B)
 
     def _moved(self, indices_B: Tensor, moves_B2: Tensor) -> Tensor:
         images_BCHW = self.images_NCHW[indices_B]
-        placed_BCHW = place(images_BCHW, self.border_px + moves_B2, self.config.image_px)
+        # Of an image in the middle; negative where it is cut.
+        border_px = (self.config.image_px - images_BCHW.shape[-1]) // 2
+        placed_BCHW = place(images_BCHW, border_px + moves_B2, self.config.image_px)
         return to_pixels(placed_BCHW).contiguous()
 
     def _as_batch(self, pixels_BCHW: Tensor, indices_B: Tensor) -> Batch:
