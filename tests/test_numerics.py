@@ -40,7 +40,7 @@ def photos(count: int = 3) -> Tensor:
 
 
 def grey(value: float) -> Tensor:
-    return torch.full((3, 1, 28, 28), value)
+    return torch.full((3, 1, 28, 28), value, dtype=torch.float32)
 
 
 ONE_PIXEL = grey(0)
