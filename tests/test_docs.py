@@ -174,13 +174,6 @@ def test_the_tutorial_works_from_beginning_to_end(in_tmp, has_digits):
     assert all(ran.values()), ran
 
 
-def test_files_that_the_tutorial_links_to_are_there():
-    links = re.findall(r"\]\((\.\./[^)#]+)", TUTORIAL.read_text())
-    assert len(links) >= 4
-    for link in links:
-        assert (TUTORIAL.parent / link).exists(), link
-
-
 def test_the_readme_in_python_works(monkeypatch, has_digits):
     monkeypatch.chdir(REPOSITORY)
     (text,) = [text for kind, text, _ in blocks(REPOSITORY / "README.md") if kind == "python"]
@@ -190,7 +183,16 @@ def test_the_readme_in_python_works(monkeypatch, has_digits):
     assert names["lengths"].shape == (100, 10)
 
 
-def test_files_that_the_readme_links_to_are_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / "README.md").read_text())
-    assert len(links) > 20
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_links_to_are_there(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert len(readme.splitlines()) <= 220
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
