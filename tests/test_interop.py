@@ -10,7 +10,7 @@ from capsrun.models.authors import load_authors_weights, to_authors_arrays
 
 
 def make(*overrides, seed=0):
-    config = train_config(*TINY, "model.decoder_widths=[512,1024]", *overrides)
+    config = train_config(*TINY, "model.decoder_widths=[16,24]", *overrides)
     return build_model(config.model, config.routing, config.dataset, seed)
 
 
@@ -22,11 +22,11 @@ def test_names_and_shapes_are_the_authors():
         "conv_capsule1.biases": (2, 8, 1, 1),
         "capsule2.weights": (72, 8, 160),
         "capsule2.biases": (10, 16),
-        "recons.recons_1.weights": (160, 512),
-        "recons.recons_1.biases": (512,),
-        "recons.recons_2.weights": (512, 1024),
-        "recons.recons_2.biases": (1024,),
-        "recons.recons_3.weights": (1024, 784),
+        "recons.recons_1.weights": (160, 16),
+        "recons.recons_1.biases": (16,),
+        "recons.recons_2.weights": (16, 24),
+        "recons.recons_2.biases": (24,),
+        "recons.recons_3.weights": (24, 784),
         "recons.recons_3.biases": (784,),
     }
 
