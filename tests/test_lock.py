@@ -17,7 +17,7 @@ from conftest import TINY, train_config
 from capsrun import cli, disk
 from capsrun.commands import reproduce
 from capsrun.commands.train import train
-from capsrun.disk import holder, locked, remove_leftovers, replacing
+from capsrun.disk import holder, locked, remove_leftovers
 from capsrun.errors import Busy
 from capsrun.runs.folder import RunFolder
 from capsrun.runs.jobs import Job
@@ -258,21 +258,6 @@ def test_a_job_whose_run_was_taken_at_the_last_moment_is_tried_again(tmp_path, m
     )
     outcome = reproduce.run([job], 1, None, StopRequest())
     assert (outcome.finished, outcome.failed, codes) == ([job], [], [])
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write_half():
-        with replacing(path) as temporary:
-            temporary.write_text("ne")
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        write_half()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 STUB = """#!{python}
