@@ -1,5 +1,6 @@
 """Sweeps: every job ends with a sentence, the others go on, and a signal saves."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -223,16 +224,20 @@ def test_workers_save_when_the_command_is_stopped(in_tmp, number):
         process_group=0,
     )
     runs = [in_tmp / "runs" / "long" / f"seed{seed}" for seed in (0, 1)]
-    limit = time.monotonic() + 240
-    while not all(has_logged(run) for run in runs):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < limit
-        time.sleep(0.2)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    try:
+        limit = time.monotonic() + 300
+        while not all(has_logged(run) for run in runs):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < limit
+            time.sleep(0.2)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        out, err = process.communicate(timeout=200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number, err
     assert "the same command goes on: capsrun train --multirun" in err
     assert "sweep: 0 finished, 2 not" in out
