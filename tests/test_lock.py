@@ -17,7 +17,7 @@ from conftest import TINY, train_config
 from capsrun import cli, disk
 from capsrun.commands import reproduce
 from capsrun.commands.train import train
-from capsrun.disk import holder, locked, remove_leftovers
+from capsrun.disk import holder, locked, remove_leftovers, replacing
 from capsrun.errors import Busy
 from capsrun.runs.folder import RunFolder
 from capsrun.runs.jobs import Job
