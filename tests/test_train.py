@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -466,6 +467,7 @@ def test_records_are_cut_where_the_checkpoint_was_made(tmp_path):
     recorder.numbers(2, {"b": 2.0})
     recorder.numbers(3, {"a": 3.0})
     recorder.close()
+    time.sleep(1)  # TensorBoard orders its files by the second in their names
     recorder = Recorder(tmp_path, 9, 2, end)
     assert recorder.metrics_bytes() == end
     recorder.numbers(3, {"a": 4.0})

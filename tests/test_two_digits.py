@@ -14,12 +14,13 @@ from PIL import Image
 
 from capsrun import cli, compose, errors
 from capsrun.bench import tasks
+from capsrun.commands import writer as training
 from capsrun.commands.train import train
 from capsrun.config import DataConfig
 from capsrun.data import load_dataset
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
-from capsrun.report import figures, pictures, training
+from capsrun.report import figures, pictures
 from capsrun.report.pictures import in_colours
 from capsrun.runs.checkpoint import check_dataset, load_checkpoint, read_checkpoint
 from capsrun.settings import from_dict
