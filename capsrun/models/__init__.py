@@ -51,6 +51,6 @@ def _make(model: ModelConfig, routing: RoutingConfig | None, dataset: DatasetCon
     sizes = dataset.image_px, dataset.channels, dataset.classes
     if isinstance(model, CNNConfig):
         return CNN(model, *sizes)
-    assert isinstance(model, CapsNetConfig)  # checked in config.py
+    assert isinstance(model, CapsNetConfig)  # checked in settings.py
     assert routing is not None
     return CapsNet(model, routing, *sizes)

@@ -86,7 +86,7 @@ def model_losses(
 ) -> Losses:
     """The losses of any network; see `capsnet_losses` and `cross_entropy`."""
     if isinstance(output, CNNOutput):
-        assert isinstance(config, CrossEntropyConfig)  # checked in config.py
+        assert isinstance(config, CrossEntropyConfig)  # checked in settings.py
         entropy = cross_entropy(output.logits_BJ, labels_BT, config)
         return Losses(entropy, entropy, torch.zeros_like(entropy))
     assert isinstance(config, MarginLossConfig)

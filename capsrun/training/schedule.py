@@ -9,7 +9,7 @@ def total_steps(recipe: RecipeConfig, training_images: int) -> int:
     """Length of the run in steps; a last batch that is begun is a whole one."""
     if recipe.steps is not None:
         return recipe.steps
-    assert recipe.epochs is not None  # checked in config.py
+    assert recipe.epochs is not None  # checked in settings.py
     return max(1, math.ceil(recipe.epochs * training_images / recipe.batch_size))
 
 
@@ -25,7 +25,7 @@ def learning_rate(recipe: RecipeConfig, step: int, steps: int) -> float:
     if recipe.decay_shape == "linear":
         share = 1 - decaying / rest
     else:
-        # One of the two is set: config.py.
+        # One of the two is set: settings.py.
         period = recipe.decay_steps or rest / (recipe.decay_periods or 1)
         share = recipe.decay_rate ** (decaying / period)
     return max(recipe.learning_rate * share, recipe.learning_rate_floor)
