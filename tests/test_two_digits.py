@@ -207,7 +207,7 @@ def test_a_class_keeps_its_colour(pairs_run, monkeypatch):
     asked = watch_reconstructions(monkeypatch)
     failures = (score.labels_NT != score.predicted_NT).any(1).nonzero().squeeze(1)[:100]
     names = [str(digit) for digit in range(10)]
-    pictures._examples(model, test, names, score, failures, "label", True)
+    pictures._examples(model, test, names, score, failures, "label")
     labels, predicted = asked
     shared = 0
     for ours, theirs in zip(labels.tolist(), predicted.tolist()):
