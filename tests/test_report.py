@@ -14,7 +14,7 @@ from conftest import MNIST_DIR, REPOSITORY, TINY, train_config
 from recorded import EXPERIMENTS, eval_result, train_result
 
 from capsrun import cli
-from capsrun.commands.report import ReportConfig, keep, report
+from capsrun.commands.report import ReportConfig, keep, report, update_tables
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.report import plots, questions
@@ -38,7 +38,7 @@ def row(name: str, folder: Path):
 def build(source: Path, out: Path) -> str:
     """The report of the results in a folder, as Markdown."""
     words = {"sources": [str(source)], "runs_dir": "runs", "out_dir": str(out), "keep": None}
-    report(ReportConfig(**words), EXPERIMENTS)
+    report(ReportConfig(**words, update=[]), EXPERIMENTS)
     return (out / "report.md").read_text()
 
 
@@ -452,3 +452,10 @@ def test_the_committed_model_knows_digits():
     score = score_split(trained.model.eval(), test, "fp32", most=500)
     assert score.count == 500
     assert score.errors <= 5
+
+
+def test_tables_of_other_pages_are_written_anew(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Ours\n\n<!-- summary -->\n| old |\n<!-- end -->\n\nThe end.\n")
+    update_tables(page, {"summary": "| new |", "questions": "| not here |"})
+    assert page.read_text() == "# Ours\n\n<!-- summary -->\n| new |\n<!-- end -->\n\nThe end.\n"
