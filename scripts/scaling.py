@@ -21,7 +21,7 @@ from capsrun.library import training_config
 from capsrun.models import build_model
 from capsrun.training.device import describe_device, memory_gb, resolve_device, resolve_precision
 from capsrun.training.distributed import Ranks, join_ranks
-from capsrun.training.graph import make_trainer
+from capsrun.training.graph import trainer_class
 
 WARM_UPS, TURNS = 3, 15
 
@@ -33,7 +33,7 @@ def main() -> None:
     precision = resolve_precision(config.precision, device)
     dataset = load_dataset(config.dataset, device)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
-    trainer = make_trainer(
+    trainer = trainer_class(device, config.compile, ranks.count)(
         model, config.loss, config.recipe, 1000, device, precision, config.compile, ranks
     )
     size = config.recipe.batch_size

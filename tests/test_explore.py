@@ -21,6 +21,7 @@ from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page, part
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.routing import squash
 from capsrun.report.figures import TWO_COLOURS
 from capsrun.runs.checkpoint import load_drawing_model
 from capsrun.settings import from_dict
@@ -587,8 +588,16 @@ def test_the_page_stays_within_the_limit(monkeypatch):
     text, reason = built(grey)
     assert reason == ""
     assert 'id="encoder"' in text
+    other = capsnet("model.decoder_widths=[16]")
+    other.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
     for model, standardised, encoder, expected in (
         (grey, False, "no", "explore.encoder=no"),
+        (
+            other,
+            False,
+            "auto",
+            "the page computes dynamic routing, and this network has another one",
+        ),
         (grey, True, "auto", "the network sees standardised images"),
         (
             capsnet("model.decoder_widths=[16]", channels=3),

@@ -8,8 +8,7 @@ from test_step import make_tiny
 from capsrun import errors
 from capsrun.models.capsnet import CapsNet
 from capsrun.training import graph
-from capsrun.training.distributed import Ranks
-from capsrun.training.graph import PLAIN, WAYS, CapturedSteps, GraphedTrainer, Way, make_trainer
+from capsrun.training.graph import PLAIN, WAYS, CapturedSteps, GraphedTrainer, Way, trainer_class
 from capsrun.training.step import Trainer
 
 SMALL_CNN = ["model.channels=[8]", "model.kernels_px=[5]", "model.pools_px=[4]"]
@@ -45,19 +44,16 @@ def test_steps_from_buffers_are_the_steps(kind):
 
 
 @pytest.mark.parametrize(
-    ("device", "fast", "ranks", "kind"),
+    ("device", "fast", "processes", "kind"),
     [
-        ("cuda", True, Ranks(), GraphedTrainer),
-        ("cuda", False, Ranks(), Trainer),
-        ("cuda", True, Ranks(0, 2), Trainer),
-        ("cpu", True, Ranks(), Trainer),
+        ("cuda", True, 1, GraphedTrainer),
+        ("cuda", False, 1, Trainer),
+        ("cuda", True, 2, Trainer),
+        ("cpu", True, 1, Trainer),
     ],
 )
-def test_who_is_given_graphs(monkeypatch, device, fast, ranks, kind):
-    for one in (Trainer, GraphedTrainer):
-        monkeypatch.setattr(one, "__init__", lambda *arguments: None)
-    made = make_trainer(None, None, None, 12, torch.device(device), "fp32", fast, ranks)
-    assert type(made) is kind
+def test_who_is_given_graphs(device, fast, processes, kind):
+    assert trainer_class(torch.device(device), fast, processes) is kind
 
 
 @pytest.fixture

@@ -252,6 +252,7 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch):
     config = train_config(*TINY, *words, *still, "name=run")
     straight = straight_and_resumed(config, tmp_path, monkeypatch, [5])
     assert straight["stopped"].items() >= {"patience": 2, "reached": True, "steps": 6}.items()
+    assert straight["scores"]["validation"]["count"] == 100
     said = stopped_line(straight["stopped"])
     assert said.endswith("2 evaluations in a row erred no less on held-out images")
     assert {"error_percent/test", "error_percent/validation"} <= metrics(tmp_path / "resumed")[

@@ -21,7 +21,7 @@ from capsrun.data.splits import TrainingBatches, TrainingSplit
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.training.device import memory_gb, resolve_device
-from capsrun.training.graph import capture, make_trainer, own_stream
+from capsrun.training.graph import capture, own_stream, trainer_class
 from capsrun.training.metrics import score_split
 from capsrun.training.step import Trainer, to_device
 
@@ -105,7 +105,8 @@ def training_steps(
         raw = random_images(config.dataset, TRAINING_IMAGES)
         return textbook_steps(model, *raw.train, config.dataset, size, device), None
     fast = kind == "fast"
-    trainer = make_trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
+    kind_of_trainer = trainer_class(device, fast, 1)
+    trainer = kind_of_trainer(model, config.loss, config.recipe, STEPS, device, precision, fast)
     batches = TrainingBatches(random_split(config.dataset, TRAINING_IMAGES, device), 0, size)
     made = 0
 

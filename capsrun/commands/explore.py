@@ -18,6 +18,7 @@ from capsrun.data.splits import Split
 from capsrun.errors import UserError
 from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.routing import route
 from capsrun.names import model_words, suggest
 from capsrun.report.run_page import refresh_run_page
 from capsrun.runs.checkpoint import find_model, load_drawing_model, output_folder
@@ -131,6 +132,8 @@ def page_within_limit(
         reason = "only grey images can be drawn"
     elif standardised:
         reason = "the network sees standardised images"
+    elif model.algorithm is not route:
+        reason = "the page computes dynamic routing, and this network has another one"
     text = build_page(model, shown, class_names, title, reason)
     if not reason and len(text.encode()) > LIMIT_BYTES:
         reason = f"the encoder would make the page {size(len(text.encode()))}, more than {limit}"

@@ -32,7 +32,7 @@ from capsrun.training.device import (
     set_deterministic,
 )
 from capsrun.training.distributed import Ranks, join_ranks
-from capsrun.training.graph import make_trainer
+from capsrun.training.graph import trainer_class
 from capsrun.training.schedule import total_steps
 from capsrun.training.step import Trainer
 from capsrun.training.stopping import stopped_line
@@ -181,7 +181,7 @@ def open_run(
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         ended = checkpoint["optimizer"] is None and step < steps
-    trainer = make_trainer(
+    trainer = trainer_class(device, config.compile, ranks.count)(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
     if checkpoint is not None:

@@ -85,7 +85,7 @@ def obtain(path: Path, urls: Sequence[str], md5: str | None, title: str, instead
 
 def _download(path: Path, urls: Sequence[str], md5: str | None, title: str) -> None:
     """Raises OSError when no address answers, and ValueError for a file of another checksum."""
-    import pooch  # type: ignore[import-untyped]  # late: it takes a tenth of a second
+    import pooch  # late: it takes a tenth of a second
 
     pooch.get_logger().setLevel("WARNING")
     for url in urls:

@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from capsrun.config import LossConfig, RecipeConfig
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import notice
-from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.training.device import begin_memory_count
-from capsrun.training.distributed import ALONE, Ranks
 from capsrun.training.schedule import adam_rate
 from capsrun.training.step import Trainer, Update
 
@@ -51,20 +48,9 @@ WAYS = (
 DETERMINISTIC_WAYS = (Way(False, True), PLAIN)
 
 
-def make_trainer(
-    model: Model,
-    loss: LossConfig,
-    recipe: RecipeConfig,
-    steps: int,
-    device: torch.device,
-    precision: str,
-    fast: bool,
-    ranks: Ranks = ALONE,
-) -> Trainer:
-    """The trainer for these arguments of `Trainer`; when fast, one process on a GPU uses graphs."""
-    graphed = fast and device.type == "cuda" and ranks.count == 1
-    kind = GraphedTrainer if graphed else Trainer
-    return kind(model, loss, recipe, steps, device, precision, fast, ranks)
+def trainer_class(device: torch.device, fast: bool, processes: int) -> type[Trainer]:
+    """Who makes the steps: when fast, one process on a GPU replays graphs."""
+    return GraphedTrainer if fast and device.type == "cuda" and processes == 1 else Trainer
 
 
 class GraphedTrainer(Trainer):

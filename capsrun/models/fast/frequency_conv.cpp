@@ -693,14 +693,10 @@ static void backward(const float *outputs, const uint16_t *masks, int B, int px,
                      E *products, E *to_maps, float *to_kernel) {
   const int K = S * S * blocks(C);
   synthesise_backward(outputs, B, O, threads, g, g_adjoint);
-  if (to_maps) {
-    multiply(g, w, blocks(B), blocks(O), K, threads, products);
-    analyse_backward<N>(products, Maps{B, px, C, S}, masks, threads, to_maps);
-  }
-  if (to_kernel) {
-    multiply(g_adjoint, x, blocks(O), blocks(B), K, threads, products);
-    analyse_backward<T>(products, Maps{O, size, C, S}, 0, threads, to_kernel);
-  }
+  multiply(g, w, blocks(B), blocks(O), K, threads, products);
+  analyse_backward<N>(products, Maps{B, px, C, S}, masks, threads, to_maps);
+  multiply(g_adjoint, x, blocks(O), blocks(B), K, threads, products);
+  analyse_backward<T>(products, Maps{O, size, C, S}, 0, threads, to_kernel);
 }
 
 #define EXPORT(SUFFIX, E)                                                                           \
