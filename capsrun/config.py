@@ -203,7 +203,7 @@ class StopConfig:
     patience: int | None = setting(minimum=1)
     """Stop when so many evaluations in a row err no less on held-out images; None: never."""
     every_steps: int | None = setting(minimum=1)
-    """How often it is looked at, and the model evaluated; None: as `record` says."""
+    """How often it is looked at, and the model evaluated; None: once an epoch."""
 
     @property
     def asked(self) -> bool:
@@ -235,7 +235,10 @@ class TrainConfig:
     record: RecordConfig
 
     def evaluation_steps(self, epoch_images: int) -> int:
-        """After how many steps the model is tested: what `stop` or `record` says, or an epoch."""
+        """After how many steps the model is tested: what `stop` or `record` says, or an epoch.
+
+        Never both: `record` decides no result, and where a run may stop its tests do.
+        """
         chosen = self.stop.every_steps or self.record.evaluate_every_steps
         return chosen or math.ceil(epoch_images / self.recipe.batch_size)
 

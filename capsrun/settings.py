@@ -310,6 +310,11 @@ def _check_stop(config: TrainConfig) -> None:
         )
     if not stop.asked and stop.every_steps is not None:
         raise UserError("stop.every_steps needs stop.accuracy_percent=… or stop.patience=…")
+    if stop.asked and stop.every_steps is None and config.record.evaluate_every_steps is not None:
+        raise UserError(
+            "where a run may stop, how often it is tested decides when: say stop.every_steps=… in "
+            "place of record.evaluate_every_steps"
+        )
     if stop.accuracy_percent is not None and stop.patience is not None:
         raise UserError("set one of stop.accuracy_percent and stop.patience: either ends the run")
     on_validation = stop.accuracy_percent is not None and stop.on == "validation"

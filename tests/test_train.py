@@ -269,6 +269,11 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch):
             r"set one of stop\.accuracy_percent and stop\.patience",
         ),
         (["stop.every_steps=3"], r"stop\.every_steps needs"),
+        # Which is free for a run that is resumed or averaged with others; where one ends is not.
+        (
+            ["stop.accuracy_percent=99", "record.evaluate_every_steps=7"],
+            r"say stop\.every_steps=… in place of record\.evaluate_every_steps",
+        ),
         (["recipe.average=1"], "below 1"),
         (["recipe.average=0"], "above 0"),
         (["recipe.adam_beta2=1"], "below 1"),
@@ -282,8 +287,6 @@ def test_settings_that_make_no_sense_are_refused(words, reason):
 def test_a_stop_is_looked_at_when_the_model_is_tested():
     words = ["stop.accuracy_percent=99", "recipe.batch_size=100"]
     assert train_config(*words).evaluation_steps(1_000) == 10
-    words.append("record.evaluate_every_steps=7")
-    assert train_config(*words).evaluation_steps(1_000) == 7
     assert train_config(*words, "stop.every_steps=3").evaluation_steps(1_000) == 3
 
 
