@@ -8,13 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capsrun import experiments
+from capsrun import cli, experiments
 from capsrun.config import TrainConfig
 from capsrun.data.splits import StoredImages
 
@@ -114,6 +114,34 @@ def in_tmp(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def printed(capsys) -> Callable[..., list[str]]:
+    """Runs a command that is right; returns the lines that it prints."""
+
+    def run(*arguments: str) -> list[str]:
+        code = cli.main(list(arguments))
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return said.out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs a command that is wrong; returns the one line that it says."""
+
+    def run(*arguments: str) -> str:
+        assert cli.main(list(arguments)) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.startswith("capsrun")
+        assert said.count("\n") == 1, said
+        return said
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a finished run of the tiny CapsNet; not to be changed."""
@@ -137,3 +165,11 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the browser has its mark."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")

@@ -9,7 +9,7 @@ import torch
 from conftest import MNIST_DIR, TINY, train_config, untrained
 from PIL import Image
 
-from capsrun import cli, compose
+from capsrun import compose
 from capsrun.commands.eval import folder_name
 from capsrun.commands.perturb import perturbed, sweep_values
 from capsrun.commands.train import train
@@ -21,33 +21,16 @@ from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
 from capsrun.settings import from_dict
 
 
-def capsrun(capsys, *arguments):
-    """Run a command that is right; returns the lines that it prints."""
-    code = cli.main(list(arguments))
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return captured.out.splitlines()
-
-
-def refused(capsys, *arguments):
-    assert cli.main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
-
-
-def evaluate(capsys, run, out, *overrides):
-    lines = capsrun(
-        capsys, "eval", "dataset=mnist5k", f"checkpoint={run}", f"out_dir={out}", *overrides
-    )
-    return lines, json.loads((out / "result.json").read_text())
+def evaluate(printed, run, out, *overrides):
+    common = ["eval", "dataset=mnist5k", f"checkpoint={run}", f"out_dir={out}"]
+    return printed(*common, *overrides), json.loads((out / "result.json").read_text())
 
 
 # eval
 
 
-def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, capsys):
-    lines, result = evaluate(capsys, tiny_run, tmp_path)
+def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, printed):
+    lines, result = evaluate(printed, tiny_run, tmp_path)
     trained = json.loads((tiny_run / "result.json").read_text())
     for key in ("errors", "count", "error_percent", "confusion", "reconstruction_squared_error"):
         assert result[key] == trained[key], key
@@ -66,7 +49,7 @@ def test_eval_gives_the_error_that_training_reported(tiny_run, tmp_path, capsys)
     # Another evaluation there replaces the pictures, those of TensorBoard too.
     width = Image.open(pictures / "failures.png").width
     (pictures / "absent.png").write_bytes(b"of another data set")
-    _, again = evaluate(capsys, tiny_run, tmp_path, "mask=longest", "pictures=5")
+    _, again = evaluate(printed, tiny_run, tmp_path, "mask=longest", "pictures=5")
     assert again["errors"] == result["errors"]
     assert again["reconstruction_squared_error"] != result["reconstruction_squared_error"]
     assert {path.stem for path in pictures.glob("*.png")} == names
@@ -82,39 +65,34 @@ def held_out_run(tmp_path_factory):
     return run, train(config, run)["scores"]
 
 
-def test_averaged_weights_are_tested_apart(held_out_run, tmp_path, capsys):
-    """With the numbers that training found for them."""
+def test_splits_and_averaged_weights(held_out_run, tmp_path, printed, refused):
+    """Averaged weights are tested apart, with the numbers that training found for them."""
     run, scores = held_out_run
-    held = "dataset.validation=200"
+    held = ["dataset.validation=200", "routing_images=[]"]
     for weights, name in (("last", "test"), ("averaged", "test_averaged")):
-        _, result = evaluate(capsys, run, tmp_path / name, held, f"weights={weights}")
+        _, result = evaluate(printed, run, tmp_path / name, *held, f"weights={weights}")
         assert result["errors"] == scores[name]["errors"]
     last, averaged = (load_checkpoint(run, averaged=a).model.state_dict() for a in (False, True))
     assert not torch.equal(last["conv1.weight"], averaged["conv1.weight"])
-
-
-def test_splits(held_out_run, tmp_path, capsys):
-    run, _ = held_out_run
-    held = ["dataset.validation=200", "routing_images=[]"]
-    _, result = evaluate(capsys, run, tmp_path / "v", "split=validation", *held)
-    assert result["count"] == 200
-    assert evaluate(capsys, run, tmp_path / "t", "split=train", *held)[1]["count"] == 3800
+    for split, count in (("validation", 200), ("train", 3800)):
+        _, result = evaluate(printed, run, tmp_path / split, f"split={split}", *held)
+        assert result["count"] == count
     common = ["eval", "dataset=mnist5k", f"checkpoint={run}"]
-    assert "dataset.validation=200" in refused(capsys, *common, "split=validation")
-    assert "dataset.split_seed=0" in refused(capsys, *common, "dataset.split_seed=1")
+    assert "dataset.validation=200" in refused(*common, "split=validation")
+    assert "dataset.split_seed=0" in refused(*common, "dataset.split_seed=1")
 
 
-def test_commands_write_beside_the_default_checkpoint(tiny_run, in_tmp, capsys):
+def test_commands_write_beside_the_default_checkpoint(tiny_run, in_tmp, printed, refused):
     run = in_tmp / "runs" / "mnist5k-capsnet-quick" / "seed0"
     shutil.copytree(tiny_run, run)
-    lines = capsrun(capsys, "eval", "dataset=mnist5k", "images=70")
+    lines = printed("eval", "dataset=mnist5k", "images=70")
     folder = run / "eval-mnist5k-test-first70"
     assert json.loads((folder / "result.json").read_text())["count"] == 70
     assert f"page: {folder.relative_to(in_tmp) / 'index.html'}" in lines
     assert lines[-1].endswith(" of 70)")
-    lines = capsrun(capsys, "perturb", "dataset=mnist5k", "perturb.digit=5")
+    lines = printed("perturb", "dataset=mnist5k", "perturb.digit=5")
     assert (in_tmp / lines[0]).exists()
-    assert "images is 0" in refused(capsys, "eval", "dataset=mnist5k", "images=0")
+    assert "images is 0" in refused("eval", "dataset=mnist5k", "images=0")
 
 
 @pytest.mark.parametrize(
@@ -139,21 +117,21 @@ def test_what_is_tested_otherwise_has_its_own_folder(overrides, name, said):
     assert all(folder.startswith(f"{name}-ensemble2-") for folder in ensemble)
 
 
-def test_eval_says_when_a_run_is_not_finished(tiny_run, tmp_path, capsys):
+def test_eval_says_when_a_run_is_not_finished(tiny_run, tmp_path, printed):
     checkpoint = read_checkpoint(tiny_run / "checkpoint.pt")
     checkpoint["optimizer"] = {}
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    lines, result = evaluate(capsys, tmp_path, tmp_path / "out", "images=50")
+    lines, result = evaluate(printed, tmp_path, tmp_path / "out", "images=50")
     assert any("not finished" in line for line in lines)
     assert (result["finished"], result["steps"]) == (False, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
-def test_mnist_in_one_epoch(in_tmp, monkeypatch, capsys):
+def test_mnist_in_one_epoch(in_tmp, monkeypatch, printed):
     """The first milestone on the way to the paper's error: under 2 % after one epoch."""
     monkeypatch.setenv("CAPSRUN_DATA", str(MNIST_DIR))
-    capsrun(capsys, "train", "dataset=mnist", "recipe.epochs=1", "name=one")
+    printed("train", "dataset=mnist", "recipe.epochs=1", "name=one")
     result = json.loads((in_tmp / "runs" / "one" / "seed0" / "result.json").read_text())
     assert result["error_percent"] < 2
     assert result["count"] == 10_000
@@ -162,58 +140,63 @@ def test_mnist_in_one_epoch(in_tmp, monkeypatch, capsys):
 # what cannot be used
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tiny_run, tmp_path, capsys):
-    message = refused(capsys, "eval", f"checkpoint={tiny_run}", "dataset.image_px=40")
+def test_checkpoints_that_do_not_fit_are_refused(tiny_run, tmp_path, refused):
+    message = refused("eval", f"checkpoint={tiny_run}", "dataset.image_px=40")
     assert "1×28×28" in message
     assert "40×40" in message
     path = tmp_path / "checkpoint.pt"
     path.write_bytes((tiny_run / "checkpoint.pt").read_bytes()[:-5000])
     for command in ("eval", "perturb"):
-        assert "cut short" in refused(capsys, command, f"checkpoint={path}")
+        assert "cut short" in refused(command, f"checkpoint={path}")
     assert list(tmp_path.iterdir()) == [path]
     # The digits of mnist5k are training digits of MNIST.
     untrained(path, *TINY, "dataset=mnist")
-    message = refused(capsys, "eval", "dataset=mnist5k", f"checkpoint={path}")
+    message = refused("eval", "dataset=mnist5k", f"checkpoint={path}")
     assert "training images of mnist" in message
+    cnn = ["model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[8]"]
     for overrides, part in (
         (["model.reconstruction=false"], "has no decoder"),
-        (["model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[8]"], "has no capsules"),
+        (cnn, "no capsules to look into"),
     ):
         untrained(path, "dataset=mnist5k", *overrides)
         for command in ("perturb", "explore"):
-            assert part in refused(capsys, command, "dataset=mnist5k", f"checkpoint={path}")
+            assert part in refused(command, "dataset=mnist5k", f"checkpoint={path}")
 
 
-def test_folders_that_cannot_be_written_to(tiny_run, in_tmp, capsys):
+def test_folders_that_cannot_be_written_to(tiny_run, in_tmp, refused):
     (in_tmp / "file").write_text("")
     before = (tiny_run / "result.json").read_bytes()
-    for command in ("eval", "perturb", "data"):
-        source = [] if command == "data" else [f"checkpoint={tiny_run}"]
+    for command, *source in (
+        ("eval", f"checkpoint={tiny_run}"),
+        ("perturb", f"checkpoint={tiny_run}"),
+        ("data",),
+        ("train", "runs_dir=file/out"),
+    ):
         common = [command, "dataset=mnist5k", *source]
-        message = refused(capsys, *common, "out_dir=file/out")
+        message = refused(*common, *["out_dir=file/out"] * (command != "train"))
         assert "file/out" in message
         assert "cannot be written" in message
-        if source:
-            assert "training run" in refused(capsys, *common, f"out_dir={tiny_run}")
+        if command in ("eval", "perturb"):
+            assert "training run" in refused(*common, f"out_dir={tiny_run}")
     assert (tiny_run / "result.json").read_bytes() == before
+    assert (in_tmp / "file").read_text() == ""
 
 
 # perturb
 
 
-def perturb(capsys, run, out, *overrides):
+def perturb(printed, run, out, *overrides):
     common = ["perturb", "dataset=mnist5k", f"checkpoint={run}", f"out_dir={out}"]
-    lines = capsrun(capsys, *common, *overrides)
-    return lines, sorted((out / "pictures").glob("*.png"))
+    return printed(*common, *overrides), sorted((out / "pictures").glob("*.png"))
 
 
-def test_perturb_draws_every_class_or_one_image(tiny_run, tmp_path, capsys):
-    _, pictures = perturb(capsys, tiny_run, tmp_path / "all", "perturb.step=0.25")
+def test_perturb_draws_every_class_or_one_image(tiny_run, tmp_path, printed):
+    _, pictures = perturb(printed, tiny_run, tmp_path / "all", "perturb.step=0.25")
     digits = [f"digit_{digit}" for digit in range(10)]
     assert [path.stem for path in pictures] == ["all_classes", *digits]
     assert len(list((tmp_path / "all" / "tensorboard").iterdir())) == 10
     few = ["perturb.digit=5", "perturb.index=42"]
-    _, pictures = perturb(capsys, tiny_run, tmp_path / "one", *few)
+    _, pictures = perturb(printed, tiny_run, tmp_path / "one", *few)
     assert [path.stem for path in pictures] == ["digit_5_index_42"]
     # 16 dimensions and a row for the input, 11 values, 28 pixels drawn twice as large.
     width, height = Image.open(pictures[0]).size
@@ -234,10 +217,10 @@ def test_perturb_draws_every_class_or_one_image(tiny_run, tmp_path, capsys):
         (["perturb.image=text.png", "perturb.index=1"], "leave it out"),
     ],
 )
-def test_perturb_refuses_what_it_cannot_draw(tiny_run, in_tmp, capsys, overrides, message):
+def test_perturb_refuses_what_it_cannot_draw(tiny_run, in_tmp, overrides, message, refused):
     (in_tmp / "text.png").write_text("this is no image")
     common = ["perturb", "dataset=mnist5k", f"checkpoint={tiny_run}", "out_dir=out"]
-    assert message in refused(capsys, *common, *overrides)
+    assert message in refused(*common, *overrides)
     assert not (in_tmp / "out").exists()
 
 
@@ -268,15 +251,15 @@ def test_one_dimension_of_one_capsule_is_moved(tiny_run):
     assert not torch.allclose(drawn[4, 2], plain)
 
 
-def test_perturb_ones_own_image(tiny_run, tmp_path, capsys):
+def test_perturb_ones_own_image(tiny_run, tmp_path, printed):
     path = picture(tmp_path / "mine.png", (90, 120), 250, 10)
-    lines, pictures = perturb(capsys, tiny_run, tmp_path / "out", f"perturb.image={path}")
+    lines, pictures = perturb(printed, tiny_run, tmp_path / "out", f"perturb.image={path}")
     said = "\n".join(lines)
     assert "resized from 90×120 to 28×28" in said
     assert "inverted" in said
     assert "looks like a" in said
     assert len(pictures) == 1
-    perturb(capsys, tiny_run, tmp_path / "as3", f"perturb.image={path}", "perturb.digit=3")
+    perturb(printed, tiny_run, tmp_path / "as3", f"perturb.image={path}", "perturb.digit=3")
     assert (tmp_path / "as3" / "pictures" / "mine_as_3.png").exists()
 
 
@@ -299,11 +282,10 @@ def test_an_image_is_taken_as_it_is_or_resized(tmp_path, size):
     assert pixels.shape == (1, 28, 28)
     assert pixels[0, 14, 14] == pytest.approx(1, abs=0.01)
     assert pixels[0, 0].max() == 0
-    if size == (28, 28):
-        assert remarks == []
+    same = size == (28, 28)
+    assert remarks == ([] if same else [f"resized from {size[0]}×{size[1]} to 28×28 pixels"])
+    if same:
         assert torch.equal(pixels[0] * 255, torch.from_numpy(np.array(Image.open(path))).float())
-    else:
-        assert remarks == [f"resized from {size[0]}×{size[1]} to 28×28 pixels"]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
@@ -344,28 +326,27 @@ def test_transparent_colour_and_turned_images(tmp_path):
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path):
+    def refuses(path, message, channels=1):
+        with pytest.raises(UserError, match=message):
+            read_image(path, 28, channels, "auto")
+
     path = tmp_path / "a.tiff"
     for content in (b"", b"\x89PNG\r\n\x1a\n" + b"\x00" * 50):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read as an image"):
-            read_image(path, 28, 1, "auto")
+        refuses(path, "cannot be read as an image")
     Image.fromarray(np.ones((28, 28), dtype=np.float32)).save(path)
-    with pytest.raises(UserError, match="no known range"):
-        read_image(path, 28, 1, "auto")
+    refuses(path, "no known range")
     Image.new("1", (8193, 1)).save(path)
-    with pytest.raises(UserError, match="make it smaller"):
-        read_image(path, 28, 1, "auto")
-    with pytest.raises(UserError, match="is no image file"):
-        read_image(tmp_path, 28, 1, "auto")
-    with pytest.raises(UserError, match="not of images of 2 channels"):
-        read_image(path, 28, 2, "auto")
+    refuses(path, "make it smaller")
+    refuses(tmp_path, "is no image file")
+    refuses(path, "not of images of 2 channels", channels=2)
 
 
 # data
 
 
-def test_data_prints_counts_and_checksums_and_draws_a_sheet(in_tmp, capsys):
-    lines = capsrun(capsys, "data", "dataset=mnist5k")
+def test_data_prints_counts_and_checksums_and_draws_a_sheet(in_tmp, printed):
+    lines = printed("data", "dataset=mnist5k")
     assert any(line.split() == ["7", "400", "100"] for line in lines)
     assert any(line.split() == ["images", "4,000", "1,000"] for line in lines)
     assert "MD5 d333f117366df9ee9442b60573c29a69 (verified)" in lines[0]

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, train_config
 from PIL import Image
 from torch.nn import functional as F
 
-from capsrun import cli, compose
+from capsrun import compose
 from capsrun.commands import explore as exploring
 from capsrun.commands.explore import chosen_numbers, page_within_limit
 from capsrun.commands.perturb import perturbed
@@ -32,7 +32,8 @@ IMAGES = 24
 
 def capsnet(*overrides: str, px: int = 28, channels: int = 1) -> CapsNet:
     """A CapsNet with random weights that are large enough for its pictures to differ."""
-    config = train_config("model.conv1_channels=12", "model.primary_types=3", *overrides)
+    small = ["model.conv1_channels=12", "model.primary_types=3", "model.decoder_widths=[64,96]"]
+    config = train_config(*small, *overrides)
     torch.manual_seed(0)
     model = CapsNet(config.model, config.routing, px, channels).eval()
     with torch.no_grad():
@@ -102,6 +103,11 @@ def pixels(page, name: str) -> torch.Tensor:
     return read_canvas(page, f"pictures.{name}.canvas")
 
 
+def assert_drawn(page, name: str, expected: torch.Tensor, most: float = GREY) -> None:
+    """Fail where a picture of the page is not what is expected (C, H, W)."""
+    assert (pixels(page, name) - expected).abs().max() <= most
+
+
 def wait_until(page, condition: str) -> None:
     """Playwright's own waiting evaluates strings in the page, which its policy forbids."""
     for _ in range(200):
@@ -136,53 +142,54 @@ def choose_image(page, shown: Shown, n: int) -> None:
 # what the page computes
 
 
-@pytest.mark.browser
-def test_the_picture_is_the_python_decoders(page, one_digit):
+def test_pictures_are_the_python_decoders_and_bars_the_capsules_lengths(page, one_digit):
     model, _, shown = one_digit
+    values = page.locator("#lengths label > :last-child")
     for n, dimension, change in ((0, 0, 0.5), (13, 15, -0.25)):
         choose_image(page, shown, n)
         label = int(shown.predicted_NT[n, 0])
         assert torch.equal(vector(page), shown.capsules_NJD[n, label])
+        own_lengths = shown.capsules_NJD[n].norm(dim=1).tolist()
+        lengths = [float(text) for text in values.all_inner_texts()]
+        assert lengths == pytest.approx(own_lengths, abs=0.0051)
         before = pixels(page, "output")
         set_slider(page, dimension, change)
         moved = shown.capsules_NJD[n, label].clone()
         moved[dimension] += change
         torch.testing.assert_close(vector(page), moved)
-        after = pixels(page, "output")
-        expected = decoded(model, moved, label).expand(3, -1, -1)
-        assert (after - expected).abs().max() <= GREY
-        assert (after - before).abs().max() > 0.02  # the slider did something
-        seen = pixels(page, "input")
-        assert (seen - shown.targets_NTCHW[n, 0]).abs().max() <= GREY
+        assert_drawn(page, "output", decoded(model, moved, label))
+        assert (pixels(page, "output") - before).abs().max() > 0.02  # the slider did something
+        assert_drawn(page, "input", shown.targets_NTCHW[n, 0])
+        length = float(values.nth(label).inner_text())
+        assert length == pytest.approx(moved.norm().item(), abs=0.0051)
+        # What the network itself said stays marked.
+        assert page.locator("#lengths .name").nth(label).inner_text() == f"{label} (drawn, moved)"
+        tick = page.locator("#lengths .own").nth(label).evaluate("(tick) => tick.style.left")
+        assert float(tick.rstrip("%")) == pytest.approx(100 * own_lengths[label], abs=0.01)
 
 
-@pytest.mark.browser
-def test_a_frame_takes_less_than_16_ms(page):
-    milliseconds = page.evaluate("""() => {
-        const taken = [];
-        for (let n = 0; n < 60; n++) {
-            const began = performance.now();
-            move(n % D, Math.sin(n) / 2);
-            render();
-            taken.push(performance.now() - began);
-        }
-        return taken.slice(20).sort((a, b) => a - b)[20];
-    }""")
-    assert milliseconds < 16
+FRAME = """() => {
+    const taken = [];
+    for (let n = 0; n < 60; n++) {
+        const began = performance.now();
+        move(n % D, Math.sin(n) / 2);
+        render();
+        taken.push(performance.now() - began);
+    }
+    return taken.slice(20).sort((a, b) => a - b)[20];
+}"""
 
 
-@pytest.mark.browser
 def test_the_committed_page_draws_what_the_committed_model_draws(browser):
-    """Though the page has its weights in half precision."""
+    """Though the page has its weights in half precision; a frame takes less than 16 ms."""
     _, model = load_drawing_model(REPOSITORY / "results" / "capsnet-mnist.pt")
     with browsers.opened(browser, REPOSITORY / "docs" / "explorer.html") as page:
         for n in (0, 200):
             page.evaluate("(n) => choose(storedImage(n))", n)
             set_slider(page, 11, 0.25)
-            difference = pixels(page, "output") - decoded(
-                model, vector(page), page.evaluate("label()")
-            )
-            assert difference.abs().max() <= GREY
+            label = page.evaluate("label()")
+            assert_drawn(page, "output", decoded(model, vector(page), label))
+        assert page.evaluate(FRAME) < 16
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,6 @@ def test_the_committed_pages_are_made_of_the_present_files(name):
     assert all(part(file) in page for file in ("style.css", "network.js", "explorer.js"))
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize(
     ("overrides", "px"),
     [
@@ -218,11 +224,33 @@ def test_the_encoder_in_the_page_is_the_models(browser, overrides, px, tmp_path)
 # what can be done there
 
 
-@pytest.mark.browser
+def pull(page, dimension: int, *places: float) -> None:
+    """Drag a slider with the mouse to each of these places, as parts of its width."""
+    box = page.locator(".slider input").nth(dimension).bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    for place in places:
+        page.mouse.move(box["x"] + place * box["width"], middle, steps=3)
+    page.mouse.up()
+
+
 def test_undo_redo_reset_and_another_class(page, one_digit):
     model, _, shown = one_digit
     start = vector(page)
     assert page.locator("#undo").is_disabled()
+    # Each pull is one step back.
+    pull(page, 1, 0.9)
+    pull(page, 0, 0.7, 0.5, 0.8)
+    moved = vector(page) - start
+    assert moved[0] > 0.2
+    assert moved[1] > 0.3
+    page.click("#undo")
+    moved = vector(page) - start
+    assert moved[0].item() == pytest.approx(0, abs=0.03)
+    assert moved[1] > 0.3
+    page.click("#undo")
+
     set_slider(page, 0, 0.3)
     set_slider(page, 1, -0.2)
     both = vector(page)
@@ -238,54 +266,11 @@ def test_undo_redo_reset_and_another_class(page, one_digit):
     other = (int(shown.predicted_NT[0, 0]) + 4) % 10
     page.locator(f"#lengths input[value='{other}']").check(force=True)
     assert torch.equal(vector(page), shown.capsules_NJD[0, other])
-    expected = decoded(model, shown.capsules_NJD[0, other], other)
-    assert (pixels(page, "output") - expected).abs().max() <= GREY
+    assert_drawn(page, "output", decoded(model, shown.capsules_NJD[0, other], other))
     page.click("#undo")
     assert torch.equal(vector(page), both)
 
 
-@pytest.mark.browser
-def test_each_pull_of_a_slider_is_one_step_back(page):
-    def pull(dimension: int, *places: float) -> None:
-        box = page.locator(".slider input").nth(dimension).bounding_box()
-        middle = box["y"] + box["height"] / 2
-        page.mouse.move(box["x"] + box["width"] / 2, middle)
-        page.mouse.down()
-        for place in places:
-            page.mouse.move(box["x"] + place * box["width"], middle, steps=3)
-        page.mouse.up()
-
-    start = vector(page)
-    pull(1, 0.9)
-    pull(0, 0.7, 0.5, 0.8)
-    moved = vector(page) - start
-    assert moved[0] > 0.2
-    assert moved[1] > 0.3
-    page.click("#undo")
-    moved = vector(page) - start
-    assert moved[0].item() == pytest.approx(0, abs=0.03)
-    assert moved[1] > 0.3
-
-
-@pytest.mark.browser
-def test_bars_show_the_capsule_lengths(page, one_digit):
-    shown = one_digit[2]
-    choose_image(page, shown, 5)
-    values = page.locator("#lengths label > :last-child")
-    lengths = [float(text) for text in values.all_inner_texts()]
-    assert lengths == pytest.approx(shown.capsules_NJD[5].norm(dim=1).tolist(), abs=0.0051)
-    set_slider(page, 0, 0.5)
-    label = page.evaluate("label()")
-    length = float(values.nth(label).inner_text())
-    assert length == pytest.approx(vector(page).norm().item(), abs=0.0051)
-    # What the network itself said stays marked.
-    assert page.locator("#lengths .name").nth(label).inner_text() == f"{label} (drawn, moved)"
-    tick = page.locator("#lengths .own").nth(label).evaluate("(tick) => tick.style.left")
-    own = 100 * shown.capsules_NJD[5, label].norm().item()
-    assert float(tick.rstrip("%")) == pytest.approx(own, abs=0.01)
-
-
-@pytest.mark.browser
 def test_images_and_sliders_with_keys(page, one_digit):
     shown = one_digit[2]
     page.keyboard.press("Tab")  # to the chosen class
@@ -318,7 +303,6 @@ def test_images_and_sliders_with_keys(page, one_digit):
     assert torch.equal(vector(page), start)
 
 
-@pytest.mark.browser
 def test_animation_moves_and_puts_back(page):
     start, before = vector(page), pixels(page, "output")
     play = page.locator(".slider button").nth(6)
@@ -338,7 +322,6 @@ def test_animation_moves_and_puts_back(page):
     assert page.evaluate("animation") is None
 
 
-@pytest.mark.browser
 def test_the_sweep_is_figure_4_and_can_be_taken(page, one_digit):
     model, _, shown = one_digit
     choose_image(page, shown, 3)
@@ -360,7 +343,6 @@ def test_the_sweep_is_figure_4_and_can_be_taken(page, one_digit):
     assert moved.abs().sum().item() == pytest.approx(0.2, abs=1e-5)
 
 
-@pytest.mark.browser
 def test_copy_and_save(browser, one_digit):
     grants = {"permissions": ["clipboard-read", "clipboard-write"]}
     with browsers.opened(browser, one_digit[1], accept_downloads=True, **grants) as page:
@@ -398,7 +380,6 @@ def draw(page, touch: bool) -> None:
         page.mouse.up()
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "finger"])
 def test_a_drawn_digit_is_encoded(browser, one_digit, touch):
     model, path, _ = one_digit
@@ -419,8 +400,7 @@ def test_a_drawn_digit_is_encoded(browser, one_digit, touch):
         sure = expected.norm(dim=1).max() >= 0.5
         looks = "looks like" if sure else "not sure what it is, most like"
         assert page.inner_text("#subject") == f"Your drawing: {looks} {likeliest}."
-        drawn = decoded(model, expected[likeliest], likeliest)
-        assert (pixels(page, "output") - drawn).abs().max() <= 2 * GREY
+        assert_drawn(page, "output", decoded(model, expected[likeliest], likeliest), 2 * GREY)
         ink = page.evaluate("element('pad').toDataURL()")
         page.click("#clear")
         assert page.evaluate("state.image.number") == 0  # the test image from before
@@ -432,7 +412,6 @@ def test_a_drawn_digit_is_encoded(browser, one_digit, touch):
         assert page.evaluate("element('pad').toDataURL()") != ink
 
 
-@pytest.mark.browser
 def test_a_digit_is_drawn_with_keys(page):
     page.locator("#clear").focus()
     page.keyboard.press("Shift+Tab")
@@ -452,7 +431,6 @@ def test_a_digit_is_drawn_with_keys(page):
 # other data sets and screens
 
 
-@pytest.mark.browser
 def test_no_name_breaks_the_page_and_it_says_why_there_is_no_encoder(browser, one_digit, tmp_path):
     title = "a <b> <!--<script> </script> {{data}} {{facts}} \"\\u003c & '"
     path, _ = write_page(one_digit[0], tmp_path, title=title, note=title)
@@ -472,7 +450,6 @@ def test_nothing_in_the_page_comes_from_elsewhere(one_digit):
     assert "default-src 'none'" in text
 
 
-@pytest.mark.browser
 def test_two_digits_in_two_colours(browser, two_digits):
     model, path, shown = two_digits
     with browsers.opened(browser, path) as page:
@@ -483,13 +460,13 @@ def test_two_digits_in_two_colours(browser, two_digits):
         moved = shown.capsules_NJD[6].clone()
         moved[b, 2] += 0.4
         first, second = decoded(model, moved[a], a), decoded(model, moved[b], b)
-        assert (pixels(page, "part0") - first).abs().max() <= GREY
-        assert (pixels(page, "part1") - second).abs().max() <= GREY
+        assert_drawn(page, "part0", first)
+        assert_drawn(page, "part1", second)
         targets = shown.targets_NTCHW[6]
         colours = torch.tensor(TWO_COLOURS)[..., None, None]
         for name, (one, other) in (("output", (first, second)), ("digits", targets)):
             mixed = (one * colours[0] + other * colours[1]).clamp(max=1)
-            assert (pixels(page, name) - mixed).abs().max() <= 2 * GREY
+            assert_drawn(page, name, mixed, 2 * GREY)
 
         ink = targets.sum(0)[0] >= 0.3
         has_first, has_second = first[0] >= 0.3, second[0] >= 0.3
@@ -505,9 +482,12 @@ def test_two_digits_in_two_colours(browser, two_digits):
         other = next(k for k in range(10) if k not in (a, b))
         page.locator(f"#lengths input[value='{other}']").check(force=True)
         assert page.evaluate("state.shown") == [a, other]
+        # Nothing is wider than the screen.
+        for width in (320, 560, 720, 820, 1300):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize("channels", [2, 3])
 def test_colours_and_two_cameras(browser, channels, tmp_path):
     model = capsnet(channels=channels)
@@ -518,32 +498,29 @@ def test_colours_and_two_cameras(browser, channels, tmp_path):
         expected = decoded(model, shown.capsules_NJD[2, label], label)
         if channels == 2:
             expected = torch.cat(list(expected), dim=1).expand(3, -1, -1)
-        assert (pixels(page, "output") - expected).abs().max() <= GREY
+        assert_drawn(page, "output", expected)
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_are_readable_in_light_and_dark(browser, one_digit, scheme):
-    with browsers.opened(browser, one_digit[1], color_scheme=scheme) as page:
+def test_texts_are_readable_in_light_and_dark(page, scheme):
+    page.emulate_media(color_scheme=scheme)
 
-        def luminance(name: str) -> float:
-            """Relative luminance (WCAG 2) of a colour of the style, #rgb or #rrggbb."""
-            style = "getComputedStyle(document.documentElement)"
-            colour = page.evaluate(f"{style}.getPropertyValue('--{name}').trim()")
-            digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
-            parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
-            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    def luminance(name: str) -> float:
+        """Relative luminance (WCAG 2) of a colour of the style, #rgb or #rrggbb."""
+        style = "getComputedStyle(document.documentElement)"
+        colour = page.evaluate(f"{style}.getPropertyValue('--{name}').trim()")
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-        assert (luminance("paper") < 0.1) == (scheme == "dark")
-        pairs = [(front, back) for front in ("ink", "faint", "first", "second")
-                 for back in ("paper", "soft")]  # fmt: skip
-        for front, back in [*pairs, ("on-accent", "accent")]:
-            low, high = sorted((luminance(front), luminance(back)))
-            assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
+    assert (luminance("paper") < 0.1) == (scheme == "dark")
+    pairs = [(f, b) for f in ("ink", "faint", "first", "second") for b in ("paper", "soft")]
+    for front, back in [*pairs, ("on-accent", "accent")]:
+        low, high = sorted((luminance(front), luminance(back)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (568, 320)])
 @pytest.mark.parametrize("digits", [1, 2])
 def test_a_phone(browser, one_digit, two_digits, digits, width, height):
@@ -562,14 +539,6 @@ def test_a_phone(browser, one_digit, two_digits, digits, width, height):
         assert picture["y"] + picture["height"] <= height
 
 
-@pytest.mark.browser
-def test_nothing_is_wider_than_the_screen(browser, two_digits):
-    with browsers.opened(browser, two_digits[1]) as page:
-        for width in (320, 560, 720, 820, 1300):
-            page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 # the command
 
 
@@ -579,37 +548,31 @@ def settings(**changes) -> ExploreSettings:
     )
 
 
-def test_the_page_stays_within_the_limit(monkeypatch):
-    def built(model: CapsNet, standardised: bool = False, **changes) -> tuple[str, str]:
-        shown, names = shown_by(model), tuple("0123456789")
-        return page_within_limit(settings(**changes), model, shown, names, "title", standardised)
+def built(model: CapsNet, standardised: bool = False, **changes) -> tuple[str, str]:
+    """The page of a model, and why it has no encoder."""
+    shown, names = shown_by(model), tuple("0123456789")
+    return page_within_limit(settings(**changes), model, shown, names, "title", standardised)
 
-    grey = capsnet("model.decoder_widths=[16]")
+
+def test_when_a_page_has_no_encoder():
+    grey, other = capsnet(), capsnet()
+    other.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
+    another = "the page computes dynamic routing, and this network has another one"
+    for (page, reason), expected in (
+        (built(grey, encoder="no"), "explore.encoder=no"),
+        (built(other), another),
+        (built(grey, standardised=True), "the network sees standardised images"),
+        (built(capsnet(channels=3)), "only grey images can be drawn"),
+    ):
+        assert reason == expected
+        assert 'id="encoder"' not in page
+
+
+def test_the_page_stays_within_the_limit(monkeypatch):
+    grey = capsnet()
     text, reason = built(grey)
     assert reason == ""
     assert 'id="encoder"' in text
-    other = capsnet("model.decoder_widths=[16]")
-    other.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
-    for model, standardised, encoder, expected in (
-        (grey, False, "no", "explore.encoder=no"),
-        (
-            other,
-            False,
-            "auto",
-            "the page computes dynamic routing, and this network has another one",
-        ),
-        (grey, True, "auto", "the network sees standardised images"),
-        (
-            capsnet("model.decoder_widths=[16]", channels=3),
-            False,
-            "auto",
-            "only grey images can be drawn",
-        ),
-    ):
-        without, reason = built(model, standardised, encoder=encoder)
-        assert reason == expected
-        assert 'id="encoder"' not in without
-
     monkeypatch.setattr(exploring, "LIMIT_BYTES", len(text.encode()) - 1)
     shorter, reason = built(grey)
     assert 'id="encoder"' not in shorter
@@ -644,14 +607,10 @@ def test_the_command_writes_the_page_of_a_run(tiny_run, in_tmp, capsys):
     assert "open it in any browser" in said
 
 
-def test_mistakes_of_the_user_are_said(tiny_run, in_tmp, capsys):
-    def refused(*arguments: str) -> str:
-        assert cli.main(["explore", *arguments]) == 2
-        return capsys.readouterr().err
-
-    assert "there is no checkpoint" in refused("dataset=mnist5k")
-    run = f"checkpoint={tiny_run}"
-    assert "is a folder; out= is the file" in refused("dataset=mnist5k", run, f"out={in_tmp}")
-    assert "multimnist" in refused("dataset=multimnist", run)
-    assert "explore.encoder" in refused("dataset=mnist5k", run, "explore.encoder=perhaps")
+def test_mistakes_of_the_user_are_said(tiny_run, in_tmp, refused):
+    explore, run = ["explore", "dataset=mnist5k"], f"checkpoint={tiny_run}"
+    assert "there is no checkpoint" in refused(*explore)
+    assert "is a folder; out= is the file" in refused(*explore, run, f"out={in_tmp}")
+    assert "multimnist" in refused("explore", "dataset=multimnist", run)
+    assert "explore.encoder" in refused(*explore, run, "explore.encoder=perhaps")
     assert not list(in_tmp.glob("*.html"))

@@ -33,34 +33,36 @@ def everything(split, count=None):
 # Padded MNIST
 
 
+def assert_whole(batch, digits_NCHW):
+    """Fail where an image has not all the ink of its digit."""
+    ink = digits_NCHW.sum((1, 2, 3), dtype=torch.int64)
+    torch.testing.assert_close(batch.images_BCHW.sum((1, 2, 3)) * 255, ink.float())
+
+
 def test_padded_training_digits_go_everywhere_and_stay_whole(digits):
-    train = load("mnist_padded").train
-    batches = TrainingBatches(train, 0, 2000)
+    batches = TrainingBatches(load("mnist_padded").train, 0, 2000)
     seen = set()
     for step in range(2):
         indices, positions = batches.draw(step)
         batch = batches.assemble(indices, positions)
         assert batch.images_BCHW.shape == (2000, 1, 40, 40)
-        ink = digits.train.images_NCHW[indices].sum((1, 2, 3), dtype=torch.int64)
-        torch.testing.assert_close(batch.images_BCHW.sum((1, 2, 3)) * 255, ink.float())
-        first = (batch.images_BCHW > 0).any(3).int().argmax(2)[:, 0]
-        own = (digits.train.images_NCHW[indices] > 0).any(3).int().argmax(2)[:, 0]
+        own_NCHW = digits.train.images_NCHW[indices]
+        assert_whole(batch, own_NCHW)
+        first, own = (
+            (images > 0).any(3).int().argmax(2)[:, 0] for images in (batch.images_BCHW, own_NCHW)
+        )
         seen |= set((first - own).tolist())
     assert seen == set(range(13)), "all 13 rows"
 
 
-def test_padded_test_digits_have_one_place(digits):
+def test_padded_test_digits_have_one_place_or_all_169(digits):
     test = load("mnist_padded").test
     assert len(test) == 1000
     batch = everything(test)
-    ink = digits.test.images_NCHW.sum((1, 2, 3), dtype=torch.int64)
-    torch.testing.assert_close(batch.images_BCHW.sum((1, 2, 3)) * 255, ink.float())
+    assert_whole(batch, digits.test.images_NCHW)
     assert torch.equal(batch.labels_BT[:, 0], digits.test.labels_N)
     offsets = test.offsets(test.indices(0, 1000))
     assert (offsets.min(), offsets.max()) == (0, 12)
-
-
-def test_all_169_places_of_each_test_digit(digits):
     test = load("mnist_padded", "dataset.test=all").test
     assert len(test) == 169 * 1000
     # Every place of digit 5, and what is there.
@@ -236,10 +238,8 @@ def test_affnist_like_transforms_are_spread_as_they_should_be():
         (found.column_scale_B, 0.8, 1.2),
     ]:
         size = high - low
-        assert values.min() >= low - 1e-6
-        assert values.max() <= high + 1e-6
-        assert values.min() < low + 0.001 * size
-        assert values.max() > high - 0.001 * size
+        assert low - 1e-6 <= values.min() < low + 0.001 * size
+        assert high - 0.001 * size < values.max() <= high + 1e-6
         # The standard error of the mean of a uniform number is size / √(12 · 32,000).
         assert abs(values.mean() - (low + high) / 2) < 5 * size / (12 * 32_000) ** 0.5
         assert values.std() == pytest.approx(size / 12**0.5, rel=0.02)
@@ -264,10 +264,7 @@ def test_affnist_like_keeps_all_ink_on_the_canvas(digits):
     assert (ratio - 1).abs().max() < 0.2
     # Ink comes to the border, too: places are not kept to the middle.
     seen = (batch.images_BCHW > 0).any(0)[0]
-    assert seen[0].any()
-    assert seen[-1].any()
-    assert seen[:, 0].any()
-    assert seen[:, -1].any()
+    assert all(edge.any() for edge in (seen[0], seen[-1], seen[:, 0], seen[:, -1]))
 
 
 def test_affnist_like_has_32_versions(digits):
@@ -363,8 +360,7 @@ def test_brightness_and_contrast_by_hand():
     pixels = 0.3 + 0.4 * torch.rand(400, 3, 8, 8)
     changed = vary(pixels, torch.arange(400), 0, config)
     moved = (changed - pixels).mean((1, 2, 3))
-    assert moved.abs().max() <= 0.25
-    assert moved.abs().max() > 0.24
+    assert 0.24 < moved.abs().max() <= 0.25
     assert abs(moved.mean()) < 0.03
     # The contrast changes about the mean of each channel.
     factor = changed.std((2, 3)) / pixels.std((2, 3))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shlex
-import shutil
 import signal
 import time
 
@@ -161,11 +160,11 @@ def straight_and_resumed(config, folder, monkeypatch, stops):
     return result
 
 
-@pytest.mark.parametrize("stops", [[1, 6, 4], [8]])
-def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tiny_run, tmp_path, monkeypatch, stops):
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tiny_run, tmp_path, monkeypatch):
+    """Also one that was stopped at a step after which it is tested."""
     folder = tmp_path / "seed0"
     config = train_config(*TINY, "name=run")
-    for steps in stops:
+    for steps in (1, 7, 3):
         interrupted(monkeypatch, config, folder, steps)
     train(config, folder)
     assert_same_run(folder, tiny_run)
@@ -268,7 +267,9 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch):
             ["stop.patience=3", "stop.accuracy_percent=99", "dataset.validation=100"],
             r"set one of stop\.accuracy_percent and stop\.patience",
         ),
-        (["stop.every_steps=3"], r"stop\.every_steps needs"),
+        (["stop.accuracy_percent=99", "stop.on=validation"], r"dataset\.validation=10000"),
+        (["stop.on=validation"], r"stop\.on needs stop\.accuracy_percent"),
+        (["stop.every_steps=3"], r"stop\.every_steps needs stop\.accuracy_percent"),
         # Which is free for a run that is resumed or averaged with others; where one ends is not.
         (
             ["stop.accuracy_percent=99", "record.evaluate_every_steps=7"],
@@ -312,21 +313,28 @@ def test_a_finished_run_is_left_alone(tiny_run, capsys):
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
 
 
+WHOLE, CUT = slice(None), slice(-1000)  # of the finished run's file
+
+
 @pytest.mark.parametrize(
-    ("copied", "config", "message"),
+    ("files", "message"),
     [
-        (["checkpoint.pt"], None, r"no config\.yaml"),
-        ([], "a: [", r"config\.yaml is damaged"),
-        ([], "[1]", r"config\.yaml is damaged"),
+        ({"checkpoint.pt": WHOLE}, r"no config\.yaml"),
+        ({"config.yaml": b"a: ["}, r"config\.yaml is damaged"),
+        ({"config.yaml": b"[1]"}, r"config\.yaml is damaged"),
+        ({"config.yaml": WHOLE, "checkpoint.pt": CUT}, "delete it to train from the start"),
     ],
 )
-def test_a_folder_of_which_nobody_knows_is_refused(tiny_run, tmp_path, copied, config, message):
-    for name in copied:
-        shutil.copy(tiny_run / name, tmp_path)
-    if config is not None:
-        (tmp_path / "config.yaml").write_text(config)
+def test_a_folder_that_is_damaged_is_refused_and_left(tiny_run, tmp_path, files, message):
+    given = {
+        name: (tiny_run / name).read_bytes()[content] if isinstance(content, slice) else content
+        for name, content in files.items()
+    }
+    for name, content in given.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         train(train_config(*TINY, "name=run"), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in given} == given
 
 
 def test_what_decides_the_bits_is_in_the_name_of_a_run():
@@ -435,16 +443,12 @@ def test_the_last_step_is_reported_not_the_best(tmp_path, monkeypatch):
     }
 
 
-def test_without_decoder(tmp_path):
-    result = train(train_config(*TINY, "model.reconstruction=false"), tmp_path)
+def test_another_seed_without_decoder(tiny_run, tmp_path):
+    result = train(train_config(*TINY, "model.reconstruction=false", "seed=1"), tmp_path)
     assert result["reconstruction_squared_error"] is None
     drawn = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert drawn == ["confusion.png", "curves.png", "failures.png"]
     assert "loss/reconstruction" not in metrics(tmp_path)[0]
-
-
-def test_seeds_differ(tiny_run, tmp_path):
-    train(train_config(*TINY, "seed=1", "recipe.steps=1", "model.reconstruction=false"), tmp_path)
     ours, theirs = (load_checkpoint(f / "checkpoint.pt").model for f in (tmp_path, tiny_run))
     assert not torch.allclose(ours.conv1.weight, theirs.conv1.weight, atol=0.02)
 
@@ -492,15 +496,6 @@ def test_a_second_signal_is_not_held_back(number):
         assert stop.signal_number == number
         assert signal.getsignal(number) == before
     assert signal.getsignal(number) == before
-
-
-def test_a_damaged_checkpoint_of_an_interrupted_run_is_refused(tiny_run, tmp_path):
-    (tmp_path / "config.yaml").write_bytes((tiny_run / "config.yaml").read_bytes())
-    damaged = (tiny_run / "checkpoint.pt").read_bytes()[:-1000]
-    (tmp_path / "checkpoint.pt").write_bytes(damaged)
-    with pytest.raises(UserError, match="delete it to train from the start"):
-        train(train_config(*TINY, "name=run"), tmp_path)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == damaged
 
 
 def stopped_at(number, score_split):
