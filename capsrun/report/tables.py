@@ -14,13 +14,12 @@ FEWEST_STEPS = 100  # after fewer, an error says nothing
 # How a published number was chosen.
 CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "step not said"}
 
-BEST = "best on test, not a result"
 HEAD = (
     "test error %",
     "paper",
     *(f"public, {kind}" for kind in CHOSEN.values()),
     "capsrun, last step",
-    BEST,
+    "best on test, not a result",
 )
 SUMMARY = (*HEAD, "seeds", "trained for")
 HOW = ("seeds", "trained for", "on")
