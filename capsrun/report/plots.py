@@ -173,5 +173,4 @@ def routing_changes(seeds: Sequence[Metrics]) -> Figure:
 
 
 def recorded_names(metrics: Metrics) -> set[str]:
-    """The names of the numbers that a run recorded."""
     return {key for row in metrics for key in row}

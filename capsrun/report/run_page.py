@@ -60,7 +60,6 @@ def refresh_run_page(folder: Path) -> None:
 
 
 def run_page(result: Result) -> str:
-    """The page as HTML."""
     folder, values = result.folder, result.values
     shown = shown_pictures(result)
     made = [(f"{page.parent.name}/{NAME}", page.parent.name) for page in folder.glob(f"*/{NAME}")]

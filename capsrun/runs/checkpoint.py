@@ -52,7 +52,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
         temporary.write_bytes(content.getbuffer())
 
 
-def read_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
     types: of what it has to hold beside `TYPES`.
@@ -72,7 +72,7 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    for key, kind in {**TYPES, **(types or {})}.items():
+    for key, kind in {**TYPES, **types}.items():
         if key not in checkpoint or not isinstance(checkpoint[key], kind):
             raise UserError(f"checkpoint {path} is incomplete or damaged: it has no sound {key!r}")
     return checkpoint

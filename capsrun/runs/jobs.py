@@ -179,8 +179,7 @@ def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
     """The experiments that are meant by names and groups."""
     names = experiments.names()
     meant = {name: [name] for name in names}
-    for group in GROUPS:
-        meant[group] = [name for name in names if experiments.about(name).group == group]
+    meant |= {g: [n for n in names if experiments.about(n).group == g] for g in GROUPS}
     meant["all"] = [name for group in GROUPS for name in meant[group]]
     for target in targets:
         if target not in meant:
