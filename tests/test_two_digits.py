@@ -367,7 +367,7 @@ def test_validation_images_can_decide(tmp_path, monkeypatch):
 def test_a_run_that_was_killed_after_it_stopped_does_not_go_on(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         fixed_accuracy(patch, [0, 0])
-        patch.setattr(training, "score_figures", lambda *args: 1 / 0)
+        patch.setattr(training.pictures, "score_figures", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(train_config(*PADDED, *STOP), tmp_path)
     result = train(train_config(*PADDED, *STOP), tmp_path)

@@ -21,13 +21,8 @@ from capsrun.names import model_words, suggest, uses_of_model
 from capsrun.report import figures
 from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.report.routing_maps import routed, routing_figure
-from capsrun.runs.checkpoint import (
-    Trained,
-    check_dataset,
-    find_checkpoint,
-    find_model,
-    load_checkpoint,
-)
+from capsrun.runs import checkpoint as checkpoints
+from capsrun.runs.checkpoint import Trained
 from capsrun.runs.progress import bar
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
@@ -40,7 +35,7 @@ PICTURES = ("confusion", "reconstructions", "failures", "absent", "routing_*")
 
 def main(config: EvalConfig, overrides: Sequence[str]) -> None:
     """`capsrun eval`: test the chosen or the default model."""
-    evaluate(config, find_model(config, config.split))
+    evaluate(config, checkpoints.find_model(config, config.split))
 
 
 def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     """
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    paths = [checkpoint, *map(find_checkpoint, config.ensemble)]
+    paths = [checkpoint, *map(checkpoints.find_checkpoint, config.ensemble)]
     ensemble = load_ensemble(config, paths)
     trained = ensemble[0]
     dataset = load_dataset(config.dataset, device)
@@ -97,10 +92,11 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
 
 def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
     """The models of some checkpoints. Raises UserError for what they cannot do (together)."""
-    ensemble = [load_checkpoint(path, averaged=config.weights == "averaged") for path in paths]
+    averaged = config.weights == "averaged"
+    ensemble = [checkpoints.load_checkpoint(path, averaged=averaged) for path in paths]
     first = ensemble[0]
     for member in ensemble:
-        check_dataset(config.dataset, member.config, config.split)
+        checkpoints.check_dataset(config.dataset, member.config, config.split)
         if type(member.config.loss) is not type(first.config.loss):
             raise UserError(
                 "an ensemble averages capsule lengths, or the probabilities of CNNs, but not both: "
@@ -138,10 +134,7 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
         parts.append("all")
     if config.images is not None:
         parts.append(f"first{config.images}")
-    if config.mask == "longest":
-        parts.append("longest")
-    if config.weights == "averaged":
-        parts.append("averaged")
+    parts += [word for word in (config.mask, config.weights) if word in ("longest", "averaged")]
     if others:
         digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
         parts.append(f"ensemble{1 + len(others)}-{digest.hexdigest()[:6]}")

@@ -111,12 +111,10 @@ def test_line(test: Result, run: Run, now: float) -> list[str]:
 
 
 def tested_on(test: Result) -> str:
-    """The name of a test's data set."""
     return test.values.get("dataset") or "own image"
 
 
 def percent(error_percent: float | None) -> str:
-    """An error as text."""
     return "–" if error_percent is None else f"{error_percent:.2f} %"
 
 

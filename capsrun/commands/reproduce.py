@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tabulate import tabulate
@@ -205,14 +206,12 @@ def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
     print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
     words = [sys.executable, "-m", "capsrun", *job.arguments]
     shared = {THREADS: str(threads_each(beside))} if beside > 1 else {}
-    environment = {**os.environ, **shared}
+    begin = partial(subprocess.Popen, words, process_group=0, env={**os.environ, **shared})
     if not quiet:
-        return subprocess.Popen(words, process_group=0, env=environment)
+        return begin()
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "log.txt", "a") as log:
-        return subprocess.Popen(
-            words, stdout=log, stderr=subprocess.STDOUT, process_group=0, env=environment
-        )
+        return begin(stdout=log, stderr=subprocess.STDOUT)
 
 
 def show_outcome(outcome: Outcome) -> None:

@@ -18,9 +18,8 @@ from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.models import build_model
 from capsrun.names import model_words, run_name, suggest, uses_of_model
+from capsrun.report import run_page
 from capsrun.report.pictures import almost_line, answer
-from capsrun.report.run_page import NAME as PAGE
-from capsrun.report.run_page import refresh_run_page
 from capsrun.runs.checkpoint import load_weights
 from capsrun.runs.folder import RunFolder
 from capsrun.runs.progress import StopRequest, Stopwatch, stop_requests
@@ -69,8 +68,8 @@ def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:
     elif ranks.first:
         folder.tidy()
         print(f"{out_dir} is finished already; choose another name=…, or delete it to train anew")
-        if not (out_dir / PAGE).exists():  # it was interrupted
-            refresh_run_page(out_dir)
+        if not (out_dir / run_page.NAME).exists():  # it was interrupted
+            run_page.refresh_run_page(out_dir)
     ranks.leave()
     return result
 
@@ -99,7 +98,7 @@ def train_to_the_end(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> di
             raise OSError(cannot_be_written(folder, error)) from error
     speed = f"{result['images_per_second']:,.0f} images/s"
     print(f"trained: {result['steps']:,} steps in {duration(result['train_seconds'])} ({speed})")
-    print(f"page: {folder.path / PAGE}")
+    print(f"page: {folder.path / run_page.NAME}")
     print(f"curves: tensorboard --logdir {folder.path}")
     return result
 

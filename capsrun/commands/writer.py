@@ -18,14 +18,7 @@ from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.disk import write_json
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
-from capsrun.report import figures
-from capsrun.report.pictures import (
-    answer,
-    counts,
-    reconstruction_grid,
-    score_figures,
-    score_summary,
-)
+from capsrun.report import figures, pictures
 from capsrun.report.run_page import write_run_page
 from capsrun.runs import segments
 from capsrun.runs.checkpoint import save_checkpoint
@@ -206,12 +199,12 @@ class Writer:
         self.recorder.numbers(run.step, values)
         most_drawn = run.config.record.tensorboard_pictures
         drawn = is_shown(run.step, run.evaluate_every, run.steps, most_drawn)
-        if drawn and isinstance(model, CapsNet) and model.decoder is not None:
-            grid = reconstruction_grid(model, data.test, data.class_names)
+        if drawn and model.decoder is not None:
+            grid = pictures.reconstruction_grid(model, data.test, data.class_names)
             self.recorder.picture(run.step, "reconstructions", grid)
         self.recorder.flush()
-        shown = ", ".join(answer(name, score.errors, score.count) for name, score in scores.items())
-        self.progress.say(f"after {run.step:,} steps: {shown.replace('_', ' ')}")
+        said = [pictures.answer(name, s.errors, s.count) for name, s in scores.items()]
+        self.progress.say(f"after {run.step:,} steps: {', '.join(said).replace('_', ' ')}")
         return scores
 
     def save(self, finished: bool = False) -> None:
@@ -256,7 +249,8 @@ class Writer:
         # Where the last test has ended the run there is nothing new to find.
         scores = self.tested if run.ended and self.tested else self.test(stop, None)
         final = scores["test"]
-        for name, figure in score_figures(model, data.test, data.class_names, final).items():
+        drawn = pictures.score_figures(model, data.test, data.class_names, final)
+        for name, figure in drawn.items():
             figures.save(figure, folder.pictures / f"{name}.png")
             self.recorder.picture(run.step, name, figure)
         stopped = how_it_stopped(config.stop, scores, run.ended)
@@ -271,8 +265,8 @@ class Writer:
             "model": config.model.name,
             "seed": config.seed,
             "steps": run.step,
-            **score_summary(final, data.class_names),
-            "scores": {name: counts(score) for name, score in scores.items()},
+            **pictures.score_summary(final, data.class_names),
+            "scores": {name: pictures.counts(score) for name, score in scores.items()},
             "best_on_test": best_on_test(read_metrics(folder.path), folder.config, final.count),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "train_seconds": run.clock.seconds,

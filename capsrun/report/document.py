@@ -6,22 +6,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from capsrun.experiments import GROUPS
-from capsrun.report import plots, questions, run_page
+from capsrun.report import plots, questions, run_page, tables
 from capsrun.report.gallery import Pictures, curves, paper_figures
 from capsrun.report.page import plain, render
 from capsrun.report.rows import Group, Row, grouped, of_group, of_network, whole_test
-from capsrun.report.tables import (
-    CHOSEN,
-    ROWS,
-    SUMMARY,
-    TABLES,
-    length,
-    others_table,
-    published,
-    row_lines,
-    summary_lines,
-    table,
-)
+from capsrun.report.tables import TABLES, others_table, table
 from capsrun.runs.reader import Result
 from capsrun.terminal import duration
 
@@ -40,24 +29,22 @@ PROVENANCE += ["torch", "date", "commit"]
 
 def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:
     """The whole report; draws its pictures."""
-    asked, found = questions.questions_and_answers(rows, trainings(results))
+    _, found = questions.questions_and_answers(rows, trainings(results))
     others = other_runs(rows, results, found)
     sections = []
     for group in TABLES:
         own, title = of_group(group, rows), GROUPS[group]
         drawn = curves(group, title, own, pictures)
-        sections.append((title, [*tables(own), others_table(own, others), *drawn]))
+        sections.append((title, [*group_tables(own), others_table(own, others), *drawn]))
     dates = [result.values["date"] for result in results]
-    after_ablations = iterations_figure(found, pictures)
-    after_ablations.append(others_table(of_group("ablations", rows), others))
+    other_ablations = others_table(of_group("ablations", rows), others)
     return render(
         "report.md",
         results=len(results),
         dates=" to ".join(dict.fromkeys((min(dates), max(dates)))),
-        summary=table(SUMMARY, summary_lines(rows)),
+        **main_tables(rows, results),
         sections=sections,
-        ablations=table(questions.HEADER, questions.lines(asked, found)),
-        after_ablations=after_ablations,
+        after_ablations=[iterations_figure(found, pictures), other_ablations],
         figures=paper_figures(rows, results, pictures),
         missing=missing(rows),
         provenance=provenance(results, pictures.out_dir),
@@ -71,22 +58,24 @@ def trainings(results: Iterable[Result]) -> list[Group]:
 
 def main_tables(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, str]:
     """The tables that other pages show too, by the name of their place there."""
-    asked, found = questions.questions_and_answers(rows, trainings(results))
-    answers = table(questions.HEADER, questions.lines(asked, found))
-    return {"summary": table(SUMMARY, summary_lines(rows)), "questions": answers}
+    answers = questions.lines(*questions.questions_and_answers(rows, trainings(results)))
+    summary = table(tables.SUMMARY, tables.summary_lines(rows))
+    return {"summary": summary, "questions": table(questions.HEADER, answers)}
 
 
-def tables(rows: Sequence[Row]) -> list[str]:
+def group_tables(rows: Sequence[Row]) -> list[str | None]:
     """The tables of a group: one, but for affNIST one for each set of test images."""
-    parts = []
+    parts: list[str | None] = []
     for text in (*IMAGES.values(), None):
         own = [row for row in rows if IMAGES.get(row.tested_on) == text]
-        parts += [text] if own and text else []
-        parts += [table(ROWS, [line for row in own for line in row_lines(row)])] if own else []
+        lines = [line for row in own for line in tables.row_lines(row)]
+        parts += [text, table(tables.ROWS, lines)] if own else []
     parts += [f"Note: {note}." for note in dict.fromkeys(row.about.note for row in rows) if note]
     for row in rows:
-        numbers = [f"{published(n)} {CHOSEN[n.chosen]}, {n.source}" for n in row.about.public]
-        parts += [f"Public, {row.about.title}: {'; '.join(numbers)}."] if numbers else []
+        public = "; ".join(
+            f"{tables.published(n)} {tables.CHOSEN[n.chosen]}, {n.source}" for n in row.about.public
+        )
+        parts += [f"Public, {row.about.title}: {public}."] if public else []
     parts += [
         f"{row.about.title}: seed {seed} was run more than once, with different results; the "
         "latest counts."
@@ -97,14 +86,15 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> list[str]:
+def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> str:
     """Error against routing iterations, where there is something to compare."""
     points = questions.by_iterations(found)
     if points is None:
-        return []
+        return ""
     base, errors = points
-    figure = plots.error_by_iterations(errors, f"{questions.network(base)}, {length(None, base)}")
-    return [pictures.draw("iterations", figure, "test error against routing iterations")]
+    title = f"{questions.network(base)}, {tables.length(None, base)}"
+    figure = plots.error_by_iterations(errors, title)
+    return pictures.draw("iterations", figure, "test error against routing iterations")
 
 
 def other_runs(
@@ -145,7 +135,7 @@ def nearest(rows: Iterable[Row], group: Group) -> Row:
 
 
 def missing(rows: Sequence[Row]) -> str:
-    """The experiments that have too few seeds at full length, and what makes them."""
+    """The experiments that have too few seeds at full length, and what makes them; maybe none."""
     found = [
         [
             row.label,
@@ -156,10 +146,7 @@ def missing(rows: Sequence[Row]) -> str:
         for row in of_group(group, rows)
         if row.missing and row.about.command is not None
     ]
-    if not found:
-        return "Nothing."
-    said = "\n\n`make reproduce BUDGET=full` runs all of them."
-    return table(("at full length", "seeds missing", "command"), found) + said
+    return table(("at full length", "seeds missing", "command"), found) if found else ""
 
 
 def provenance(results: Iterable[Result], out_dir: Path) -> str:

@@ -19,6 +19,7 @@ from capsrun.disk import replacing
 DPI = 100
 BLOCKS_IN_A_ROW = 5  # of a sheet
 GAP_PX = 2  # between the images of a grid, in pixels of an image
+FRAME_MS = 120  # of an animation
 FONT_SIZE = 8
 LINE_INCHES = 0.15  # height of a line of text
 LETTER_INCHES = 0.075  # width of a letter, with some room
@@ -102,7 +103,7 @@ def _centres(count: int, image_px: int) -> list[float]:
     return [number * (image_px + GAP_PX) + image_px / 2 for number in range(count)]
 
 
-def save_animation(frames: Sequence[Figure], path: Path, frame_ms: int = 120) -> None:
+def save_animation(frames: Sequence[Figure], path: Path) -> None:
     """Write figures of one size as an endless animation, GIF or PNG as the name of `path` says."""
     images = []
     for figure in frames:
@@ -112,7 +113,7 @@ def save_animation(frames: Sequence[Figure], path: Path, frame_ms: int = 120) ->
     kind = "GIF" if path.suffix == ".gif" else "PNG"
     with replacing(path) as temporary:
         images[0].save(
-            temporary, kind, save_all=True, append_images=images[1:], duration=frame_ms, loop=0
+            temporary, kind, save_all=True, append_images=images[1:], duration=FRAME_MS, loop=0
         )
 
 

@@ -50,11 +50,7 @@ def score_summary(score: Score, class_names: Sequence[str]) -> dict[str, Any]:
 
 def counts(score: Score) -> dict[str, Any]:
     """How many images were tested, and how many of them are wrong."""
-    return {
-        "error_percent": score.error_percent,
-        "errors": score.errors,
-        "count": score.count,
-    }
+    return {"error_percent": score.error_percent, "errors": score.errors, "count": score.count}
 
 
 def class_errors(score: Score) -> list[int]:
@@ -73,8 +69,8 @@ def print_table(score: Score, class_names: Sequence[str]) -> None:
         taken_for = ", ".join(f"{class_names[k]} ({times:,})" for times, k in mistakes)
         percent = f"{100 * errors / count:.2f} %" if count else "–"
         lines.append([name, f"{count:,}", f"{errors:,}", percent, taken_for])
-    header = ["class", "images", "errors", "error", "taken for"]
-    header[1] = "digits" if score.labels_NT.shape[1] > 1 else "images"
+    counted = "digits" if score.labels_NT.shape[1] > 1 else "images"
+    header = ["class", counted, "errors", "error", "taken for"]
     sides = ("right", "right", "right", "right", "left")
     print(tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=sides))
     if score.labels_NT.shape[1] > 1:
@@ -100,13 +96,11 @@ def score_figures(
     drawn = {"confusion": figures.confusion_matrix(score.confusion_JJ, class_names, title)}
     hits = (score.labels_NT == score.predicted_NT).all(1).nonzero().squeeze(1)[:pictures]
     failures = score.worst_first[:pictures]
-    decoding = isinstance(model, CapsNet) and model.decoder is not None
-    if decoding and len(hits):
+    if model.decoder is not None and len(hits):
         drawn["reconstructions"] = _examples(model, split, class_names, score, hits, None)
     if len(failures):
         drawn["failures"] = _examples(model, split, class_names, score, failures, mask)
-    if split.digits > 1 and decoding:
-        assert isinstance(model, CapsNet)
+    if model.decoder is not None and split.digits > 1:
         chosen = torch.arange(min(pictures, score.count))
         drawn["absent"] = _absent(model, split, class_names, score, chosen)
     return drawn
@@ -131,7 +125,7 @@ def _examples(
         swapped_B1 = (predicted_BT.flip(1) == labels_BT).any(1, keepdim=True)
         predicted_BT = torch.where(swapped_B1, predicted_BT.flip(1), predicted_BT)
     rows = input_rows(batch.targets_BTCHW)
-    if isinstance(model, CapsNet) and model.decoder is not None:
+    if model.decoder is not None:
         shown = {"as label": labels_BT, "as predicted": predicted_BT}
         if mask is None:
             shown = {"output": labels_BT}

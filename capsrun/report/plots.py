@@ -3,6 +3,7 @@
 Every function returns a matplotlib figure; none knows files.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,12 +44,11 @@ def curve(metrics: Metrics, key: str, smooth: bool = False) -> tuple[np.ndarray,
 def smoothed(values: np.ndarray) -> np.ndarray:
     """A running mean that weighs its first values as much as they are worth."""
     past = len(values) / (len(values) + SMOOTHED_POINTS)
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean = past * mean + (1 - past) * value
-        weight = past * weight + (1 - past)
-        means.append(mean / weight)
-    return np.array(means)
+    sums, weights = (
+        np.array(list(itertools.accumulate(each, lambda total, new: past * total + new)))
+        for each in (values, np.ones_like(values))
+    )
+    return sums / weights
 
 
 def style(number: int) -> dict[str, Any]:
@@ -173,5 +173,4 @@ def routing_changes(seeds: Sequence[Metrics]) -> Figure:
 
 
 def recorded_names(metrics: Metrics) -> set[str]:
-    """The names of the numbers that a run recorded."""
     return {key for row in metrics for key in row}

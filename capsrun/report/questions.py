@@ -145,14 +145,13 @@ def network(group: Group) -> str:
 
 def difference(differences: Sequence[float]) -> str:
     """The mean of paired differences, with its standard error where there are several."""
-    mean = f"{statistics.fmean(differences):+.3f}"
-    if len(differences) == 1:
-        return f"{mean}; one seed has no standard error"
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    if len(differences) < FEWEST_SEEDS or error < 1e-9:  # it is rounding where all are alike
-        return f"{mean} ± {error:.3f}"
-    far = abs(statistics.fmean(differences)) / error
-    return f"{mean} ± {error:.3f} ({far:.1f} standard errors)"
+    mean, seeds = statistics.fmean(differences), len(differences)
+    if seeds == 1:
+        return f"{mean:+.3f}; one seed has no standard error"
+    error = statistics.stdev(differences) / seeds**0.5
+    certain = seeds >= FEWEST_SEEDS and error >= 1e-9  # it is rounding where all are alike
+    far = f" ({abs(mean) / error:.1f} standard errors)" if certain else ""
+    return f"{mean:+.3f} ± {error:.3f}{far}"
 
 
 def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]]] | None:

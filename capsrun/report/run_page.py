@@ -60,7 +60,6 @@ def refresh_run_page(folder: Path) -> None:
 
 
 def run_page(result: Result) -> str:
-    """The page as HTML."""
     folder, values = result.folder, result.values
     shown = shown_pictures(result)
     made = [(f"{page.parent.name}/{NAME}", page.parent.name) for page in folder.glob(f"*/{NAME}")]
@@ -69,11 +68,8 @@ def run_page(result: Result) -> str:
     board = shlex.join(["tensorboard", "--logdir", os.path.abspath(folder)])
     return render(
         "run.html",
-        title=title(values),
         values=values,
         training=duration(values["train_seconds"]) if "train_seconds" in values else None,
-        best=best(values.get("best_on_test"), values),
-        versions=", ".join(f"{name} {version}" for name, version in values["versions"].items()),
         made=made,
         run=NAME if is_finished_run(folder.parent) else None,
         pictures=pictures(result, shown),
@@ -81,26 +77,6 @@ def run_page(result: Result) -> str:
         files=[*files, *(f"pictures/{path.name}" for path in shown.values())],
         tensorboard=board if (folder / "tensorboard").is_dir() else None,
     )
-
-
-def title(values: Mapping[str, Any]) -> str:
-    """What the page is of."""
-    run = f"{values['name']}, seed {values['seed']}"
-    if values["command"] == "eval":
-        return f"{run}: tested on {values['dataset']} ({values['split']})"
-    if values["command"] == "perturb":
-        return f"{run}: what its capsules' dimensions do"
-    return run
-
-
-def best(found: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
-    """The lowest of a result's test errors, which is chosen on test images."""
-    if found is None:
-        return None
-    error, step = f"{found['error_percent']:.2f} %", f"{found['step']:,}"
-    on = "" if found["count"] == values["count"] else f" on {found['count']:,} images"
-    tests = f"the best of {found['evaluations']:,} tests{on}"
-    return f"{error} after {step} steps, {tests}: not a result"
 
 
 def shown_pictures(result: Result) -> dict[str, Path]:

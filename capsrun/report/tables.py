@@ -14,13 +14,12 @@ FEWEST_STEPS = 100  # after fewer, an error says nothing
 # How a published number was chosen.
 CHOSEN = {"last": "last step", "best_on_test": "best on test", "unknown": "step not said"}
 
-BEST = "best on test, not a result"
 HEAD = (
     "test error %",
     "paper",
     *(f"public, {kind}" for kind in CHOSEN.values()),
     "capsrun, last step",
-    BEST,
+    "best on test, not a result",
 )
 SUMMARY = (*HEAD, "seeds", "trained for")
 HOW = ("seeds", "trained for", "on")
@@ -106,19 +105,17 @@ def verdict(row: Row, group: Group) -> str:
     paper = row.about.paper
     if paper is None:
         return ""
-    difference = f"{group.mean - paper.error_percent:+.2f}"
+    difference = group.mean - paper.error_percent
     if not row.is_full(group):
-        return f"{difference}, after another length of training"
+        return f"{difference:+.2f}, after another length of training"
     error = standard_error(group, paper)
     if error is None:
-        return f"{difference}; one seed has no standard error"
-    if abs(group.mean - paper.error_percent) <= error:
-        return f"{difference}: within the standard error of {error:.3f}"
-    side = "worse" if group.mean > paper.error_percent else "better"
-    if not error:  # every seed gave the same
-        return f"{difference}: {side} than the paper"
-    far = abs(group.mean - paper.error_percent) / error
-    return f"{difference}: {side} than the paper by {far:.1f} standard errors"
+        return f"{difference:+.2f}; one seed has no standard error"
+    if abs(difference) <= error:
+        return f"{difference:+.2f}: within the standard error of {error:.3f}"
+    # Of seeds that all gave the same the error is 0.
+    far = f" by {abs(difference) / error:.1f} standard errors" if error else ""
+    return f"{difference:+.2f}: {'worse' if difference > 0 else 'better'} than the paper{far}"
 
 
 def summary_lines(rows: Sequence[Row]) -> list[list[str]]:

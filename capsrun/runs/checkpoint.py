@@ -52,7 +52,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
         temporary.write_bytes(content.getbuffer())
 
 
-def read_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
     types: of what it has to hold beside `TYPES`.
@@ -72,7 +72,7 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    for key, kind in {**TYPES, **(types or {})}.items():
+    for key, kind in {**TYPES, **types}.items():
         if key not in checkpoint or not isinstance(checkpoint[key], kind):
             raise UserError(f"checkpoint {path} is incomplete or damaged: it has no sound {key!r}")
     return checkpoint
@@ -158,7 +158,7 @@ def load_checkpoint(
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {file} cannot be used: {error}") from error
-    load_weights(model, weights, file)
+    model.load_state_dict(weights)
     model.to(device).eval()
     finished = checkpoint["optimizer"] is None
     return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
@@ -194,12 +194,9 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
     instead = f"train one for such images (`{train_command(dataset, split)}`), or test this one on "
     instead += f"dataset={trained.dataset.name}"
     if ours != theirs:
-        raise UserError(
-            "the checkpoint is of a model for images of {}×{}×{} and {} classes".format(*theirs)
-            + f" (trained on {trained.dataset.name})"
-            + ", but dataset={} has {}×{}×{} and {}; ".format(dataset.name, *ours)
-            + instead
-        )
+        text = "the checkpoint is of a model for images of {}×{}×{} and {} classes (trained on {})"
+        text += ", but dataset={} has {}×{}×{} and {}; {}"
+        raise UserError(text.format(*theirs, trained.dataset.name, dataset.name, *ours, instead))
     if dataset.digits != trained.dataset.digits:
         counts = {1: "one digit", 2: "two digits"}
         raise UserError(
@@ -207,13 +204,12 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"({trained.dataset.name}), but those of dataset={dataset.name} have "
             f"{counts[dataset.digits]}; {instead}"
         )
-    if split == "test" and is_part_of(dataset, trained.dataset):
-        source = trained.dataset.source or trained.dataset.name
-        raise UserError(
-            f"the images of {dataset.source or dataset.name} are training images of {source}, on "
-            f"which the model was trained; test it with dataset={trained.dataset.name}"
-        )
     ours_from, theirs_from = (d.source or d.name for d in (dataset, trained.dataset))
+    if split == "test" and is_part_of(dataset, trained.dataset):
+        raise UserError(
+            f"the images of {ours_from} are training images of {theirs_from}, on which the model "
+            f"was trained; test it with dataset={trained.dataset.name}"
+        )
     for key in must_match(dataset, split):
         value, unseen = getattr(trained.dataset, key), key in ("split_seed", "validation")
         if getattr(dataset, key) != value and (ours_from == theirs_from or not unseen):

@@ -8,19 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.disk import (
-    LOCK,
-    locked,
-    make_folder,
-    read_json,
-    read_yaml,
-    refuse_if_locked,
-    remove_leftovers,
-    replacing,
-)
+from capsrun import disk
 from capsrun.errors import Busy, UserError
 from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
-from capsrun.runs.reader import check_result
+from capsrun.runs.reader import CONFIG, RESULT, read_result
 from capsrun.settings import differing_keys, role
 
 # What a checkpoint holds of an unfinished run beside what makes a model of it.
@@ -33,18 +24,18 @@ def output(folder: Path) -> Iterator[None]:
 
     Raises UserError for a run's own folder, and Busy while another process writes to this one.
     """
-    if (folder / "config.yaml").exists():
+    if (folder / CONFIG).exists():
         raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
-    make_folder(folder / "pictures")
-    with locked(folder / LOCK):
+    disk.make_folder(folder / "pictures")
+    with disk.locked(folder / disk.LOCK):
         clean(folder)
         yield
 
 
 def clean(folder: Path) -> None:
     """Delete what a killed process left half-written in a folder with pictures."""
-    remove_leftovers(folder)
-    remove_leftovers(folder / "pictures")
+    disk.remove_leftovers(folder)
+    disk.remove_leftovers(folder / "pictures")
 
 
 class RunFolder:
@@ -67,30 +58,26 @@ class RunFolder:
         and Busy, naming it, where another process is at work on this run.
         """
         self._refuse_other_settings()
-        file = self.path / "result.json"
+        file = self.path / RESULT
         if not os.path.lexists(file):
-            refuse_if_locked(self.path / LOCK)
+            disk.refuse_if_locked(self.path / disk.LOCK)
             return None
-        try:
-            values = read_json(file)
-            check_result(values)
-            if values["command"] != "train":
-                raise ValueError("is of another command")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged; delete it to make it again") from error
-        return values
+        found = read_result(file)
+        if found is None or found.command != "train":
+            raise UserError(f"{file} is damaged; delete it to make it again")
+        return found.values
 
     def _refuse_other_settings(self) -> None:
-        file = self.path / "config.yaml"
+        file = self.path / CONFIG
         if not file.exists():
-            if self.checkpoint.exists() or (self.path / "result.json").exists():
+            if self.checkpoint.exists() or (self.path / RESULT).exists():
                 raise UserError(
                     f"{self.path} holds results but no config.yaml that says of which settings; "
                     "choose another name=…, or move that folder away"
                 )
             return
         try:
-            before = read_yaml(file)
+            before = disk.read_yaml(file)
             if not isinstance(before, dict):
                 raise ValueError("holds no settings")
         except (OSError, ValueError) as error:
@@ -113,14 +100,14 @@ class RunFolder:
         Raises UserError when the folder cannot be written or the checkpoint cannot be used, and
         Busy when another process writes to it.
         """
-        make_folder(self.path)
-        self._lock.enter_context(locked(self.path / LOCK))
-        if (self.path / "result.json").exists():  # since this process looked for it
+        disk.make_folder(self.path)
+        self._lock.enter_context(disk.locked(self.path / disk.LOCK))
+        if (self.path / RESULT).exists():  # since this process looked for it
             raise Busy(f"{self.path} has been finished by another process just now")
-        make_folder(self.pictures)
+        disk.make_folder(self.pictures)
         clean(self.path)
-        if not (self.path / "config.yaml").exists():
-            with replacing(self.path / "config.yaml") as temporary:
+        if not (self.path / CONFIG).exists():
+            with disk.replacing(self.path / CONFIG) as temporary:
                 temporary.write_text(OmegaConf.to_yaml(self.config))
         if not self.checkpoint.exists():
             return None
@@ -131,7 +118,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Delete what a process left that was killed when the run was finished, if that may be."""
-        with contextlib.suppress(Busy, OSError), locked(self.path / LOCK):
+        with contextlib.suppress(Busy, OSError), disk.locked(self.path / disk.LOCK):
             clean(self.path)
 
     def close(self) -> None:

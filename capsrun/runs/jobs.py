@@ -17,6 +17,7 @@ from capsrun.disk import LOCK, holder
 from capsrun.errors import UserError, did_you_mean
 from capsrun.experiments import GROUPS, Experiments
 from capsrun.names import folder_words, quoted, word
+from capsrun.runs.reader import find_results, read_metrics
 
 # What says how many threads a program takes.
 THREADS = "OMP_NUM_THREADS"
@@ -113,14 +114,10 @@ class Job:
         """How many steps of training were recorded in an interrupted job."""
         if not (self.folder / "checkpoint.pt").exists():
             return 0
-        from capsrun.runs.reader import read_metrics  # not needed for a plan from scratch
-
         return max((row["step"] for row in read_metrics(self.folder)), default=0)
 
     def others_ended(self) -> float | None:
         """The mean step at which other seeds of this run ended; None while none has."""
-        from capsrun.runs.reader import find_results
-
         results = find_results([self.folder.parent])
         steps = [result.values["steps"] for result in results if result.command == "train"]
         return sum(steps) / len(steps) if steps else None
@@ -182,8 +179,7 @@ def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
     """The experiments that are meant by names and groups."""
     names = experiments.names()
     meant = {name: [name] for name in names}
-    for group in GROUPS:
-        meant[group] = [name for name in names if experiments.about(name).group == group]
+    meant |= {g: [n for n in names if experiments.about(n).group == g] for g in GROUPS}
     meant["all"] = [name for group in GROUPS for name in meant[group]]
     for target in targets:
         if target not in meant:

@@ -3,29 +3,24 @@
 Nothing here imports PyTorch when it is imported, so that a list of runs is there at once.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from capsrun import disk
 from capsrun.config import DatasetConfig, RecipeConfig, StopConfig
 from capsrun.data import sizes
-from capsrun.disk import (
-    LOCK,
-    MOST_TEXT_BYTES,
-    holder,
-    parse_json,
-    read_bytes,
-    read_json,
-    read_yaml,
-)
 from capsrun.settings import deciding, deciding_test, is_name
 from capsrun.training.schedule import total_steps
 
 RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"
 FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
 
+# What reading a file raises that is damaged, or is another program's.
+UNSOUND = (OSError, ValueError, LookupError, TypeError)
 # What a result holds: the type of each value.
 TYPES = {
     **dict.fromkeys(("name", "model", "date", "device", "precision"), str),
@@ -41,7 +36,7 @@ class Result:
     """One `result.json` of `train`, `eval` or `perturb`."""
 
     folder: Path
-    values: Mapping[str, Any]
+    values: dict[str, Any]
 
     @property
     def command(self) -> str:
@@ -187,35 +182,25 @@ def results_below(folder: Path) -> Iterator[Result]:
 
 
 def read_result(path: Path) -> Result | None:
-    """A result, or None for a file that cannot be read or holds something else."""
+    """A result of `train`, `eval` or `perturb`, or None for a file that is damaged or no such."""
     try:
-        values = read_json(path)
-        check_result(values)
-    except (OSError, ValueError):
+        result = Result(path.parent, disk.read_json(path))
+        values, command = result.values, result.command
+        types = TYPES if command == "perturb" else TYPES | TEST_TYPES
+        sound = command in ("train", "eval", "perturb")
+        sound = sound and all(isinstance(values[key], types[key]) for key in types)
+        sound = sound and is_name(values["name"]) and "torch" in values["versions"]
+        check_training(result.training)
+        sound = sound and (command != "eval" or bool(result.tested))
+    except UNSOUND:
         return None
-    return Result(path.parent, values)
+    return result if sound else None
 
 
 def is_finished_run(folder: Path) -> bool:
     """Whether a folder holds the result of a training run."""
     result = read_result(folder / RESULT)
     return result is not None and result.command == "train"
-
-
-def check_result(values: Any) -> None:
-    """Raise ValueError for what is no result of `train`, `eval` or `perturb`."""
-    try:
-        types = TYPES if values["command"] == "perturb" else TYPES | TEST_TYPES
-        sound = values["command"] in ("train", "eval", "perturb")
-        sound = sound and all(isinstance(values[key], types[key]) for key in types)
-        sound = sound and is_name(values["name"]) and "torch" in values["versions"]
-        result = Result(Path(), values)
-        check_training(result.training)
-        sound = sound and (values["command"] != "eval" or bool(result.tested))
-    except (LookupError, TypeError) as error:
-        raise ValueError("is no result of capsrun") from error
-    if not sound:
-        raise ValueError("is no result of capsrun")
 
 
 def check_training(config: Any) -> None:
@@ -229,11 +214,9 @@ def check_training(config: Any) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged."""
     rows: list[dict[str, Any]] = []
-    try:
-        for line in read_bytes(folder / METRICS, MOST_TEXT_BYTES).splitlines():
-            rows.append(parse_json(line))
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        for line in disk.read_bytes(folder / METRICS, disk.MOST_TEXT_BYTES).splitlines():
+            rows.append(disk.parse_json(line))
     return rows
 
 
@@ -282,9 +265,9 @@ def read_run(folder: Path, result: Result | None) -> Run:
         run.problem = f"{RESULT} cannot be read"
     else:
         try:
-            config = read_yaml(folder / CONFIG)
+            config = disk.read_yaml(folder / CONFIG)
             check_training(config)
-        except (OSError, ValueError, LookupError, TypeError):
+        except UNSOUND:
             run.problem = f"{CONFIG} cannot be read"
         else:
             add_settings(run, config)
@@ -315,7 +298,7 @@ def add_progress(run: Run) -> None:
         run.steps = row["step"]
         run.total_steps = row.get("total_steps", run.total_steps)
         run.error_percent = row.get("error_percent/test", run.error_percent)
-    run.owner = holder(run.folder / LOCK)
+    run.owner = disk.holder(run.folder / disk.LOCK)
     run.status = RUNNING if run.owner else INTERRUPTED
     if (run.folder / "not_finite.pt").exists():
         run.status, run.problem = INTERRUPTED, "its loss or a weight was not finite"

@@ -83,13 +83,12 @@ class Ranks:
         """Do something in the first process only; what it returns or raises goes to all."""
         if self.count == 1:
             return work()
-        result, error = None, None
+        sent: list[Any] = [None, None]
         if self.first:
             try:
-                result = work()
+                sent[0] = work()
             except Exception as raised:
-                error = raised
-        sent: list[Any] = [result, error]
+                sent[1] = raised
         with peers():
             distributed.broadcast_object_list(sent)
         result, error = sent

@@ -18,7 +18,7 @@ from capsrun.training.device import begin_memory_count
 from capsrun.training.schedule import adam_rate
 from capsrun.training.step import Trainer, Update
 
-STEPS_PER_REPLAY = 10
+STEPS_PER_REPLAY, TIMED_REPLAYS = 10, 20
 WARM_UPS = 3  # libraries choose their algorithms and allocate during the first calls
 
 
@@ -191,18 +191,18 @@ class CapturedSteps:
             self._trainer.set_rate(rate)
             self._update = self._trainer.update(self._batches.assemble(indices_B, positions_B))
 
-    def seconds(self, replays: int = 20) -> float:
+    def seconds(self) -> float:
         """How long one replay takes; the weights and the optimiser stay as they are."""
         assert self._graph is not None
         with unchanged(self._trainer):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._graph.replay()
             start.record()
-            for _ in range(replays):
+            for _ in range(TIMED_REPLAYS):
                 self._graph.replay()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end) / 1e3 / replays
+        return start.elapsed_time(end) / 1e3 / TIMED_REPLAYS
 
 
 def capture(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:

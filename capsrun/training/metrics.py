@@ -61,7 +61,6 @@ class Score:
 
     @property
     def digits_J(self) -> Tensor:
-        """Digits of each class."""
         return self.labels_NT.flatten().bincount(minlength=len(self.confusion_JJ))
 
     @property

@@ -164,8 +164,14 @@ class Trainer:
             total = self.mean(losses.total, batch)
             if not total.isfinite():
                 raise FloatingPointError(f"the loss is {total.item()}")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.backward(losses.total, batch)
+        self.optimizer.zero_grad()
+        loss = losses.total
+        if self.ranks.count > 1:
+            # The mean over processes is then the mean over images, however many each has.
+            share = len(batch.labels_BT) / self.recipe.batch_size
+            loss = loss * (share * self.ranks.count)
+        with peers():
+            loss.backward()
         self.optimizer.step()
         self._average()
         return Update(batch, output, losses)
@@ -175,15 +181,6 @@ class Trainer:
         with peers(), autocast(self.device, self.precision):
             output = self._network(batch.images_BCHW, batch.labels_BT, batch.noise_B)
         return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
-
-    def backward(self, loss: Tensor, batch: Batch) -> None:
-        """Compute the gradients of the mean loss of the whole batch."""
-        if self.ranks.count > 1:
-            # The mean over processes is then the mean over images, however many each has.
-            share = len(batch.labels_BT) / self.recipe.batch_size
-            loss = loss * (share * self.ranks.count)
-        with peers():
-            loss.backward()
 
     @torch.no_grad()
     def _average(self) -> None:
