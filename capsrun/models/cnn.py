@@ -63,11 +63,11 @@ class CNN(nn.Module):
             width = out
         self.convolutions = nn.Sequential(*convolutions)
         hidden: list[nn.Module] = []
-        for units_in, units_out in itertools.pairwise([width * side**2, *config.hidden]):
+        widths = [width * side**2, *config.hidden]
+        for units_in, units_out in itertools.pairwise(widths):
             hidden += [nn.Linear(units_in, units_out), nn.ReLU()]
         self.hidden = nn.Sequential(*hidden)
-        last = config.hidden[-1] if config.hidden else width * side**2
-        self.last = nn.Linear(last, classes)
+        self.last = nn.Linear(widths[-1], classes)
         if config.initialisation == "authors":
             initialise_as_authors(self, narrow="convolutions.")
         elif config.initialisation == "glorot":
