@@ -20,6 +20,7 @@ const PAD_PX = 20; // MNIST's digits fit into so many pixels
 const element = (id) => document.getElementById(id);
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 const number = (value) => value.toFixed(2).replace("-", "−");
+const within = (least, value, most) => Math.max(least, Math.min(most, value));
 
 // An element with these properties (`onclick`, …), attributes and children.
 function make(tag, attributes = {}, ...children) {
@@ -131,7 +132,7 @@ function chooseClass(k) {
 }
 
 function move(dimension, value) {
-  state.moves[label() * D + dimension] = Math.max(-LIMIT, Math.min(LIMIT, value));
+  state.moves[label() * D + dimension] = within(-LIMIT, value, LIMIT);
 }
 
 function capsule(k) {
@@ -455,12 +456,11 @@ function continueSweep() {
 
 function takeCell(event, first, rows) {
   const box = event.target.getBoundingClientRect();
-  const within = (part, count) => Math.max(0, Math.min(count - 1, Math.floor(part * count)));
-  const column = within((event.clientX - box.left) / box.width, SWEEP.length);
-  const row = within((event.clientY - box.top) / box.height, rows);
+  const column = Math.floor(((event.clientX - box.left) / box.width) * SWEEP.length);
+  const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
   stopAnimation();
   remember();
-  move(first + row, SWEEP[column]);
+  move(first + within(0, row, rows - 1), SWEEP[within(0, column, SWEEP.length - 1)]);
   render();
 }
 
@@ -621,8 +621,8 @@ function steer(event, context, pen) {
   event.stopPropagation();
   const before = [pen.x, pen.y];
   if (direction) {
-    pen.x = Math.max(0, Math.min(context.canvas.width, pen.x + STEP * direction[0]));
-    pen.y = Math.max(0, Math.min(context.canvas.height, pen.y + STEP * direction[1]));
+    pen.x = within(0, pen.x + STEP * direction[0], context.canvas.width);
+    pen.y = within(0, pen.y + STEP * direction[1], context.canvas.height);
   } else {
     pen.down = !pen.down;
   }

@@ -82,8 +82,8 @@ class Encoder {
     const patch = this.kernel ** 2;
     const channels = this.types * this.primaryDimensions;
     this.conv1 = { weights: next(this.conv1Channels * patch), bias: next(this.conv1Channels) };
-    const weights = next(channels * this.conv1Channels * patch);
-    this.primary = { weights, bias: next(channels) };
+    const count = channels * this.conv1Channels * patch;
+    this.primary = { weights: next(count), bias: next(channels) };
     const width = classes * dimensions;
     this.votesWeights = next(this.inputs * this.primaryDimensions * width);
     this.digitBias = next(width);
