@@ -37,17 +37,10 @@ class TextbookCapsNet(nn.Module):
         self.conv1 = nn.Conv2d(like.channels, config.conv1_channels, kernel_px, 1, pad_px)
         maps = config.primary_types * config.primary_dimensions
         self.primarycaps = nn.Conv2d(config.conv1_channels, maps, kernel_px, 2, pad_px)
-        self.weight = nn.Parameter(
-            0.1
-            * torch.randn(
-                like.primary_capsules, like.classes, config.digit_dimensions, self.dimensions
-            )
-        )
-        widths = [
-            like.classes * config.digit_dimensions,
-            *config.decoder_widths,
-            like.channels * like.image_px**2,
-        ]
+        shape = like.primary_capsules, like.classes, config.digit_dimensions, self.dimensions
+        self.weight = nn.Parameter(0.1 * torch.randn(shape))
+        masked, pixels = like.classes * config.digit_dimensions, like.channels * like.image_px**2
+        widths = [masked, *config.decoder_widths, pixels]
         layers = [(nn.Linear(size, next_size), nn.ReLU()) for size, next_size in pairwise(widths)]
         self.decoder = nn.Sequential(*chain(*layers))
         self.decoder[-1] = nn.Sigmoid()

@@ -15,7 +15,7 @@ from capsrun.config import DataConfig
 from capsrun.data import known, load_dataset
 from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
 from capsrun.data.multimnist import DigitPairs, ink_overlap
-from capsrun.data.splits import Dataset, OfDigits, Split
+from capsrun.data.splits import Dataset, Split
 from capsrun.names import dataset_words, suggest
 from capsrun.report import figures
 from capsrun.report.pictures import displayed, in_colours
@@ -73,8 +73,7 @@ def print_counts(dataset: Dataset) -> None:
 
 def class_counts(split: Split, classes: int) -> list[int]:
     """How many images have each class as that of their (first) digit."""
-    # Where images are made of digits, each digit has as many.
-    times = len(split) // len(split.labels_N) if isinstance(split, OfDigits) else 1
+    times = len(split) // len(split.labels_N)  # images that are made of each that is stored
     labels = split.labels(torch.arange(len(split) // times))[:, 0]
     return (times * labels.bincount(minlength=classes)).tolist()
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,7 +70,9 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     device = resolve_device(config.device)
     trained, model = load_drawing_model(checkpoint)
     to_device(model, device, fast=False).eval()
-    dataset = None
+    digit, dataset = config.perturb.digit, None
+    if digit is not None and digit >= model.classes:
+        raise UserError(f"perturb.digit is {digit}; the classes are 0 to {model.classes - 1}")
     if config.perturb.image is not None:
         subjects = [own_image(config.perturb, model, trained.config.dataset.standardise, device)]
     else:
@@ -134,21 +137,17 @@ def write_pictures(
     """Write a picture of each subject, and one of all where they are several; returns the paths."""
     # An animation shows the values up, and down again.
     order = [*range(len(values)), *range(len(values) - 2, 0, -1)]
-    paths = []
-    for subject, images_DVCHW in bar(swept, "picture", "drawing"):
-        paths.append(folder / f"{subject.file_name}.{file_format}")
-        if file_format == "png":
-            figures.save(stills[subject.file_name], paths[-1])
-        else:
-            frames = [frame_of_one(subject, images_DVCHW[:, v], values[v]) for v in order]
-            figures.save_animation(frames, paths[-1])
+    frames = {subject.file_name: partial(frame_of_one, subject, drawn) for subject, drawn in swept}
     if len(swept) > 1:
-        paths.append(folder / f"all_classes.{file_format}")
+        frames["all_classes"] = partial(frame_of_all, swept)
+    paths = []
+    for name, frame in bar(frames.items(), "picture", "drawing"):
+        paths.append(folder / f"{name}.{file_format}")
         if file_format == "png":
-            figures.save(still_of_all(swept, values), paths[-1])
+            still = stills[name] if name in stills else still_of_all(swept, values)
+            figures.save(still, paths[-1])
         else:
-            frames = [frame_of_all(swept, v, values[v]) for v in order]
-            figures.save_animation(frames, paths[-1])
+            figures.save_animation([frame(v, values[v]) for v in order], paths[-1])
     return paths
 
 
@@ -177,9 +176,9 @@ def still_of_all(swept: Swept, values: list[float]) -> Figure:
     return figures.sheet(blocks, dimensions, shown, "Each dimension of each class capsule, moved")
 
 
-def frame_of_one(subject: Subject, images_DCHW: Tensor, value: float) -> Figure:
-    """All dimensions of one subject, each moved by the value."""
-    images = list(displayed(images_DCHW))
+def frame_of_one(subject: Subject, images_DVCHW: Tensor, number: int, value: float) -> Figure:
+    """All dimensions of one subject, each moved by the value of this number."""
+    images = list(displayed(images_DVCHW[:, number]))
     rows = [
         (f"dimensions {d} to {min(d + 8, len(images)) - 1}", images[d : d + 8])
         for d in range(0, len(images), 8)
@@ -202,7 +201,6 @@ def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[
     names, test = dataset.class_names, dataset.test
     # With two digits in an image it is the first one that is perturbed.
     labels_N = test.labels(test.indices(0, LOOK_THROUGH_TEST))[:, 0]
-    check_digit(sweep, model)
     subjects = []
     for label in range(len(names)) if sweep.digit is None else [sweep.digit]:
         members = (labels_N == label).nonzero().squeeze(1)
@@ -224,12 +222,6 @@ def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[
     return subjects
 
 
-def check_digit(sweep: SweepConfig, model: CapsNet) -> None:
-    """Raise UserError for a class that the model does not know."""
-    if sweep.digit is not None and sweep.digit >= model.classes:
-        raise UserError(f"perturb.digit is {sweep.digit}; the classes are 0 to {model.classes - 1}")
-
-
 @torch.inference_mode()
 def first_right(model: CapsNet, test: Split, members: Tensor) -> int:
     """Which of some images is the first that the model classifies rightly; 0 when there is none."""
@@ -247,7 +239,6 @@ def own_image(
     assert sweep.image is not None
     if sweep.index is not None:
         raise UserError("perturb.index chooses a test image; leave it out with perturb.image")
-    check_digit(sweep, model)
     path = Path(sweep.image).expanduser()
     pixels, remarks = read_image(path, model.image_px, model.channels, sweep.invert)
     for remark in remarks:

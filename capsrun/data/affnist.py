@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from capsrun.config import DatasetConfig
 from capsrun.data.files import Part, RawData, Source, md5_of, obtain, parsing, read_file, read_mat
-from capsrun.data.splits import OF_PHOTOS, refuse_changes
+from capsrun.data.splits import refuse_changes
 from capsrun.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
@@ -38,7 +38,7 @@ def load(config: DatasetConfig) -> RawData:
 
     Raises UserError when they cannot be had or a file is not what it should be.
     """
-    refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation"))
+    refuse_changes(config, "shift_px", "validation")
     if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
         raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
     folder = Path(config.data_dir).expanduser() / "affNIST"

@@ -13,14 +13,7 @@ from torch.nn import functional as F
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import WARP, Batch, random_unit, to_pixels
 from capsrun.data.files import RawData
-from capsrun.data.splits import (
-    OF_PHOTOS,
-    Dataset,
-    OfDigits,
-    StoredImages,
-    parts,
-    refuse_changes,
-)
+from capsrun.data.splits import Dataset, OfDigits, StoredImages, parts, refuse_changes
 from capsrun.errors import UserError
 
 VERSIONS = 32
@@ -161,7 +154,7 @@ def _positions(side: int, device: torch.device) -> Tensor:
 
 def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     """Transform the test digits; there is nothing to train on."""
-    refuse_changes(config, (*OF_PHOTOS, "shift_px", "validation"))
+    refuse_changes(config, "shift_px", "validation")
     _, validation, test = parts(raw, config, device)
     nothing = StoredImages(*validation, config)
     digits = TransformedDigits(*test, config)

@@ -10,26 +10,10 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data.batches import (
-    PARTNER,
-    SHIFT,
-    Batch,
-    place,
-    random_bits,
-    random_integers,
-    random_offsets,
-    to_pixels,
-)
+from capsrun.data import batches, splits
+from capsrun.data.batches import PARTNER, SHIFT, Batch
 from capsrun.data.files import Part, RawData
-from capsrun.data.splits import (
-    OF_PHOTOS,
-    Dataset,
-    OfDigits,
-    TrainingSplit,
-    check_shift,
-    parts,
-    refuse_changes,
-)
+from capsrun.data.splits import Dataset, OfDigits, TrainingSplit
 from capsrun.errors import UserError
 
 PARTNERS = 1000
@@ -78,7 +62,8 @@ class DigitPairs(OfDigits, TrainingSplit):
         """Which two digits (B, T) are in each image."""
         bases_B, numbers_B = self.numbers(indices_B)
         classes_B = self.labels_N[bases_B]
-        starts_B = random_integers(bases_B, 0, 2**48, self.config.split_seed, PARTNER, self.key)
+        keys = self.config.split_seed, PARTNER, self.key
+        starts_B = batches.random_integers(bases_B, 0, 2**48, *keys)
         places_B = (starts_B + numbers_B) % self.others_J[classes_B]
         return torch.stack([bases_B, self.others_JM[classes_B, places_B]], dim=1)
 
@@ -89,20 +74,19 @@ class DigitPairs(OfDigits, TrainingSplit):
         """The row and column (B, T, 2) of the top left corner of each digit's own image."""
         seed, shift_px = self.config.split_seed, self.config.shift_px
         bases_B, _ = self.numbers(indices_B)
-        base_B2 = random_offsets(bases_B, shift_px, seed, SHIFT, self.key, 0)
-        partner_B2 = random_offsets(indices_B, shift_px, seed, SHIFT, self.key, 1)
+        base_B2 = batches.random_offsets(bases_B, shift_px, seed, SHIFT, self.key, 0)
+        partner_B2 = batches.random_offsets(indices_B, shift_px, seed, SHIFT, self.key, 1)
         border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
         return border_px + torch.stack([base_B2, partner_B2], dim=1)
 
     def batch(self, indices_B: Tensor) -> Batch:
         pairs_BT = self.pairs(indices_B)
         digits = self.digits_NCHW[pairs_BT.flatten()]
-        placed = place(digits, self.offsets(indices_B).flatten(0, 1), self.config.image_px)
+        placed = batches.place(digits, self.offsets(indices_B).flatten(0, 1), self.config.image_px)
         digits_BTCHW = placed.unflatten(0, pairs_BT.shape)
         images_BCHW = digits_BTCHW.short().sum(1).clamp(max=255)
-        return Batch(
-            to_pixels(images_BCHW), self.labels_N[pairs_BT], to_pixels(digits_BTCHW).contiguous()
-        )
+        targets_BTCHW = batches.to_pixels(digits_BTCHW).contiguous()
+        return Batch(batches.to_pixels(images_BCHW), self.labels_N[pairs_BT], targets_BTCHW)
 
     def frame_overlap(self, indices_B: Tensor) -> Tensor:
         """Share (B,) of a digit's own image frame (28×28) that the other one's covers.
@@ -135,23 +119,24 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     Raises UserError for a shift that would push digits off the canvas, or where the digits are too
     few to have partners.
     """
-    refuse_changes(config, OF_PHOTOS)
-    check_shift(config, raw.train.images_NCHW.shape[-1], OVER_PX)
-    train, validation, test = parts(raw, config, device)
+    splits.refuse_changes(config)
+    splits.check_shift(config, raw.train.images_NCHW.shape[-1], OVER_PX)
+    train, validation, test = splits.parts(raw, config, device)
     sampled = SAMPLED_PARTNERS if config.test == "sample" else PARTNERS
-    splits = (
+    pairs = (
         digit_pairs(train, config, PARTNERS, 0),
         digit_pairs(validation, config, sampled, 1),
         digit_pairs(test, config, sampled, 2),
     )
-    return Dataset(config.name, raw.class_names, *splits, raw.sources)
+    return Dataset(config.name, raw.class_names, *pairs, raw.sources)
 
 
 def digit_pairs(part: Part, config: DatasetConfig, partners: int, key: int) -> DigitPairs:
     """Pair the digits of one part of a data set."""
     device, labels_N = part.labels_N.device, part.labels_N
     counters = torch.arange(len(labels_N), device=device)
-    shuffled = random_bits(counters, config.split_seed, PARTNER, key, 1).argsort(stable=True)
+    drawn = batches.random_bits(counters, config.split_seed, PARTNER, key, 1)
+    shuffled = drawn.argsort(stable=True)
     rows = [shuffled[labels_N[shuffled] != label] for label in range(config.classes)]
     others_J = torch.tensor([len(row) for row in rows], device=device)
     others_JM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

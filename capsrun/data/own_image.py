@@ -79,7 +79,5 @@ def _to_square(pixels_CHW: Tensor, image_px: int, background: float) -> Tensor:
     top, left = (side - height) // 2, (side - width) // 2
     margins = (left, side - width - left, top, side - height - top)
     square_CHW = F.pad(pixels_CHW, margins, value=background)
-    if side == image_px:
-        return square_CHW
     size = (image_px, image_px)
     return F.interpolate(square_CHW[None], size=size, mode="bilinear", antialias=True)[0]

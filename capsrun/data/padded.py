@@ -9,29 +9,14 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data.batches import (
-    HELD_OUT_PLACE,
-    PLACE,
-    Batch,
-    nth_offset,
-    place,
-    random_offsets,
-    to_pixels,
-)
+from capsrun.data import batches, splits
+from capsrun.data.batches import Batch
 from capsrun.data.files import RawData
-from capsrun.data.splits import (
-    OF_PHOTOS,
-    Dataset,
-    OfDigits,
-    StoredImages,
-    check_shift,
-    parts,
-    refuse_changes,
-)
+from capsrun.data.splits import Dataset
 
 
 @dataclass(frozen=True)
-class PlacedDigits(OfDigits):
+class PlacedDigits(splits.OfDigits):
     """Each of N digits at one place, or at each of the (2·shift_px + 1)² places.
 
     With one place it is drawn from (seed, k); else image k is at place k div N, counted row by row.
@@ -49,14 +34,14 @@ class PlacedDigits(OfDigits):
         shift_px = self.config.shift_px
         border_px = (self.config.image_px - self.digits_NCHW.shape[-1]) // 2
         if self.config.test == "all":
-            return border_px + nth_offset(self.numbers(indices_B)[1], shift_px)
-        drawn_B2 = random_offsets(indices_B, shift_px, self.config.split_seed, self.stream)
+            return border_px + batches.nth_offset(self.numbers(indices_B)[1], shift_px)
+        drawn_B2 = batches.random_offsets(indices_B, shift_px, self.config.split_seed, self.stream)
         return border_px + drawn_B2
 
     def batch(self, indices_B: Tensor) -> Batch:
         digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
-        placed_BCHW = place(digits_BCHW, self.offsets(indices_B), self.config.image_px)
-        pixels_BCHW = to_pixels(placed_BCHW).contiguous()
+        placed_BCHW = batches.place(digits_BCHW, self.offsets(indices_B), self.config.image_px)
+        pixels_BCHW = batches.to_pixels(placed_BCHW).contiguous()
         return Batch(pixels_BCHW, self.labels(indices_B), pixels_BCHW[:, None])
 
 
@@ -65,14 +50,14 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
 
     Raises UserError for a shift that is larger than the border.
     """
-    refuse_changes(config, OF_PHOTOS)
-    check_shift(config, raw.train.images_NCHW.shape[-1])
-    train, validation, test = parts(raw, config, device)
+    splits.refuse_changes(config)
+    splits.check_shift(config, raw.train.images_NCHW.shape[-1])
+    train, validation, test = splits.parts(raw, config, device)
     return Dataset(
         config.name,
         raw.class_names,
-        StoredImages(*train, config),
-        PlacedDigits(*validation, config, HELD_OUT_PLACE),
-        PlacedDigits(*test, config, PLACE),
+        splits.StoredImages(*train, config),
+        PlacedDigits(*validation, config, batches.HELD_OUT_PLACE),
+        PlacedDigits(*test, config, batches.PLACE),
         raw.sources,
     )

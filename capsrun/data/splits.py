@@ -4,34 +4,16 @@ Shapes: N images, B batch, T digits in one image, C channels, H and W pixels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data.batches import (
-    LIGHT,
-    NOISE,
-    SHIFT,
-    SPLIT,
-    Batch,
-    batch_indices,
-    epoch_order,
-    nth_offset,
-    place,
-    queue_order,
-    random_bits,
-    random_offsets,
-    random_unit,
-    to_pixels,
-)
+from capsrun.data import batches
+from capsrun.data.batches import Batch
 from capsrun.data.files import Part, RawData, Source
 from capsrun.errors import UserError
-
-# Changes of training photos that have no effect on what is made of digits.
-OF_PHOTOS = ("flip", "brightness", "contrast", "standardise")
 
 
 class Split(ABC):
@@ -69,9 +51,9 @@ class TrainingSplit(Split):
     """Images that a run can be trained on, too."""
 
     @property
-    @abstractmethod
     def epoch_images(self) -> int:
         """How many images a pass of training makes."""
+        return len(self)
 
     @abstractmethod
     def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
@@ -115,11 +97,11 @@ class TrainingBatches:
 
     def draw(self, step: int, steps: int = 1) -> tuple[Tensor, Tensor]:
         """Which images, or records, the next `steps` batches hold; see `batch_indices`."""
-        count, order = self.images.epoch_images, epoch_order
+        count, order = self.images.epoch_images, batches.epoch_order
         if self.stored is not None:
-            count, order = self.stored.records, queue_order
+            count, order = self.stored.records, batches.queue_order
         where = self.images.device
-        return batch_indices(self.seed, step, self.batch_size, count, where, steps, order)
+        return batches.batch_indices(self.seed, step, self.batch_size, count, where, steps, order)
 
     def assemble(self, indices_B: Tensor, positions_B: Tensor) -> Batch:
         """Make one batch of what `draw` returned, without any work or waiting on the host."""
@@ -127,7 +109,7 @@ class TrainingBatches:
             batch = self.stored.record_batch(indices_B)
         else:
             batch = self.images.training_batch(indices_B, positions_B, self.seed)
-        return batch._replace(noise_B=random_bits(positions_B, self.seed, NOISE))
+        return batch._replace(noise_B=batches.random_bits(positions_B, self.seed, batches.NOISE))
 
 
 @dataclass(frozen=True)
@@ -146,10 +128,6 @@ class StoredImages(TrainingSplit):
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    @property
-    def epoch_images(self) -> int:
-        return len(self)
-
     def labels(self, indices_B: Tensor) -> Tensor:
         return self.labels_N[indices_B][:, None]
 
@@ -158,7 +136,7 @@ class StoredImages(TrainingSplit):
         return self._as_batch(pixels_BCHW, indices_B)
 
     def training_batch(self, indices_B: Tensor, positions_B: Tensor, seed: int) -> Batch:
-        moves_B2 = random_offsets(positions_B, self.config.shift_px, seed, SHIFT)
+        moves_B2 = batches.random_offsets(positions_B, self.config.shift_px, seed, batches.SHIFT)
         pixels_BCHW = self._moved(indices_B, moves_B2)
         return self._as_batch(vary(pixels_BCHW, positions_B, seed, self.config), indices_B)
 
@@ -174,15 +152,15 @@ class StoredImages(TrainingSplit):
         """
         shifts = (2 * self.config.shift_px + 1) ** 2
         indices_B = records_B // shifts
-        moves_B2 = nth_offset(records_B % shifts, self.config.shift_px)
+        moves_B2 = batches.nth_offset(records_B % shifts, self.config.shift_px)
         return self._as_batch(self._moved(indices_B, moves_B2), indices_B)
 
     def _moved(self, indices_B: Tensor, moves_B2: Tensor) -> Tensor:
         images_BCHW = self.images_NCHW[indices_B]
         # Of an image in the middle; negative where it is cut.
         border_px = (self.config.image_px - images_BCHW.shape[-1]) // 2
-        placed_BCHW = place(images_BCHW, border_px + moves_B2, self.config.image_px)
-        return to_pixels(placed_BCHW).contiguous()
+        placed_BCHW = batches.place(images_BCHW, border_px + moves_B2, self.config.image_px)
+        return batches.to_pixels(placed_BCHW).contiguous()
 
     def _as_batch(self, pixels_BCHW: Tensor, indices_B: Tensor) -> Batch:
         targets_BTCHW = pixels_BCHW.clamp(0, 1)[:, None]  # light may have made them brighter
@@ -203,7 +181,7 @@ def vary(pixels_BCHW: Tensor, positions_B: Tensor, seed: int, config: DatasetCon
     if not varies(config):
         return pixels_BCHW
     counters_B3 = positions_B[:, None] * 3 + torch.arange(3, device=positions_B.device)
-    draws_B3111 = random_unit(counters_B3, seed, LIGHT)[..., None, None, None]
+    draws_B3111 = batches.random_unit(counters_B3, seed, batches.LIGHT)[..., None, None, None]
     mirrored_B, lighter_B, contrast_B = draws_B3111.unbind(1)
     if config.flip:
         pixels_BCHW = torch.where(mirrored_B < 0.5, pixels_BCHW.flip(3), pixels_BCHW)
@@ -294,7 +272,8 @@ def parts(raw: RawData, config: DatasetConfig, device: torch.device) -> tuple[Pa
             f"dataset.validation is {config.validation}, but {config.name} has only {count} "
             "training images"
         )
-    order = random_bits(torch.arange(count), config.split_seed, SPLIT).argsort()
+    drawn = batches.random_bits(torch.arange(count), config.split_seed, batches.SPLIT)
+    order = drawn.argsort()
     kept = count - config.validation
     train, validation = (chosen.sort().values for chosen in (order[:kept], order[kept:]))
     return (
@@ -338,8 +317,8 @@ def check_shift(config: DatasetConfig, stored_px: int, over_px: int = 0) -> None
         )
 
 
-def refuse_changes(config: DatasetConfig, unused: Sequence[str]) -> None:
-    """Raise UserError for settings that would change nothing in this data set."""
-    for key in unused:
+def refuse_changes(config: DatasetConfig, *unused: str) -> None:
+    """Raise UserError for changes of photos, and more settings, without effect on this data set."""
+    for key in ("flip", "brightness", "contrast", "standardise", *unused):
         if getattr(config, key):
             raise UserError(f"dataset.{key} has no effect on {config.name}; leave it out")

@@ -20,7 +20,9 @@ const PAD_PX = 20; // MNIST's digits fit into so many pixels
 const element = (id) => document.getElementById(id);
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 const number = (value) => value.toFixed(2).replace("-", "−");
+const within = (least, value, most) => Math.max(least, Math.min(most, value));
 
+// An element with these properties (`onclick`, …), attributes and children.
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -38,12 +40,10 @@ const storedCapsules = floatsOf("capsules");
 
 // The digits that a test image consists of, and its capsules.
 function storedImage(n) {
-  const start = n * facts.digits * pixelCount;
-  const targets = [];
-  for (let t = 0; t < facts.digits; t++) {
-    const bytes = storedPixels.subarray(start + t * pixelCount, start + (t + 1) * pixelCount);
-    targets.push(Float32Array.from(bytes, (byte) => byte / 255));
-  }
+  const targets = Array.from({ length: facts.digits }, (_, t) => {
+    const start = (n * facts.digits + t) * pixelCount;
+    return Float32Array.from(storedPixels.subarray(start, start + pixelCount), (b) => b / 255);
+  });
   return {
     number: n,
     targets,
@@ -132,7 +132,7 @@ function chooseClass(k) {
 }
 
 function move(dimension, value) {
-  state.moves[label() * D + dimension] = Math.max(-LIMIT, Math.min(LIMIT, value));
+  state.moves[label() * D + dimension] = within(-LIMIT, value, LIMIT);
 }
 
 function capsule(k) {
@@ -143,44 +143,34 @@ function capsule(k) {
 
 // ---------------------------------------------------------------- pictures
 
-// Grey, colour, or two cameras side by side, as a canvas of their own size.
-function paint(canvas, pixels) {
-  const size = facts.px;
-  const pair = facts.channels === 2;
-  const width = pair ? 2 * size : size;
-  const data = new ImageData(width, size);
-  const plane = size * size;
-  for (let y = 0; y < size; y++) {
+// Makes a canvas width × height pixels large; brightness(x, y, c) is that of a colour, in [0, 1].
+function paintWith(canvas, width, height, brightness) {
+  const data = new ImageData(width, height);
+  for (let y = 0, at = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
-      const place = y * size + (x % size);
-      const at = 4 * (y * width + x);
-      for (let c = 0; c < 3; c++) {
-        const channel = facts.channels === 3 ? c : pair && x >= size ? 1 : 0;
-        data.data[at + c] = 255 * pixels[channel * plane + place];
-      }
-      data.data[at + 3] = 255;
+      for (let c = 0; c < 3; c++) data.data[at++] = 255 * brightness(x, y, c);
+      data.data[at++] = 255;
     }
   }
-  paintData(canvas, data);
+  Object.assign(canvas, { width, height });
+  canvas.getContext("2d").putImageData(data, 0, 0);
 }
 
-function paintData(canvas, data) {
-  canvas.width = data.width;
-  canvas.height = data.height;
-  canvas.getContext("2d").putImageData(data, 0, 0);
+// Grey, colour, or two cameras side by side.
+function paint(canvas, pixels) {
+  const { px, channels } = facts;
+  paintWith(canvas, channels === 2 ? 2 * px : px, px, (x, y, c) => {
+    const channel = channels === 3 ? c : x < px ? 0 : 1;
+    return pixels[(channel * px + y) * px + (x % px)];
+  });
 }
 
 // Two digits, each in its colour, and white where both are.
 function paintColours(canvas, parts) {
-  const data = new ImageData(facts.px, facts.px);
-  for (let n = 0; n < pixelCount; n++) {
-    for (let c = 0; c < 3; c++) {
-      const mixed = parts.reduce((sum, part, t) => sum + part[n] * facts.colours[t][c], 0);
-      data.data[4 * n + c] = 255 * mixed;
-    }
-    data.data[4 * n + 3] = 255;
-  }
-  paintData(canvas, data);
+  const { px, colours } = facts;
+  paintWith(canvas, px, px, (x, y, c) =>
+    parts.reduce((sum, part, t) => sum + part[y * px + x] * colours[t][c], 0),
+  );
 }
 
 // Which digit each pixel was assigned to: 1 the first, 2 the second, 3 both, 0 ink of neither.
@@ -202,20 +192,11 @@ const PATTERNS = {
 
 function paintAssignment(canvas, claims) {
   const side = facts.px * ZOOM;
-  const data = new ImageData(side, side);
   const colours = { 1: facts.colours[0], 2: facts.colours[1], 3: [1, 1, 1], 0: [0.8, 0.8, 0.8] };
-  for (let y = 0; y < side; y++) {
-    for (let x = 0; x < side; x++) {
-      const claim = claims[Math.floor(y / ZOOM) * facts.px + Math.floor(x / ZOOM)];
-      const inked = claim !== null && PATTERNS[claim](x, y);
-      const at = 4 * (y * side + x);
-      for (let c = 0; c < 3; c++) {
-        data.data[at + c] = claim === null ? 0 : 255 * colours[claim][c] * (inked ? 1 : 0.35);
-      }
-      data.data[at + 3] = 255;
-    }
-  }
-  paintData(canvas, data);
+  paintWith(canvas, side, side, (x, y, c) => {
+    const claim = claims[Math.floor(y / ZOOM) * facts.px + Math.floor(x / ZOOM)];
+    return claim === null ? 0 : colours[claim][c] * (PATTERNS[claim](x, y) ? 1 : 0.35);
+  });
 }
 
 const pictures = {};
@@ -227,27 +208,26 @@ function addPicture(name, caption) {
   pictures[name] = { canvas, text };
 }
 
-function caption(name, text) {
-  pictures[name].text.textContent = text;
-  pictures[name].canvas.setAttribute("aria-label", text);
+function show(name, caption, paintIt, what) {
+  const { canvas, text } = pictures[name];
+  paintIt(canvas, what);
+  text.textContent = caption;
+  canvas.setAttribute("aria-label", caption);
 }
 
 function renderPictures() {
   const drawn = state.shown.map((k) => decoder.draw(capsule(k), k));
   if (facts.digits === 1) {
-    paint(pictures.output.canvas, drawn[0]);
-    caption("output", `Drawn from capsule ${facts.classNames[state.shown[0]]}`);
+    show("output", `Drawn from capsule ${names(state.shown)}`, paint, drawn[0]);
     return;
   }
-  paintColours(pictures.output.canvas, drawn);
-  caption("output", "Drawn from both capsules");
+  show("output", "Drawn from both capsules", paintColours, drawn);
   drawn.forEach((pixels, t) => {
-    paint(pictures[`part${t}`].canvas, pixels);
-    caption(`part${t}`, `${facts.classNames[state.shown[t]]}, ${t ? "blue" : "orange"}`);
+    const caption = `${facts.classNames[state.shown[t]]}, ${t ? "blue" : "orange"}`;
+    show(`part${t}`, caption, paint, pixels);
   });
   const claims = assignment(drawn);
-  paintAssignment(pictures.claims.canvas, claims);
-  caption("claims", "What each pixel was assigned to");
+  show("claims", "What each pixel was assigned to", paintAssignment, claims);
   element("claims").textContent = claimsText(claims);
 }
 
@@ -264,13 +244,11 @@ function claimsText(claims) {
 }
 
 function renderInput() {
-  paint(pictures.input.canvas, state.image.pixels);
-  caption("input", state.image.number === null ? "Input, drawn here" : "Input");
-  if (facts.digits === 2) {
-    pictures.digits.canvas.parentElement.hidden = !state.image.targets;
-    if (state.image.targets) paintColours(pictures.digits.canvas, state.image.targets);
-    caption("digits", "The digits that it is made of");
-  }
+  const { number: n, pixels, targets } = state.image;
+  show("input", n === null ? "Input, drawn here" : "Input", paint, pixels);
+  if (facts.digits === 1) return;
+  pictures.digits.canvas.parentElement.hidden = !targets;
+  if (targets) show("digits", "The digits that it is made of", paintColours, targets);
 }
 
 function subjectText() {
@@ -289,16 +267,19 @@ function subjectText() {
 const bars = [];
 const sliders = [];
 
+function radio(name, value, onchange, attributes = {}) {
+  return make("input", { type: "radio", name, value, onchange, ...attributes });
+}
+
 function addBars() {
   for (const k of classes()) {
-    const input = make("input", { type: "radio", name: "length", value: k });
+    const input = radio("length", k, () => chooseClass(k));
     const name = make("span", { className: "name" });
     const bar = make("div", { className: "bar" });
     const own = make("div", { className: "own" }); // the length that the network gave it
     const value = make("span");
     const track = make("div", { className: "track" }, bar, own);
     const row = make("label", { title: facts.classNames[k] }, input, name, track, value);
-    row.firstChild.addEventListener("change", () => chooseClass(k));
     element("lengths").append(row);
     bars.push({ input, name, bar, own, value });
   }
@@ -325,7 +306,7 @@ function renderBars() {
 function addSliders() {
   for (let d = 0; d < D; d++) {
     const about = { type: "button", "aria-label": `Animate dimension ${d}`, title: "Animate" };
-    const play = make("button", about, "▶");
+    const play = make("button", { ...about, onclick: () => toggleAnimation(d) }, "▶");
     const input = make("input", { type: "range", min: -LIMIT, max: LIMIT, step: 0.01, value: 0 });
     input.setAttribute("aria-label", `Dimension ${d}, change`);
     const output = make("span", { className: "now" });
@@ -343,7 +324,6 @@ function addSliders() {
       input.addEventListener(begun, () => (held = false));
     }
     input.addEventListener("keydown", (event) => (held &&= event.repeat));
-    play.addEventListener("click", () => toggleAnimation(d));
     element("sliders").append(row);
     sliders.push({ row, input, output, play });
   }
@@ -403,21 +383,20 @@ const blocks = []; // { canvas, first: its first dimension, rows: how many it ha
 let sweep = null; // the pictures that are still to be drawn
 let sweepTimer = 0;
 
-const cellWidth = () => facts.px * (facts.channels === 2 ? 2 : 1) + GAP;
-const cellHeight = () => facts.px + GAP;
+const cellWidth = facts.px * (facts.channels === 2 ? 2 : 1) + GAP;
+const cellHeight = facts.px + GAP;
 
 function prepareSweep() {
   const most = Math.ceil(D / BLOCKS);
   for (let first = 0; first < D; first += most) {
     const rows = Math.min(most, D - first);
     const canvas = make("canvas", {
-      width: SWEEP.length * cellWidth(),
-      height: rows * cellHeight(),
+      width: SWEEP.length * cellWidth,
+      height: rows * cellHeight,
       role: "img",
       "aria-label": `Reconstructions with dimensions ${first} to ${first + rows - 1} moved`,
+      onclick: (event) => takeCell(event, first, rows),
     });
-    const block = { canvas, first, rows };
-    canvas.addEventListener("click", (event) => takeCell(event, block));
     const columns = SWEEP.map((value) => make("span", {}, signed(value)));
     const names = Array.from({ length: rows }, (_, row) => make("span", {}, String(first + row)));
     element("sweep").append(
@@ -426,7 +405,7 @@ function prepareSweep() {
         make("div", { className: "rows", "aria-hidden": "true" }, ...names),
         canvas),
     );
-    blocks.push(block);
+    blocks.push({ canvas, first, rows });
   }
 }
 
@@ -438,28 +417,20 @@ function* sweepCells() {
       const d = first + row;
       const moved = capsule(label());
       const start = state.image.capsules[label() * D + d];
-      const top = row * cellHeight();
-      context.clearRect(0, top, canvas.width, cellHeight());
-      outline(context, nearest(state.moves[label() * D + d]), top);
+      const far = SWEEP.map((value) => Math.abs(value - state.moves[label() * D + d]));
+      const nearest = far.indexOf(Math.min(...far));
+      const top = row * cellHeight;
+      context.clearRect(0, top, canvas.width, cellHeight);
+      context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+      context.fillRect(nearest * cellWidth, top, cellWidth, cellHeight); // its outline
       for (let n = 0; n < SWEEP.length; n++) {
         moved[d] = start + SWEEP[n];
         paint(cell, decoder.draw(moved, label()));
-        context.drawImage(cell, n * cellWidth() + GAP / 2, top + GAP / 2);
+        context.drawImage(cell, n * cellWidth + GAP / 2, top + GAP / 2);
         yield;
       }
     }
   }
-}
-
-// The column of the sweep that is nearest to a change.
-function nearest(change) {
-  const far = SWEEP.map((value) => Math.abs(value - change));
-  return far.indexOf(Math.min(...far));
-}
-
-function outline(context, column, top) {
-  context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
-  context.fillRect(column * cellWidth(), top, cellWidth(), cellHeight());
 }
 
 // While something moves, the sweep waits: the large picture comes first.
@@ -483,14 +454,13 @@ function continueSweep() {
   if (sweep) requestAnimationFrame(continueSweep);
 }
 
-function takeCell(event, { canvas, first, rows }) {
-  const box = canvas.getBoundingClientRect();
-  const within = (part, count) => Math.max(0, Math.min(count - 1, Math.floor(part * count)));
-  const column = within((event.clientX - box.left) / box.width, SWEEP.length);
-  const row = within((event.clientY - box.top) / box.height, rows);
+function takeCell(event, first, rows) {
+  const box = event.target.getBoundingClientRect();
+  const column = Math.floor(((event.clientX - box.left) / box.width) * SWEEP.length);
+  const row = Math.floor(((event.clientY - box.top) / box.height) * rows);
   stopAnimation();
   remember();
-  move(first + row, SWEEP[column]);
+  move(first + within(0, row, rows - 1), SWEEP[within(0, column, SWEEP.length - 1)]);
   render();
 }
 
@@ -542,8 +512,7 @@ function renderChoice() {
 function addClasses() {
   for (const k of classes()) {
     const disabled = !imagesOf(k).length;
-    const input = make("input", { type: "radio", name: "class", value: k, disabled });
-    input.addEventListener("change", () => openClass(k));
+    const input = radio("class", k, () => openClass(k), { disabled });
     element("classes").append(make("label", {}, input, facts.classNames[k]));
   }
 }
@@ -568,8 +537,7 @@ function thumbnail(n) {
   const wrong = image.labels.some((k, t) => k !== image.predicted[t]);
   const text = `test image ${facts.numbers[n]}: ${names(image.labels)}` +
     (wrong ? `, taken for ${names(image.predicted)}` : "");
-  const input = make("input", { type: "radio", name: "image", value: n, "aria-label": text });
-  input.addEventListener("change", () => choose(storedImage(n)));
+  const input = radio("image", n, () => choose(storedImage(n)), { "aria-label": text });
   const canvas = make("canvas", { "aria-hidden": "true" });
   paint(canvas, image.pixels);
   const mark = wrong ? [make("span", { className: "wrong", "aria-hidden": "true" }, "✗")] : [];
@@ -653,8 +621,8 @@ function steer(event, context, pen) {
   event.stopPropagation();
   const before = [pen.x, pen.y];
   if (direction) {
-    pen.x = Math.max(0, Math.min(context.canvas.width, pen.x + STEP * direction[0]));
-    pen.y = Math.max(0, Math.min(context.canvas.height, pen.y + STEP * direction[1]));
+    pen.x = within(0, pen.x + STEP * direction[0], context.canvas.width);
+    pen.y = within(0, pen.y + STEP * direction[1], context.canvas.height);
   } else {
     pen.down = !pen.down;
   }
@@ -792,16 +760,13 @@ const KEYS = {
 
 function press(event) {
   const typing = event.target === element("vector");
-  const undoing = (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z";
-  if (undoing) {
-    event.preventDefault();
-    if (event.shiftKey) travel(future, past);
-    else travel(past, future);
-    return;
-  }
-  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
-  if (KEYS[key]) KEYS[key]();
+  const control = event.ctrlKey || event.metaKey;
+  if (control && key === "z") {
+    event.preventDefault();
+    KEYS[event.shiftKey ? "y" : "z"]();
+  } else if (typing || control || event.altKey) return;
+  else if (KEYS[key]) KEYS[key]();
   else if (/^\d$/.test(event.key) && Number(event.key) < J) openClass(Number(event.key));
 }
 
@@ -814,8 +779,7 @@ function start() {
     element("pictures").classList.add("many");
     element("claims").hidden = element("which").hidden = false;
     for (const t of [0, 1]) {
-      const input = make("input", { type: "radio", name: "which", value: t });
-      input.addEventListener("change", () => {
+      const input = radio("which", t, () => {
         stopAnimation();
         state.active = t;
         render();
@@ -829,12 +793,8 @@ function start() {
   addSliders();
   prepareSweep();
   addPad();
-  element("animate").addEventListener("click", animateAny);
-  element("undo").addEventListener("click", KEYS.z);
-  element("redo").addEventListener("click", KEYS.y);
-  element("reset").addEventListener("click", reset);
-  element("copy").addEventListener("click", copyVector);
-  element("save").addEventListener("click", savePicture);
+  const buttons = { animate: "a", undo: "z", redo: "y", reset: "r", copy: "c", save: "s" };
+  for (const [id, key] of Object.entries(buttons)) element(id).onclick = KEYS[key];
   document.addEventListener("keydown", press);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", scheduleSweep);
   openClass(facts.labels[0][0]);

@@ -82,10 +82,8 @@ class Encoder {
     const patch = this.kernel ** 2;
     const channels = this.types * this.primaryDimensions;
     this.conv1 = { weights: next(this.conv1Channels * patch), bias: next(this.conv1Channels) };
-    this.primary = {
-      weights: next(channels * this.conv1Channels * patch),
-      bias: next(channels),
-    };
+    const count = channels * this.conv1Channels * patch;
+    this.primary = { weights: next(count), bias: next(channels) };
     const width = classes * dimensions;
     this.votesWeights = next(this.inputs * this.primaryDimensions * width);
     this.digitBias = next(width);
@@ -93,8 +91,7 @@ class Encoder {
 
   // A grey image of size × size pixels in [0, 1] to the class capsules (J · D numbers).
   encode(pixels, size) {
-    const seen = crop(pixels, size, this.seen);
-    const image = padded(seen, 1, this.seen, this.conv1Pads);
+    const image = padded(pixels, 1, size, this.conv1Pads, this.seen);
     const maps = convolve(image, 1, this.kernel, 1, this.conv1);
     for (let n = 0; n < maps.values.length; n++) {
       const bias = this.conv1.bias[Math.floor(n / maps.size ** 2)];
@@ -174,22 +171,14 @@ class Encoder {
   }
 }
 
-function crop(pixels, size, kept) {
-  const values = new Float32Array(kept * kept);
-  for (let row = 0; row < kept; row++) {
-    values.set(pixels.subarray(row * size, row * size + kept), row * kept);
-  }
-  return values;
-}
-
-// Maps with zeros around them; pads: how many before and after.
-function padded(values, channels, size, [before, after]) {
-  const side = size + before + after;
+// The first `kept` rows and columns of maps with zeros around them: so many before and after.
+function padded(values, channels, size, [before, after], kept = size) {
+  const side = kept + before + after;
   const wide = new Float32Array(channels * side * side);
   for (let channel = 0; channel < channels; channel++) {
-    for (let row = 0; row < size; row++) {
+    for (let row = 0; row < kept; row++) {
       const from = (channel * size + row) * size;
-      wide.set(values.subarray(from, from + size), (channel * side + row + before) * side + before);
+      wide.set(values.subarray(from, from + kept), (channel * side + row + before) * side + before);
     }
   }
   return { values: wide, size: side };

@@ -88,19 +88,11 @@ def in_half(tensors: list[Tensor]) -> Tensor:
 
 
 def encoder_weights(model: CapsNet) -> list[Tensor]:
-    """Both convolutions (out, in, row, column), W (I, K, J, D), and their biases."""
+    """Both convolutions (out, in, row, column), W (I, K, J, D), each followed by its biases."""
     no_bias = torch.zeros(model.classes, model.config.digit_dimensions)
     digit_bias = no_bias if model.digitcaps_bias is None else model.digitcaps_bias
-    assert model.conv1.bias is not None
-    assert model.primarycaps.bias is not None
-    return [
-        model.conv1.weight,
-        model.conv1.bias,
-        model.primarycaps.weight,
-        model.primarycaps.bias,
-        model.digitcaps_weight,
-        digit_bias,
-    ]
+    convolutions = [*model.conv1.parameters(), *model.primarycaps.parameters()]
+    return [*convolutions, model.digitcaps_weight, digit_bias]
 
 
 def encoder_facts(model: CapsNet) -> dict[str, Any]:

@@ -50,10 +50,8 @@ class CNN(nn.Module):
         side, width = image_px, channels
         convolutions: list[nn.Module] = []
         for out, kernel_px, pool_px in zip(config.channels, config.kernels_px, config.pools_px):
-            same = config.padding == "same"
-            convolutions.append(nn.Conv2d(width, out, kernel_px, padding="same" if same else 0))
-            convolutions.append(nn.ReLU())
-            side = (side if same else side - kernel_px + 1) // pool_px
+            convolutions += [nn.Conv2d(width, out, kernel_px, padding=config.padding), nn.ReLU()]
+            side = (side if config.padding == "same" else side - kernel_px + 1) // pool_px
             if side < 1:
                 raise ValueError(
                     f"images of {image_px} px are too small for the layers of {config.name}"
@@ -63,11 +61,11 @@ class CNN(nn.Module):
             width = out
         self.convolutions = nn.Sequential(*convolutions)
         hidden: list[nn.Module] = []
-        for units_in, units_out in itertools.pairwise([width * side**2, *config.hidden]):
+        widths = [width * side**2, *config.hidden]
+        for units_in, units_out in itertools.pairwise(widths):
             hidden += [nn.Linear(units_in, units_out), nn.ReLU()]
         self.hidden = nn.Sequential(*hidden)
-        last = config.hidden[-1] if config.hidden else width * side**2
-        self.last = nn.Linear(last, classes)
+        self.last = nn.Linear(widths[-1], classes)
         if config.initialisation == "authors":
             initialise_as_authors(self, narrow="convolutions.")
         elif config.initialisation == "glorot":

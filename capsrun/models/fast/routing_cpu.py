@@ -161,10 +161,7 @@ class _Route(torch.autograd.Function):
         to_couplings = torch.empty_like(couplings)
         numbers = batch * (2 * ctx.iterations - 1) * outputs * dimensions
         terms = inputs_BIK.new_empty(numbers + ctx.kernels.lanes())
-        to_inputs_BIK, to_weights_IKJD = (
-            torch.empty_like(inputs_BIK),
-            torch.empty_like(weights_IKJD),
-        )
+        to_inputs_BIK, to_weights_IKJD = map(torch.empty_like, (inputs_BIK, weights_IKJD))
         to_sums_BRJD = torch.empty_like(sums_BRJD)
         ctx.kernels.route_backward(
             *map(address, (inputs_BIK, weights_IKJD, sums_BRJD, couplings, to_capsules_BJD)),
