@@ -459,3 +459,7 @@ def test_tables_of_other_pages_are_written_anew(tmp_path):
     page.write_text("# Ours\n\n<!-- summary -->\n| old |\n<!-- end -->\n\nThe end.\n")
     update_tables(page, {"summary": "| new |", "questions": "| not here |"})
     assert page.read_text() == "# Ours\n\n<!-- summary -->\n| new |\n<!-- end -->\n\nThe end.\n"
+    page.write_text("<!-- summary -->\n| old |\n\nThe end.\n")
+    with pytest.raises(UserError, match=r"no <!-- end --> after <!-- summary -->"):
+        update_tables(page, {"summary": "| new |"})
+    assert page.read_text() == "<!-- summary -->\n| old |\n\nThe end.\n"

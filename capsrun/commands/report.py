@@ -87,11 +87,16 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
 
 
 def update_tables(path: Path, tables: Mapping[str, str]) -> None:
-    """Put tables, by name, between `<!-- name -->` and `<!-- end -->` in a file."""
+    """Put tables, by name, between `<!-- name -->` and `<!-- end -->` in a file.
+
+    Raises UserError where the second is missing, as all that follows would be lost.
+    """
     text = path.read_text(encoding="utf-8")
     for name, content in tables.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, mark, rest = text.partition(start)
+        if mark and end not in rest:
+            raise UserError(f"{path} has no <!-- end --> after <!-- {name} -->")
         if mark:
             text = before + start + content + end + rest.partition(end)[2]
     with replacing(path) as temporary:
