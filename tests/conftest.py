@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from capsrun import cli, experiments
 from capsrun.config import TrainConfig
+from capsrun.data import load_dataset
 from capsrun.data.splits import StoredImages
+from capsrun.models import Model, build_model
+from capsrun.training.step import Trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -45,6 +49,29 @@ TINY = [
 def train_config(*overrides: str) -> TrainConfig:
     """The configuration that `capsrun train` makes of these overrides."""
     return experiments.training_config(overrides)
+
+
+def load_data(name: str, *overrides: str):
+    """The data set of this name, with these settings, on the CPU."""
+    return load_dataset(train_config(f"dataset={name}", *overrides).dataset, torch.device("cpu"))
+
+
+def make_model(config: TrainConfig, seed: int = 0) -> Model:
+    """The untrained network of a configuration."""
+    return build_model(config.model, config.routing, config.dataset, seed)
+
+
+def make_trainer(
+    config: TrainConfig,
+    kind: type[Trainer] = Trainer,
+    device: torch.device | None = None,
+    precision: str = "fp32",
+    fast: bool = False,
+) -> Trainer:
+    """What makes the steps of an untrained network, by default in the plain way on the CPU."""
+    place = device or torch.device("cpu")
+    steps = config.recipe.steps
+    return kind(make_model(config), config.loss, config.recipe, steps, place, precision, fast)
 
 
 def stored(images, labels, shift_px: int = 2) -> StoredImages:
@@ -77,6 +104,12 @@ def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.Co
         timeout=300,
         check=False,
     )
+
+
+def run_python(*words: str, **options: Any) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own."""
+    words = (sys.executable, *words)
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
 
 
 def has_logged(run_dir: Path) -> bool:

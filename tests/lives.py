@@ -53,24 +53,22 @@ def die(*_: object) -> None:
 
 def at_file_operation(number: int) -> None:
     """Die when a file has been opened, renamed, cut or deleted so often."""
-    left = [number]
+    calls = itertools.count(1)
+    watched = ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir")
 
     def count(event: str, _: object) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.truncate", "os.mkdir"):
-            left[0] -= 1
-            if left[0] == 0:
-                die()
+        if event in watched and next(calls) == number:
+            die()
 
     sys.addaudithook(count)
 
 
 def in_checkpoint(number: int) -> None:
     """Die with a part of a checkpoint written."""
-    whole, left = Path.write_bytes, [number]
+    whole, calls = Path.write_bytes, itertools.count(1)
 
     def write_bytes(path: Path, content: bytes) -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == number:
             whole(path, bytes(content)[: len(content) // 2])
             die()
         whole(path, content)
@@ -80,12 +78,11 @@ def in_checkpoint(number: int) -> None:
 
 def in_flush(number: int) -> None:
     """Die with a part of a record in TensorBoard's file."""
-    whole, left = RecordWriter.write, [number]
+    whole, calls = RecordWriter.write, itertools.count(1)
 
     def write(writer: RecordWriter, content: bytes) -> None:
         whole(writer, content)
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == number:
             writer.flush()
             name = writer._writer.filename
             os.truncate(name, os.path.getsize(name) - len(content) // 2)
@@ -96,12 +93,11 @@ def in_flush(number: int) -> None:
 
 def in_test(number: int) -> None:
     """Die while the model is tested."""
-    whole, left = training.stoppable, [number]
+    whole, calls = training.stoppable, itertools.count(1)
 
     def stoppable(*arguments: object):
         for item in whole(*arguments):
-            left[0] -= 1
-            if left[0] == 0:
+            if next(calls) == number:
                 die()
             yield item
 

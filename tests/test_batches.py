@@ -94,13 +94,6 @@ def test_a_pass_of_the_authors_order_has_every_shift_of_every_digit_once():
     assert torch.equal(seen[2:7, 2:7], torch.full((5, 5), 300.0))
 
 
-def test_several_steps_are_drawn_as_one_by_one():
-    batches = TrainingBatches(stored(torch.zeros(30, 1, 4, 4), torch.zeros(30).long()), 1, 16)
-    together = batches.draw(3, 5)
-    for ours, single in zip(together, zip(*(batches.draw(step) for step in range(3, 8)))):
-        assert torch.equal(ours, torch.cat(single))
-
-
 def test_place_moves_every_image_by_its_own_offset():
     images = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
     offsets = torch.tensor([[-1, 0], [2, 1], [0, 6], [9, 9]])
@@ -133,13 +126,18 @@ def test_all_25_shifts_are_equally_likely():
     assert ((shifts - 800) ** 2 / 800).sum() < 60
 
 
+def random_images(count):
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    return images, torch.arange(count) % 10
+
+
 @pytest.mark.parametrize("order", ["uniform", "authors"])
 def test_batches_are_a_pure_function_of_seed_and_step(order):
-    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (50,))
+    """Also where several steps are drawn at once."""
+    split = stored(*random_images(50))
 
     def batch(seed, step):
-        return TrainingBatches(stored(images, labels), seed, 16, order=order).batch(step)
+        return TrainingBatches(split, seed, 16, order=order).batch(step)
 
     first = batch(3, 7)
     batch(3, 500)
@@ -147,11 +145,14 @@ def test_batches_are_a_pure_function_of_seed_and_step(order):
     for other in [(4, 7), (3, 8)]:
         assert not torch.equal(first.images_BCHW, batch(*other).images_BCHW)
     assert not torch.equal(queue_order(0, 0, 7500, CPU), queue_order(0, 1, 7500, CPU))
+    batches = TrainingBatches(split, 1, 16, order=order)
+    one_by_one = zip(*(batches.draw(step) for step in range(3, 8)))
+    for ours, single in zip(batches.draw(3, 5), one_by_one):
+        assert torch.equal(ours, torch.cat(single))
 
 
 def test_without_shift_images_are_as_they_were():
-    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.arange(20)
+    images, labels = random_images(20)[0], torch.arange(20)
     batch = TrainingBatches(stored(images, labels, 0), 0, 20).batch(0)
     torch.testing.assert_close(batch.images_BCHW * 255, images[batch.labels_BT[:, 0]].float())
     assert torch.equal(batch.targets_BTCHW[:, 0], batch.images_BCHW)
@@ -159,8 +160,7 @@ def test_without_shift_images_are_as_they_were():
 
 @pytest.mark.gpu
 def test_batches_are_the_same_on_a_gpu():
-    images = torch.randint(0, 256, (50, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (50,))
+    images, labels = random_images(50)
     for step in range(5):
         here = TrainingBatches(stored(images, labels), 3, 16).batch(step)
         there = TrainingBatches(stored(images.cuda(), labels.cuda()), 3, 16).batch(step)

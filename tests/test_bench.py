@@ -1,5 +1,6 @@
 """`capsrun bench`: what it times, what it says, and when it refuses to say it."""
 
+import functools
 import json
 import time
 
@@ -25,6 +26,7 @@ SMALL = [
 ]
 
 
+@functools.cache
 def bench_config(*overrides: str) -> BenchConfig:
     return from_dict(BenchConfig, compose.compose("bench", [*SMALL, *overrides]))
 
@@ -45,14 +47,6 @@ def few_images(monkeypatch):
     monkeypatch.setattr(tasks, "TRAINING_IMAGES", 100)
     monkeypatch.setattr(tasks, "TEST_IMAGES", 50)
     monkeypatch.setattr(tasks, "OwnProcess", InThisProcess)
-
-
-@pytest.fixture
-def quick(few_images, monkeypatch):
-    """Nothing that tells about the machine takes long."""
-    short = (lambda count: time.sleep(count / 1000), 1_000_000)
-    monkeypatch.setattr(tasks, "matrix_product", lambda device, dtype: short)
-    monkeypatch.setattr(tasks, "large_copy", lambda device: short)
 
 
 def test_tasks_take_turns():
@@ -96,7 +90,7 @@ def test_short_work_is_repeated_and_long_work_is_not_done_again_before_it_is_tim
     assert counts == [1] == [task.repeats]
 
 
-def test_the_arithmetic_of_a_step():
+def test_the_size_of_the_papers_network_and_the_arithmetic_of_a_step():
     """By hand; the last row and column of Conv1 are not computed, as they reach no capsule."""
     votes = 1152 * 10 * 16 * 8
     convolutions = 19**2 * 81 * 256 + 36 * 256 * 81 * 256
@@ -105,10 +99,6 @@ def test_the_arithmetic_of_a_step():
     config = from_dict(BenchConfig, compose.compose("bench"))
     forward = 2 * (convolutions + votes + routing + decoder)
     assert tasks.step_flop(config) == 3 * 128 * forward == pytest.approx(155.4e9, rel=1e-3)
-
-
-def test_the_textbook_network_has_the_papers_size():
-    config = from_dict(BenchConfig, compose.compose("bench"))
     model = TextbookCapsNet(tasks.make_model(config, CPU, fast=False))
     assert sum(p.numel() for p in model.parameters()) == 8_215_568
     lengths, drawn = model(torch.rand(2, 1, 28, 28), torch.tensor([[3], [4]]))
@@ -120,16 +110,15 @@ def test_the_textbook_network_has_the_papers_size():
 def test_the_textbook_shifts_its_images():
     image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
     image[..., 4, 4] = 255
-    images = ShiftedImages(
-        image, torch.tensor([3]), bench_config("dataset.image_px=9", "dataset.shift_px=2").dataset
-    )
+    dataset = bench_config("dataset.image_px=9", "dataset.shift_px=2").dataset
+    images = ShiftedImages(image, torch.tensor([3]), dataset)
     places = torch.stack([images[0][0][0] for _ in range(500)]).sum(0)
     assert places[2:7, 2:7].all()
     assert places.sum() == places[2:7, 2:7].sum() == 500
 
 
-def test_the_textbook_learns(few_images):
-    config = bench_config()
+def test_the_textbook_learns(few_images, monkeypatch):
+    config = bench_config("dataset.shift_px=0")
     model = tasks.make_model(config, CPU, fast=False)
     seen = []
     original = TextbookCapsNet.forward
@@ -139,12 +128,9 @@ def test_the_textbook_learns(few_images):
         seen.append((lengths.gather(1, labels).mean() - lengths.mean()).item())
         return lengths, drawn
 
-    raw = tasks.random_images(config.dataset, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextbookCapsNet, "forward", watch)
-        still = bench_config("dataset.shift_px=0").dataset
-        images, labels = raw.train
-        tasks.textbook_steps(model, images, labels, still, 16, CPU)(40)
+    monkeypatch.setattr(TextbookCapsNet, "forward", watch)
+    train = tasks.random_images(config.dataset, 16).train
+    tasks.textbook_steps(model, *train, config.dataset, 16, CPU)(40)
     assert seen[-1] > seen[0] + 0.1, "the capsule of the right class does not get longer"
 
 
@@ -173,9 +159,12 @@ def test_what_bench_writes(in_tmp, few_images, capsys):
     assert "where the" in printed
 
 
-def test_noisy_figures_are_refused(in_tmp, quick, monkeypatch, capsys):
-    """As a fault of the machine."""
+def test_noisy_figures_are_refused(in_tmp, few_images, monkeypatch, capsys):
+    """As a fault of the machine; a recipe that stops early is timed as any other."""
     original = tasks.training_steps
+    short = (lambda count: time.sleep(count / 1000), 1_000_000)
+    monkeypatch.setattr(tasks, "matrix_product", lambda device, dtype: short)
+    monkeypatch.setattr(tasks, "large_copy", lambda device: short)
 
     def unsteady(config, device, name):
         (run, trainer), calls = original(config, device, name), [0]
@@ -190,7 +179,8 @@ def test_noisy_figures_are_refused(in_tmp, quick, monkeypatch, capsys):
     chart = in_tmp / "runs" / "bench-mnist" / "bench.png"
     chart.parent.mkdir(parents=True)
     chart.write_text("of an earlier, quieter time")
-    assert cli.main(["bench", *SMALL, "precision=fp32", "spread_percent=20"]) == 1
+    words = ["precision=fp32", "recipe=affnist", "spread_percent=20"]
+    assert cli.main(["bench", *SMALL, *words]) == 1
     printed = capsys.readouterr()
     assert "capsrun bench: too noisy to be quoted: " in printed.err
     result = json.loads((chart.parent / "bench.json").read_text())
@@ -234,7 +224,3 @@ def test_what_cannot_be_timed_is_one_sentence(word, sentence, in_tmp, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert sentence in line
     assert list(in_tmp.iterdir()) == []
-
-
-def test_a_recipe_that_stops_early_is_timed_as_any_other(in_tmp, quick):
-    assert cli.main(["bench", *SMALL, "precision=fp32", "recipe=affnist"]) == 0

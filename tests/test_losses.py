@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import stored, train_config
+from conftest import make_model, stored, train_config
 
-from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNetOutput
 from capsrun.report.pictures import class_errors
 from capsrun.training.losses import (
@@ -25,21 +24,16 @@ PAPER = train_config("loss=paper").loss
 AUTHORS = train_config().loss
 
 
-def test_margin_loss_of_the_paper_by_hand():
+def test_margin_loss_by_hand():
     lengths = torch.tensor([[0.7, 0.3, 0.05]])
     present = torch.tensor([[True, False, False]])
     # (0.9 − 0.7)² + 0.5 · (0.3 − 0.1)² + 0
     assert margin_loss(lengths, present, PAPER).item() == pytest.approx(0.04 + 0.02)
-
-
-def test_authors_margin_loss_is_a_twentieth_of_the_papers():
+    # That of the authors is a twentieth.
     lengths, present = torch.rand(5, 10), torch.eye(10)[:5].bool()
     ours, text = (margin_loss(lengths, present, config).item() for config in (AUTHORS, PAPER))
     assert ours == pytest.approx(text / 20)
-
-
-def test_lengths_go_into_the_loss_as_they_are():
-    """Lengths beyond both margins cost nothing; after a softmax they would."""
+    # Lengths go in as they are: beyond both margins they cost nothing, after a softmax they would.
     lengths = torch.full((1, 10), 0.1)
     lengths[0, 3] = 0.9
     assert margin_loss(lengths, class_presence(torch.tensor([[3]]), 10), PAPER).item() == 0
@@ -96,13 +90,10 @@ def test_the_worst_mistakes_are_those_that_the_model_was_surest_of():
 
 
 def test_confusion_by_hand():
+    """Found digits are on the diagonal; a missed one was taken for what was not there."""
     labels, predicted = torch.tensor([[0], [0], [1], [2]]), torch.tensor([[0], [2], [1], [1]])
     counted = confusion_matrix(labels, predicted, 3)
     assert counted.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
-
-
-def test_confusion_of_two_digits_by_hand():
-    """Found digits are on the diagonal; a missed one was taken for what was not there."""
     labels = torch.tensor([[0, 1], [0, 1], [0, 3], [2, 3]])
     predicted = torch.tensor([[0, 1], [1, 2], [1, 2], [2, 3]])
     score = score_of(labels, predicted, 4)
@@ -112,14 +103,9 @@ def test_confusion_of_two_digits_by_hand():
     assert class_errors(score) == [2, 0, 0, 1]
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = train_config("model.conv1_channels=8", "model.primary_types=2")
-    return build_model(config.model, config.routing, config.dataset)
-
-
 @pytest.mark.parametrize("mask", [None, "label", "longest"])
-def test_score_counts_what_the_model_says_and_the_mask_chooses_what_is_drawn(model, mask):
+def test_score_counts_what_the_model_says_and_the_mask_chooses_what_is_drawn(mask):
+    model = make_model(train_config("model.conv1_channels=8", "model.primary_types=2"))
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     pixels = images.float() / 255
     output = model(pixels)

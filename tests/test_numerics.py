@@ -8,17 +8,15 @@ import os
 
 import pytest
 import torch
-from conftest import TINY, needs_compiler, run_capsrun, train_config
-from test_train import metrics
+from conftest import TINY, make_model, needs_compiler, run_capsrun, train_config
+from test_train import assert_same_run
 from torch import Tensor
 
 from capsrun.cli import main
 from capsrun.data.batches import Batch
 from capsrun.data.splits import standardise
-from capsrun.models import build_model
 from capsrun.models.fast.routing_cpu import load_kernels, route_fused
 from capsrun.models.routing import capsule_votes, coupling_coefficients, route, squash
-from capsrun.runs.checkpoint import read_checkpoint
 from capsrun.training.device import set_deterministic
 from capsrun.training.step import Trainer
 
@@ -35,14 +33,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def photos(count: int = 3) -> Tensor:
-    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-
-
 def grey(value: float) -> Tensor:
     return torch.full((3, 1, 28, 28), value, dtype=torch.float32)
 
 
+PHOTOS = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 ONE_PIXEL = grey(0)
 ONE_PIXEL[:, :, 14, 14] = 1
 IMAGES = {
@@ -53,7 +48,7 @@ IMAGES = {
     "denormal": grey(1e-40),
     "standardised grey": standardise(grey(0.3)),
     # Pixels of the data sets are in [0, 1]; who calls the network may give it others.
-    **{f"{factor:g}": factor * photos() for factor in (1e4, -1e4, 1e10, 1e20, 1e30)},
+    **{f"{factor:g}": factor * PHOTOS for factor in (1e4, -1e4, 1e10, 1e20, 1e30)},
 }
 
 
@@ -75,7 +70,7 @@ def train_on(
     config = copy.deepcopy(tiny_config())
     config.routing = dataclasses.replace(config.routing, **routing)
     config.model.reconstruction = reconstruction
-    model = build_model(config.model, config.routing, config.dataset)
+    model = make_model(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(weights_times)
@@ -107,9 +102,9 @@ CASES = {
     "no decoder": (MIXED, {"reconstruction": False}),
     "two digits": (MIXED, {"digits": 2}),
     # Of every layer: of five in a row, so that numbers grow to this power.
-    **{f"weights times {n:g}": (photos(), {"weights_times": n}) for n in (0.0, 1e-20, 1e3, 1e6)},
+    **{f"weights times {n:g}": (PHOTOS, {"weights_times": n}) for n in (0.0, 1e-20, 1e3, 1e6)},
     # Three more layers, without a squash, would be infinite.
-    "huge weights": (photos(), {"weights_times": 1e10, "reconstruction": False}),
+    "huge weights": (PHOTOS, {"weights_times": 1e10, "reconstruction": False}),
 }
 
 
@@ -174,15 +169,6 @@ def test_the_fast_way_agrees_about_huge_votes(scale):
             assert_finite(value, "gradient")
 
 
-def results_of(folder):
-    """What a run found, apart from the clock; its weights; and every logged number."""
-    result = json.loads((folder / "result.json").read_text())
-    weights = read_checkpoint(folder / "checkpoint.pt")["model"]
-    for key in ("train_seconds", "images_per_second", "memory_gb", "date"):
-        del result[key]
-    return result, weights, metrics(folder)
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_two_processes_give_the_same_bits(in_tmp, device):
     """On a CPU, with the same number of threads: with another they are added in another order."""
@@ -196,14 +182,9 @@ def test_two_processes_give_the_same_bits(in_tmp, device):
         set_deterministic(False)
     else:  # cuBLAS must know before it is first used
         assert run_capsrun(*words, cwd=in_tmp).returncode == 0
-    (result, weights, lines), (other, others, other_lines) = (
-        results_of(folder / "runs" / "run" / "seed0") for folder in (in_tmp, in_tmp / "other")
-    )
-    assert result["config"]["deterministic"] is True
-    assert result == other
-    assert lines == other_lines
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+    here, other = (folder / "runs" / "run" / "seed0" for folder in (in_tmp, in_tmp / "other"))
+    assert json.loads((here / "result.json").read_text())["config"]["deterministic"] is True
+    assert_same_run(here, other)
 
 
 def test_pytorch_is_told(monkeypatch):

@@ -9,20 +9,14 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import train_config
+from conftest import load_data as load
+from conftest import make_model, train_config
 from scipy.io import savemat
 from torchvision import datasets
 
 from capsrun import cli
-from capsrun.data import load_dataset, official, smallnorb
+from capsrun.data import official, smallnorb
 from capsrun.errors import UserError
-from capsrun.models import build_model
-
-CPU = torch.device("cpu")
-
-
-def load(name, *overrides):
-    return load_dataset(train_config(f"dataset={name}", *overrides).dataset, CPU)
 
 
 @pytest.fixture
@@ -38,22 +32,23 @@ def random_bytes(*shape):
 # CIFAR-10
 
 
-def cifar_files(count=20):
+@pytest.fixture
+def cifar_files(data_dir, monkeypatch):
+    """The content of each file, of 20 images."""
+    monkeypatch.setattr(official, "CIFAR_RECORDS", 20)
     files = {}
     for number, name in enumerate(official.CIFAR_FILES):
-        pixels = random_bytes(count, 3072)
-        labels = (np.arange(count) + number) % 10
-        files[name] = np.concatenate([labels[:, None].astype(np.uint8), pixels], 1).tobytes()
+        labels = (np.arange(20) + number).astype(np.uint8)[:, None] % 10
+        files[name] = np.concatenate([labels, random_bytes(20, 3072)], 1).tobytes()
     return files
 
 
 @pytest.fixture
-def small_cifar(data_dir, monkeypatch):
-    """The archive with 20 images in each file, whose checksum is taken for CIFAR-10's."""
-    monkeypatch.setattr(official, "CIFAR_RECORDS", 20)
+def small_cifar(data_dir, monkeypatch, cifar_files):
+    """The archive with its 20 images in each file, whose checksum is taken for CIFAR-10's."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        for name, content in cifar_files().items():
+        for name, content in cifar_files.items():
             info = tarfile.TarInfo(f"{official.CIFAR_FOLDER}/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -69,7 +64,7 @@ def test_cifar10_is_read_as_it_is_written(small_cifar):
     assert dataset.class_names[9] == "truck"
     assert dataset.train.labels_N[20:23].tolist() == [1, 2, 3]
     assert dataset.sources[0].verified
-    # Red, green, blue planes, each row by row.
+    # Red, green, blue planes, each row by row; of a test image its middle.
     first = random_bytes(20, 3072)[0].reshape(3, 32, 32)
     assert torch.equal(dataset.train.images_NCHW[0], torch.from_numpy(first))
     batch = dataset.test.batch(torch.tensor([0]))
@@ -78,16 +73,15 @@ def test_cifar10_is_read_as_it_is_written(small_cifar):
     torch.testing.assert_close(batch.targets_BTCHW[0, 0] * 255, middle.float())
 
 
-def test_cifar10_from_its_folder(data_dir, monkeypatch):
-    monkeypatch.setattr(official, "CIFAR_RECORDS", 20)
+def test_cifar10_from_its_folder(data_dir, cifar_files):
     folder = data_dir / official.CIFAR_FOLDER
     folder.mkdir()
-    for name, content in cifar_files().items():
+    for name, content in cifar_files.items():
         (folder / name).write_bytes(content)
     dataset = load("cifar10")
     assert len(dataset.train) == 100
     assert not dataset.sources[0].verified
-    good = cifar_files()["data_batch_3.bin"]
+    good = cifar_files["data_batch_3.bin"]
     for content, message in ((good[:-1], "61,459 bytes"), (b"\x0a" + good[1:], "0 to 9")):
         (folder / "data_batch_3.bin").write_bytes(content)
         with pytest.raises(UserError, match=rf"data_batch_3\.bin .*{message}"):
@@ -119,18 +113,25 @@ def svhn_mat(count=30, **changes):
     return stream.getvalue()
 
 
-def put_svhn(data_dir, monkeypatch, content):
-    folder = data_dir / "SVHN"
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "test"):
-        name = f"{split}_32x32.mat"
-        (folder / name).write_bytes(content)
-        resource = ["http://127.0.0.1:9/", name, hashlib.md5(content).hexdigest()]
-        monkeypatch.setitem(datasets.SVHN.split_list, split, resource)
+@pytest.fixture
+def put_svhn(data_dir, monkeypatch):
+    """Writes the same for training and testing, and takes its checksum for SVHN's."""
+
+    def put(content):
+        folder = data_dir / "SVHN"
+        folder.mkdir()
+        for split in ("train", "test"):
+            name = f"{split}_32x32.mat"
+            (folder / name).write_bytes(content)
+            resource = ["http://127.0.0.1:9/", name, hashlib.md5(content).hexdigest()]
+            monkeypatch.setitem(datasets.SVHN.split_list, split, resource)
+        return folder
+
+    return put
 
 
-def test_svhn_is_read_as_it_is_written(data_dir, monkeypatch):
-    put_svhn(data_dir, monkeypatch, svhn_mat())
+def test_svhn_is_read_as_it_is_written(put_svhn):
+    folder = put_svhn(svhn_mat())
     dataset = load("svhn")
     assert (len(dataset.train), len(dataset.test)) == (30, 30)
     assert dataset.train.labels_N[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
@@ -138,6 +139,9 @@ def test_svhn_is_read_as_it_is_written(data_dir, monkeypatch):
     pixels = random_bytes(32, 32, 3, 30)
     assert dataset.train.images_NCHW[7, 2, 5, 9] == pixels[5, 9, 2, 7], "row, column, colour, image"
     assert all(source.verified for source in dataset.sources)
+    (folder / "test_32x32.mat").write_bytes(svhn_mat(31))
+    with pytest.raises(UserError, match=r"test_32x32\.mat is damaged"):
+        load("svhn")
 
 
 @pytest.mark.parametrize(
@@ -151,18 +155,11 @@ def test_svhn_is_read_as_it_is_written(data_dir, monkeypatch):
     ],
     ids=["cut", "no images", "other order", "class 11", "count"],
 )
-def test_what_is_not_svhn_is_refused_by_name(data_dir, monkeypatch, content, message):
-    put_svhn(data_dir, monkeypatch, content)
+def test_what_is_not_svhn_is_refused_by_name(put_svhn, content, message):
+    put_svhn(content)
     with pytest.raises(UserError, match=message) as caught:
         load("svhn")
     assert "train_32x32.mat" in str(caught.value)
-
-
-def test_svhn_with_another_checksum_is_refused(data_dir, monkeypatch):
-    put_svhn(data_dir, monkeypatch, svhn_mat())
-    (data_dir / "SVHN" / "test_32x32.mat").write_bytes(svhn_mat(31))
-    with pytest.raises(UserError, match=r"test_32x32\.mat is damaged"):
-        load("svhn")
 
 
 # smallNORB
@@ -175,19 +172,28 @@ def matrix(array, magic=None):
     return struct.pack(f"<II{len(sizes)}I", magic, array.ndim, *sizes) + array.tobytes()
 
 
-def norb_files(count=10):
-    images = random_bytes(count, 2, 96, 96)
-    labels = (np.arange(count) % 5).astype("<i4")
+IMAGES = random_bytes(4, 2, 96, 96)
+LABELS = np.arange(4).astype("<i4")
+
+
+def norb_files(images=None, labels=None, count=10):
+    images = random_bytes(count, 2, 96, 96) if images is None else images
+    labels = (np.arange(count) % 5).astype("<i4") if labels is None else labels
     return {name: matrix(images if "-dat" in name else labels) for name in smallnorb.MD5}
+
+
+def put_norb(folder, monkeypatch, files):
+    """Write the files, compressed, and take their checksums for smallNORB's."""
+    for name, content in files.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        monkeypatch.setitem(smallnorb.MD5, name, (hashlib.md5(content).hexdigest(), "0" * 32))
 
 
 @pytest.fixture
 def small_norb(data_dir, monkeypatch):
     folder = data_dir / "smallNORB"
     folder.mkdir()
-    for name, content in norb_files().items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        monkeypatch.setitem(smallnorb.MD5, name, (hashlib.md5(content).hexdigest(), "0" * 32))
+    put_norb(folder, monkeypatch, norb_files())
     return folder
 
 
@@ -206,15 +212,16 @@ def test_smallnorb_is_read_as_it_is_written(small_norb):
     torch.testing.assert_close(batch.targets_BTCHW[0, 0] * 255, middle.float())
 
 
-def test_smallnorb_uncompressed(small_norb):
+def test_smallnorb_uncompressed_and_with_another_checksum(small_norb):
     for path in list(small_norb.iterdir()):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     assert len(load("smallnorb").train) == 10
-
-
-IMAGES = random_bytes(4, 2, 96, 96)
-LABELS = np.arange(4).astype("<i4")
+    name = f"{smallnorb.TEST}-dat.mat"
+    (small_norb / name).unlink()
+    (small_norb / f"{name}.gz").write_bytes(gzip.compress(norb_files(count=11)[name]))
+    with pytest.raises(UserError, match="published MD5"):
+        load("smallnorb")
 
 
 @pytest.mark.parametrize(
@@ -246,18 +253,8 @@ def test_damaged_matrices_are_refused_by_name(content, message):
 def test_images_and_labels_of_smallnorb_must_belong_together(
     small_norb, monkeypatch, images, labels, message
 ):
-    for name in smallnorb.MD5:
-        content = matrix(images if "-dat" in name else labels)
-        (small_norb / f"{name}.gz").write_bytes(gzip.compress(content))
-        monkeypatch.setitem(smallnorb.MD5, name, (hashlib.md5(content).hexdigest(), "0" * 32))
+    put_norb(small_norb, monkeypatch, norb_files(images, labels))
     with pytest.raises(UserError, match=message):
-        load("smallnorb")
-
-
-def test_smallnorb_with_another_checksum_is_refused(small_norb):
-    name = f"{smallnorb.TEST}-dat.mat"
-    (small_norb / f"{name}.gz").write_bytes(gzip.compress(norb_files(11)[name]))
-    with pytest.raises(UserError, match="published MD5"):
         load("smallnorb")
 
 
@@ -300,7 +297,7 @@ def test_the_commands_on_photos(name, files, tmp_path, capsys, request):
 )
 def test_the_networks_for_photos(dataset, model, capsules, parameters):
     config = train_config(f"dataset={dataset}", f"model={model}")
-    network = build_model(config.model, config.routing, config.dataset)
+    network = make_model(config)
     assert network.primary_capsules == capsules
     assert sum(p.numel() for p in network.parameters()) == parameters
     px, channels = config.dataset.image_px, config.dataset.channels

@@ -50,22 +50,16 @@ def test_squash_by_hand():
     squashed = squash(torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(squashed, torch.tensor([3.0, 4.0]) / 5 * 25 / 26)
     assert squashed.norm().item() == pytest.approx(25 / 26)
-
-
-def test_squash_keeps_short_vectors_short_and_long_ones_below_1():
     assert squash(torch.tensor([0.01, 0.0])).norm().item() == pytest.approx(1e-4, rel=1e-3)
     assert 0.9999 < squash(torch.tensor([1e4, 0.0])).norm().item() <= 1
 
 
-def test_squash_and_length_have_finite_gradients_at_zero():
+def test_gradients_of_squash():
+    """At zero they are finite, those of the length too."""
+    assert gradcheck(squash, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
     poses = torch.zeros(3, 4, requires_grad=True)
     torch.linalg.vector_norm(squash(poses), dim=1).sum().backward()
     assert torch.equal(poses.grad, torch.zeros(3, 4))
-
-
-def test_gradients_of_squash():
-    poses = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(squash, poses)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
@@ -102,58 +96,41 @@ def test_softmax_is_over_the_parents():
     shares = coupling_coefficients(torch.randn(2, 7, 3))
     torch.testing.assert_close(shares.sum(2), torch.ones(2, 7))
     assert not torch.allclose(shares.sum(1), torch.ones(2, 3), atol=0.01)
-
-
-def test_leaky_routing_leaves_a_share_to_none():
-    shares = coupling_coefficients(torch.zeros(1, 1, 3), leaky=True)
-    torch.testing.assert_close(shares, torch.full((1, 1, 3), 1 / 4))
-
-
-def test_an_answer_does_not_depend_on_its_batch_mates():
-    votes, bias = random_votes(batch=4)
-    together = route(votes, bias, 3)
-    alone = torch.cat([route(votes[n : n + 1], bias, 3) for n in range(4)])
-    torch.testing.assert_close(together, alone)
+    with_none = coupling_coefficients(torch.zeros(1, 1, 3), leaky=True)
+    torch.testing.assert_close(with_none, torch.full((1, 1, 3), 1 / 4))
 
 
 def test_agreement_moves_the_coupling():
     """Two inputs agree on parent 0 and disagree on parent 1: routing prefers parent 0."""
     votes = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]]])
     history = []
-    route(votes, None, 3, history=history)
+    watched = route(votes, None, 3, history=history)
+    assert torch.equal(watched, route(votes, None, 3)), "watching changes nothing"
+    assert len(history) == 3
     assert torch.equal(history[0].couplings_BIJ, torch.full((1, 2, 2), 0.5))
     assert (history[2].couplings_BIJ[0, :, 0] > 0.55).all()
 
 
-def test_history_changes_no_result():
-    votes, bias = random_votes()
-    history = []
-    assert torch.equal(route(votes, bias, 3, history=history), route(votes, bias, 3))
-    assert len(history) == 3
-
-
-def test_detach_keeps_values_and_changes_gradients():
-    gradients = []
-    for detach in (False, True):
-        votes, bias = (t.requires_grad_() for t in random_votes())
-        capsules = route(votes, bias, 3, detach=detach)
-        capsules.square().sum().backward()
-        gradients.append((capsules.detach(), votes.grad, bias.grad))
-    (full, full_votes, full_bias), (cut, cut_votes, cut_bias) = gradients
-    assert torch.equal(full, cut)
-    assert not torch.allclose(full_votes, cut_votes, rtol=1e-3)
-    assert not torch.allclose(full_bias, cut_bias, rtol=1e-3)
-
-
 def test_detach_is_the_gradient_with_couplings_held_fixed():
-    votes, bias = random_votes()
+    """It changes no value."""
     history = []
-    route(votes, bias, 3, history=history)
+    route(*random_votes(), 3, history=history)
     fixed = history[-1].couplings_BIJ
-    a, b = votes.clone().requires_grad_(), votes.clone().requires_grad_()
-    route(a, bias, 3, detach=True).square().sum().backward()
-    squash(torch.einsum("bij,bijd->bjd", fixed, b) + bias).square().sum().backward()
-    torch.testing.assert_close(a.grad, b.grad)
+    found = []
+    for routed in (
+        lambda votes, bias: route(votes, bias, 3),
+        lambda votes, bias: route(votes, bias, 3, detach=True),
+        lambda votes, bias: squash(torch.einsum("bij,bijd->bjd", fixed, votes) + bias),
+    ):
+        votes, bias = (t.requires_grad_() for t in random_votes())
+        capsules = routed(votes, bias)
+        capsules.square().sum().backward()
+        found.append((capsules.detach(), votes.grad, bias.grad))
+    full, cut, held = found
+    assert torch.equal(full[0], cut[0])
+    torch.testing.assert_close(cut, held)
+    for gradient in (1, 2):
+        assert not torch.allclose(full[gradient], cut[gradient], rtol=1e-3)
 
 
 def test_routing_needs_an_iteration():

@@ -1,5 +1,6 @@
 """What `capsrun eval` shows of routing: couplings, their entropy, and who claims which ink."""
 
+import dataclasses
 import json
 import math
 import re
@@ -7,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import stored, train_config
+from conftest import make_model, stored, train_config
 from PIL import Image
 
 from capsrun import cli
@@ -26,9 +27,8 @@ from capsrun.report.routing_maps import (
 
 
 def capsnet(*overrides: str, px: int = 28) -> CapsNet:
-    config = train_config("model.conv1_channels=6", "model.primary_types=3", *overrides)
-    torch.manual_seed(0)
-    model = CapsNet(config.model, config.routing, px).eval()
+    words = [f"dataset.image_px={px}", "model.conv1_channels=6", "model.primary_types=3"]
+    model = make_model(train_config(*words, *overrides)).eval()
     with torch.no_grad():
         model.conv1.weight.mul_(3)
         model.primarycaps.weight.mul_(30)
@@ -114,10 +114,9 @@ def test_a_black_image_has_no_undefined_numbers():
 
 
 def test_grey_is_the_mean_of_the_colours():
-    config = train_config("model.conv1_channels=6", "model.primary_types=3")
-    model = CapsNet(config.model, config.routing, 28, channels=3).eval()
     grey = torch.full((1, 3, 28, 28), 102, dtype=torch.uint8)
-    routing = routed(model, stored(grey, torch.zeros(1, dtype=torch.long)), 0)
+    split = stored(grey, torch.zeros(1, dtype=torch.long))
+    routing = routed(capsnet("dataset.channels=3"), split, 0)
     torch.testing.assert_close(routing.ink_HW, torch.full((28, 28), 0.4))
 
 
@@ -132,8 +131,6 @@ def test_what_is_added_is_the_length_before_squashing():
 
 
 def test_a_digit_claims_the_ink_of_its_places():
-    from dataclasses import replace
-
     routing = routed(capsnet(px=36), images(px=36), 0)
     left = torch.zeros(10, 10)
     left[:, :5] = 1
@@ -141,7 +138,8 @@ def test_a_digit_claims_the_ink_of_its_places():
     added[3], added[8] = left, 1 - left
     ink = torch.ones(36, 36)
     ink[30:] = 0
-    routing = replace(routing, added_JGG=added, predicted=[3, 8], labels=[3, 8], ink_HW=ink)
+    shown = {"added_JGG": added, "predicted": [3, 8], "labels": [3, 8], "ink_HW": ink}
+    routing = dataclasses.replace(routing, **shown)
     first, second = claims(routing)
     torch.testing.assert_close(first + second, torch.ones(36, 36))
     assert (first[:, :15] > 0.99).all()
@@ -180,12 +178,9 @@ def test_eval_draws_the_routing_of_chosen_images(tiny_run, tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert [image["image"] for image in result["routing"]] == [3, 8]
     assert result["routing"][0]["entropy_bits"][0] == pytest.approx(math.log2(10), abs=1e-3)
-    events = [
-        path for path in (tmp_path / "tensorboard").iterdir() if b"routing_3" in path.read_bytes()
-    ]
-    assert len(events) == 1
-    page = (tmp_path / "index.html").read_text()
-    assert "Routing of image 8" in page
+    events = [path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()]
+    assert sum(b"routing_3" in content for content in events) == 1
+    assert "Routing of image 8" in (tmp_path / "index.html").read_text()
     # Another choice replaces the pictures, and none is one.
     assert cli.main([*common, "images=50", "routing_images=[]"]) == 0
     assert not list((tmp_path / "pictures").glob("routing_*"))

@@ -2,19 +2,17 @@
 
 import copy
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TINY, train_config
+from conftest import TINY, make_trainer, run_python, train_config
 from torch import nn
 
 from capsrun.config import TrainConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
-from capsrun.models import build_model
 from capsrun.training import device
 from capsrun.training.device import resolve_device, resolve_precision
 from capsrun.training.schedule import adam_rate, learning_rate, total_steps
@@ -27,11 +25,9 @@ def make_tiny(
     config: TrainConfig, kind=Trainer, device=CPU, precision: str = "fp32", fast: bool = False
 ) -> tuple[Trainer, TrainingBatches]:
     """A new trainer for a configuration, and its batches."""
-    recipe = config.recipe
-    model = build_model(config.model, config.routing, config.dataset)
-    trainer = kind(model, config.loss, recipe, recipe.steps, device, precision, fast)
-    split = load_dataset(config.dataset, device).train
-    return trainer, TrainingBatches(split, 0, recipe.batch_size, order=recipe.order)
+    recipe, split = config.recipe, load_dataset(config.dataset, device).train
+    batches = TrainingBatches(split, 0, recipe.batch_size, order=recipe.order)
+    return make_trainer(config, kind, device, precision, fast), batches
 
 
 HELD = ["recipe.hold_fraction=0.5", "recipe.decay_periods=100"]
@@ -57,20 +53,17 @@ def test_a_schedule(words, images, steps, rates):
         assert learning_rate(recipe, step, steps) == pytest.approx(rate, rel=1e-6)
 
 
-def test_the_rate_for_cifar10_reaches_its_floor_on_the_way():
+def test_where_schedules_end():
+    """The quick one where the long one does; the rate for CIFAR-10 is at its floor before."""
+    quick, long = train_config().recipe, train_config("recipe=authors").recipe
+    steps = total_steps(quick, 60_000)
+    assert steps == math.ceil(10 * 60_000 / 128)
+    last = learning_rate(long, 300_000, 300_000)
+    assert learning_rate(quick, steps, steps) == pytest.approx(last, rel=0.01)
     recipe = train_config("dataset=cifar10", "model=capsnet_cifar10", "recipe=cifar10").recipe
     assert total_steps(recipe, 50_000) == 600_000
     before, after = (learning_rate(recipe, step, 600_000) for step in (338_433, 338_434))
     assert after == 1e-6 < before == pytest.approx(1e-6, rel=1e-6)
-
-
-def test_the_quick_schedule_ends_where_the_long_one_ends():
-    quick, long = train_config().recipe, train_config("recipe=authors").recipe
-    steps = total_steps(quick, 60_000)
-    assert steps == math.ceil(10 * 60_000 / 128)
-    assert learning_rate(quick, steps, steps) == pytest.approx(
-        learning_rate(long, 300_000, 300_000), rel=0.01
-    )
 
 
 @pytest.mark.parametrize(
@@ -141,9 +134,8 @@ def test_the_optimisers_state_is_taken_over():
     other.load_optimizer(state)
     for key in ("capturable", "lr", "fused", "eps", "betas"):
         assert other.optimizer.param_groups[0][key] == settings[key]
-    for ours, theirs in zip(
-        other.optimizer.state.values(), trainer.optimizer.state.values(), strict=True
-    ):
+    moments = other.optimizer.state.values(), trainer.optimizer.state.values()
+    for ours, theirs in zip(*moments, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     wider, _ = make_tiny(train_config(*TINY, "model.primary_types=4"))
     assert not wider.fits_optimizer(state)
@@ -217,9 +209,8 @@ def faults():
 if hasattr(ctypes.CDLL(None), "mallopt"):
     print(faults(), keep_freed_memory(), faults())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
     if not done.stdout:
         pytest.skip("another C library than glibc")
     given_back, possible, kept = done.stdout.split()

@@ -11,9 +11,9 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, TINY, has_logged, run_capsrun
+from conftest import REPOSITORY, TINY, has_logged, run_capsrun, train_config
 
-from capsrun import cli, compose, errors, experiments, names
+from capsrun import cli, compose, errors, names
 from capsrun.errors import Stopped, Unfinished, UserError
 from capsrun.sweep import Outcome, Sweep, run_sweep, show_summary
 
@@ -87,18 +87,22 @@ def test_a_failing_job_stops_no_other(in_tmp, capsys, launcher):
     ],
 )
 def test_a_fault_of_the_machine_is_no_mistake_of_the_user(in_tmp, capsys, error, said):
+    work = working(seed0=UserError("seed is wrong"), seed1=error)
     with pytest.raises(Unfinished, match="2 jobs of the sweep failed"):
-        run_sweep(
-            "train", ["-m", "seed=0,1"], working(seed0=UserError("seed is wrong"), seed1=error)
-        )
+        run_sweep("train", ["-m", "seed=0,1"], work)
     assert said in capsys.readouterr().err
 
 
-def test_a_sweep_of_what_cannot_be_composed(in_tmp, capsys):
-    with pytest.raises(UserError, match="did you mean 'seed'"):
-        run_sweep("train", ["-m", "sede=0,1"], working())
-    with pytest.raises(UserError, match="there is no setting"):
-        run_sweep("train", ["-m", "model=capsnet,cnn_baseline", "routing.iterations=1"], working())
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sede=0,1"], "did you mean 'seed'"),
+        (["model=capsnet,cnn_baseline", "routing.iterations=1"], "there is no setting"),
+    ],
+)
+def test_a_sweep_of_what_cannot_be_composed(in_tmp, capsys, words, message):
+    with pytest.raises(UserError, match=message):
+        run_sweep("train", ["-m", *words], working())
     assert capsys.readouterr().out == "", "no job was begun"
     assert list(in_tmp.rglob("*.json")) == []
 
@@ -118,16 +122,16 @@ def test_a_signal_stops_jobs_in_other_processes_once(tmp_path, monkeypatch, caps
     sent = []
     monkeypatch.setattr(os, "kill", lambda *process: sent.append(process))
     sweep = Sweep("train", [], working(), tmp_path)
-    for number, outcome in enumerate(
-        [
-            Outcome("a", 0),
-            Outcome("b", process=(os.uname().nodename, os.getppid())),
-            Outcome("c", process=("elsewhere", os.getppid())),
-        ]
-    ):
+    parent = os.getppid()
+    outcomes = [
+        Outcome("a", 0),
+        Outcome("b", process=(os.uname().nodename, parent)),
+        Outcome("c", process=("elsewhere", parent)),
+    ]
+    for number, outcome in enumerate(outcomes):
         (tmp_path / f"{number}.json").write_text(json.dumps(vars(outcome)))
     sweep.stop(signal.SIGTERM, None)
-    assert sent == [(os.getppid(), signal.SIGTERM)]
+    assert sent == [(parent, signal.SIGTERM)]
     assert sweep(None) is None, "no job begins any more"
     with pytest.raises(KeyboardInterrupt):
         sweep.stop(signal.SIGTERM, None)
@@ -173,31 +177,20 @@ def test_each_choice_composes_or_names_what_to_install(choice, capsys, in_tmp):
         assert said.count("\n") == 1
 
 
-def test_the_launcher_is_no_part_of_the_run():
-    config = experiments.training_config(["seed=1"])
-    assert names.run_name(config, ["sweep=local", "seed=1"]) == "mnist-capsnet-quick"
-
-
-def test_every_extra_is_one_of_the_package():
+def test_the_launcher_is_no_part_of_the_run_and_its_package_an_extra_of_ours():
+    name = names.run_name(train_config("seed=1"), ["sweep=local", "seed=1"])
+    assert name == "mnist-capsnet-quick"
     declared = (REPOSITORY / "pyproject.toml").read_text()
     for package, extra in PLUGINS.values():
         assert f'{extra} = ["{package}' in declared
         assert extra in compose.EXTRAS.values()
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--multirun", "seed=0"], True),
-        (["-m"], True),
-        (["--mul"], True),
-        (["hydra.mode=MULTIRUN"], True),
-        (["seed=0,1"], False),
-        (["--cfg", "job"], False),
-    ],
-)
-def test_what_is_a_sweep(words, expected):
-    assert compose.is_sweep(words) is expected
+def test_what_is_a_sweep():
+    for words in (["--multirun", "seed=0"], ["-m"], ["--mul"], ["hydra.mode=MULTIRUN"]):
+        assert compose.is_sweep(words) is True
+    for words in (["seed=0,1"], ["--cfg", "job"]):
+        assert compose.is_sweep(words) is False
 
 
 def test_finished_runs_are_left_alone(in_tmp, capsys, tiny_run):
@@ -216,13 +209,9 @@ def test_finished_runs_are_left_alone(in_tmp, capsys, tiny_run):
 def test_workers_save_when_the_command_is_stopped(in_tmp, number):
     words = ["train", "--multirun", "sweep=local", *TINY, "recipe.steps=100000", "name=long"]
     words += ["record.evaluate_every_steps=100000", "record.checkpoint_every_seconds=3600"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsrun", *words, "seed=0,1,2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    words = [sys.executable, "-m", "capsrun", *words, "seed=0,1,2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, process_group=0, **pipes)
     runs = [in_tmp / "runs" / "long" / f"seed{seed}" for seed in (0, 1)]
     try:
         limit = time.monotonic() + 300
