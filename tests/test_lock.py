@@ -133,7 +133,7 @@ def test_training_refuses_a_run_at_which_another_process_is_at_work(in_tmp, monk
             patch.setattr("capsrun.commands.train.load_dataset", lambda *_: 1 / 0)
             assert cli.main(words) == os.EX_TEMPFAIL
         with monkeypatch.context() as patch:
-            patch.setattr("capsrun.runs.folder.refuse_if_locked", lambda _: None)
+            patch.setattr("capsrun.disk.refuse_if_locked", lambda _: None)
             assert cli.main(words) == os.EX_TEMPFAIL
         other.kill()
     said = capsys.readouterr().err
