@@ -181,7 +181,7 @@ def test_logging_costs_little(tmp_path, monkeypatch):
     timed(train_command, "training_loop")
     timed(Writer, "log")
     monkeypatch.setattr(train_command, "resolve_device", lambda _: one_thread())
-    narrow = ["model.conv1_channels=32", "model.primary_types=4", "recipe.batch_size=32"]
+    narrow = ["model.conv1_channels=32", "model.primary_types=4"]
     length = ["recipe.epochs=null", "recipe.steps=200", "record.evaluate_images=10"]
     config = train_config("dataset=mnist5k", "precision=fp32", *narrow, *length)
     train_command.train(config, tmp_path)
