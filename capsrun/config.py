@@ -237,7 +237,8 @@ class TrainConfig:
     def evaluation_steps(self, epoch_images: int) -> int:
         """After how many steps the model is tested: what `stop` or `record` says, or an epoch.
 
-        Never both: `record` decides no result, and where a run may stop its tests do.
+        `record` has no say where a run may stop (see `settings.py`): there, how often it is tested
+        decides what comes out.
         """
         chosen = self.stop.every_steps or self.record.evaluate_every_steps
         return chosen or math.ceil(epoch_images / self.recipe.batch_size)

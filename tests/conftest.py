@@ -100,23 +100,16 @@ def untrained(path: Path, *overrides: str) -> None:
     save_checkpoint(path, facts, 1, model=weights, optimizer=None, train_seconds=1.0)
 
 
-def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "capsrun", *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def run_python(*words: str, **options: Any) -> subprocess.CompletedProcess:
     """Run Python in a process of its own."""
     words = (sys.executable, *words)
     return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+
+def run_capsrun(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, as a user does."""
+    options = {"cwd": cwd, "env": {**os.environ, **environment}, "timeout": 300}
+    return run_python("-m", "capsrun", *arguments, **options)
 
 
 def has_logged(run_dir: Path) -> bool:

@@ -12,7 +12,6 @@ import torch
 from conftest import MNIST_DIR, load_data, without_root
 from torchvision import datasets
 
-from capsrun import cli
 from capsrun.data import official
 from capsrun.data.files import obtain
 from capsrun.errors import UserError
@@ -156,36 +155,28 @@ def test_sisters_of_mnist_are_verified_where_they_are_compressed(name, in_tmp, m
     assert [source.verified for source in load(name).sources] == [True, True, False, True]
 
 
-def refused(capsys, *arguments):
-    """What the command says in one line when it refuses."""
-    assert cli.main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    return message
-
-
-def test_missing_data_without_network_is_one_clear_message(in_tmp, monkeypatch, capsys):
+def test_missing_data_without_network_is_one_clear_message(in_tmp, monkeypatch, refused):
     monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE])
-    message = refused(capsys, "data", "dataset=mnist")
+    message = refused("data", "dataset=mnist")
     assert "data/MNIST/raw and could not be downloaded" in message
     for part in ("Connection refused", "CAPSRUN_DATA", "dataset=mnist5k works without a download"):
         assert part in message
     assert list(in_tmp.iterdir()) == [], "no empty folder stays"
 
 
-def test_what_cannot_be_read_or_written_is_one_clear_message(small_mnist, monkeypatch, capsys):
+def test_what_cannot_be_read_or_written_is_one_clear_message(small_mnist, monkeypatch, refused):
     path = small_mnist / f"{NAMES[0]}.gz"
     path.chmod(0)
     with without_root():
-        assert "Permission denied" in refused(capsys, "data", "dataset=mnist")
+        assert "Permission denied" in refused("data", "dataset=mnist")
     small_mnist.chmod(0)
     try:
         with without_root():
-            assert "cannot be read" in refused(capsys, "data", "dataset=mnist")
+            assert "cannot be read" in refused("data", "dataset=mnist")
     finally:
         small_mnist.chmod(0o755)
     monkeypatch.setenv("CAPSRUN_DATA", str(path))
-    assert "cannot be written" in refused(capsys, "data", "dataset=mnist")
+    assert "cannot be written" in refused("data", "dataset=mnist")
 
 
 class Mirror(http.server.SimpleHTTPRequestHandler):

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, needs_compiler, train_config
+from conftest import TINY, needs_compiler, run_python, train_config
 from torch.nn import functional as F
 
 from capsrun import errors
@@ -209,9 +208,7 @@ def test_triton_routing_is_routing():
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     script = "import test_fast; test_fast.check_triton_routing('cpu', test_fast.SMALL_ROUTINGS)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", script, env=environment)
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert done.returncode == 0, done.stderr
