@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if completion.WANTED in os.environ:
         completion.answer_shell(list(ALL))
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_anywhere()
     threading.excepthook = without_told_twice
     signals: list[int] = []
     with interruptible(signals):
@@ -167,6 +168,19 @@ def run_command(name: str, cfg: Any, overrides: list[str]) -> Any:
     errors.begin_run()
     config: Any = settings_for(compose.schema_of(name), cfg)
     return importlib.import_module(f"capsrun.commands.{name}").main(config, overrides)
+
+
+def print_anywhere() -> None:
+    """Let nothing that is printed end the program, whatever the terminal or log can show.
+
+    A character that it cannot show becomes `?`, and of a stream that is closed nobody reads.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ EXTRAS = {
     "hydra/launcher/ray": "ray",
     "hydra/sweeper/optuna": "optuna",
 }
+# What Hydra reads as the text that it is.
+PLAIN = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_/][a-z_0-9/.-]*", re.ASCII | re.IGNORECASE)
 # What Hydra and OmegaConf let through where words or files are not what they expect.
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
 # Options of Hydra, with the values that some have.
@@ -85,7 +87,8 @@ def _compose(name: str, overrides: Sequence[str] = ()) -> Any:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-            return hydra.compose(config_name=name, overrides=list(overrides))
+            words = [as_typed(name, word, several=False) for word in overrides]
+            return hydra.compose(config_name=name, overrides=words)
     finally:
         GlobalHydra.instance().hydra = running
 
@@ -99,7 +102,8 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *arguments]
+    words = [as_typed(name, word, is_sweep(arguments)) for word in arguments]
+    saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *words]
     # Hydra then raises what goes wrong instead of printing it and ending the program.
     saved_mode = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -114,6 +118,42 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_mode
+
+
+def as_typed(command: str, word: str, several: bool) -> str:
+    """An override whose value Hydra takes as it was typed, where that is a name or a path.
+
+    Hydra would read some as numbers (12e4567), flags or interpolations, and refuse others (a=b, é).
+    What is in quotes or brackets is written in Hydra's own way and stays as it is, as `null` does
+    and, in a sweep (`several`), what its functions make; commas there are between values.
+    """
+    from capsrun.settings import is_text
+
+    key, _, value = word.partition("=")
+    written_for_hydra = value in ("", "null") or value[0] in "'\"["
+    if written_for_hydra or PLAIN.fullmatch(value):
+        return word
+    if not is_text(schema_of(command), key.lstrip("+")):
+        return word
+    if not several:
+        return f"{key}={in_quotes(value)}"
+    if re.search(r"['\"(]", value):
+        return word
+    return f"{key}={','.join(map(in_quotes, value.split(',')))}"
+
+
+def quoted(value: Any) -> str:
+    """A value, a path say, as it is written in an override: in quotes where it needs them."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = str(value)
+    return text if re.fullmatch(r"[\w./+-]+", text, re.ASCII) else in_quotes(text)
+
+
+def in_quotes(text: str) -> str:
+    """Text as Hydra's grammar has it, none of it an interpolation."""
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return "'" + re.sub(r"(\\*)\$\{", r"\1\1\\${", text) + "'"
 
 
 def composed(name: str, arguments: Sequence[str]) -> tuple[Any, list[str]] | None:

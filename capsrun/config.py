@@ -15,13 +15,15 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
+    path: bool | None = None,
 ) -> Any:
     """A dataclass field with the values that it may take: bounds or choices.
 
-    `above` and `below` are exclusive. For a list the bounds hold for each element.
+    `above` and `below` are exclusive. For a list the bounds hold for each element. path: it is one
+    of a file or a folder, in which `~` is the user's own.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    limits = {**bounds, "choices": choices}
+    limits = {**bounds, "choices": choices, "path": path}
     return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
 
 
@@ -30,7 +32,7 @@ class DatasetConfig:
     """Which images, and how training changes them. Values: `configs/dataset/`."""
 
     name: str
-    data_dir: str
+    data_dir: str = setting(path=True)
     """Folder that holds (or will hold) the data sets."""
     image_px: int = setting(minimum=1)
     channels: int = setting(minimum=1)
@@ -106,7 +108,7 @@ class CNNConfig(ModelConfig):
 class RoutingConfig:
     """Routing between PrimaryCaps and DigitCaps. Values: `configs/model/capsnet.yaml`."""
 
-    iterations: int = setting(minimum=1)
+    iterations: int = setting(minimum=1, maximum=1_000)
     leaky: bool
     detach: bool
 
@@ -151,10 +153,10 @@ class RecipeConfig:
     """How long and how to optimise. Values: `configs/recipe/`."""
 
     name: str
-    steps: int | None = setting(minimum=1)
-    epochs: float | None = setting(above=0)
+    steps: int | None = setting(minimum=1, maximum=10**9)
+    epochs: float | None = setting(above=0, maximum=10**6)
     """Length in passes over the training images; exactly one of `steps` and `epochs` is set."""
-    batch_size: int = setting(minimum=1)
+    batch_size: int = setting(minimum=1, maximum=10**6)
     order: str = setting(choices=("uniform", "authors"))
     """How the training images are shuffled; see `data/batches.py`."""
     learning_rate: float = setting(above=0)
@@ -186,7 +188,7 @@ class RecordConfig:
     evaluate_images: int = setting(minimum=1)
     """How many test images an evaluation during training uses; the last one uses all."""
     checkpoint_every_seconds: float = setting(minimum=0)
-    tensorboard_points: int = setting(minimum=1)
+    tensorboard_points: int = setting(minimum=1, maximum=10**7)
     """How many points a curve in TensorBoard has at most; `metrics.jsonl` has all."""
     tensorboard_pictures: int = setting(minimum=1)
     """How many evaluations of a run draw reconstructions at most, beside the last one."""
@@ -218,7 +220,7 @@ class TrainConfig:
     name: str | None
     """Name of the run's folder; None: made from what was chosen on the command line."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
-    runs_dir: str
+    runs_dir: str = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
     compile: bool
@@ -248,11 +250,11 @@ class TrainConfig:
 class CheckpointConfig:
     """What every command needs that uses a trained model."""
 
-    checkpoint: str | None
+    checkpoint: str | None = setting(path=True)
     """A file, or a run's folder; None: that of the run which train makes for `dataset`."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
     """Picks the run whose checkpoint is the default."""
-    runs_dir: str
+    runs_dir: str = setting(path=True)
     dataset: DatasetConfig
 
 
@@ -260,9 +262,9 @@ class CheckpointConfig:
 class EvalConfig(CheckpointConfig):
     """Everything that `capsrun eval` needs; the model comes from the checkpoint."""
 
-    ensemble: list[str]
+    ensemble: list[str] = setting(path=True)
     """More checkpoints, whose scores are averaged with those of the first."""
-    out_dir: str | None
+    out_dir: str | None = setting(path=True)
     """None: a folder in the run's; for a checkpoint that is no run's, in one named after it."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
@@ -286,7 +288,7 @@ class SweepConfig:
 
     digit: int | None = setting(minimum=0)
     index: int | None = setting(minimum=0)
-    image: str | None
+    image: str | None = setting(path=True)
     invert: str = setting(choices=("auto", "yes", "no"))
     low: float
     high: float
@@ -299,7 +301,7 @@ class SweepConfig:
 class PerturbConfig(CheckpointConfig):
     """Everything that `capsrun perturb` needs; the model comes from the checkpoint."""
 
-    out_dir: str | None
+    out_dir: str | None = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     perturb: SweepConfig
 
@@ -322,7 +324,7 @@ class ExploreSettings:
 class ExploreConfig(CheckpointConfig):
     """Everything that `capsrun explore` needs; the model comes from the checkpoint."""
 
-    out: str | None
+    out: str | None = setting(path=True)
     """The file to write; None: in the run's folder, see `output_folder`."""
     device: str = setting(choices=("auto", "cpu", "cuda"))
     explore: ExploreSettings
@@ -332,7 +334,7 @@ class ExploreConfig(CheckpointConfig):
 class ExportConfig(CheckpointConfig):
     """Everything that `capsrun export` needs; the model comes from the checkpoint."""
 
-    out_dir: str | None
+    out_dir: str | None = setting(path=True)
     format: str = setting(choices=("onnx", "torch", "all"))
 
 
@@ -340,8 +342,8 @@ class ExportConfig(CheckpointConfig):
 class DataConfig:
     """Everything that `capsrun data` needs."""
 
-    runs_dir: str
-    out_dir: str | None
+    runs_dir: str = setting(path=True)
+    out_dir: str | None = setting(path=True)
     samples: int = setting(minimum=1, maximum=100)
     """How many images of each class the contact sheet shows."""
     statistics_images: int = setting(minimum=1)
@@ -353,13 +355,13 @@ class DataConfig:
 class BenchConfig:
     """Everything that `capsrun bench` needs. Values: `configs/bench.yaml`."""
 
-    runs_dir: str
-    out_dir: str | None
+    runs_dir: str = setting(path=True)
+    out_dir: str | None = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
-    rounds: int = setting(minimum=3)
+    rounds: int = setting(minimum=3, maximum=1_000)
     """How many turns everything gets."""
-    turn_seconds: float = setting(above=0)
+    turn_seconds: float = setting(above=0, maximum=3_600)
     """Work is repeated for about so long in a turn."""
     spread_percent: float = setting(above=0)
     """A figure whose turns differ by more (interquartile range) is not quoted."""

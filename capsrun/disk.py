@@ -10,7 +10,7 @@ import platform
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ LOCK = ".lock"
 # `holder` takes a lock for a moment, to see whether it can; whoever wants it then tries again.
 RETRY_SECONDS, PAUSE_SECONDS = 0.5, 0.02
 # The largest text that capsrun writes is the metrics.jsonl of a long run, with a few MB.
-MOST_TEXT_BYTES, MOST_YAML_BYTES = 50_000_000, 100_000
+MOST_TEXT_BYTES, MOST_YAML_BYTES, MOST_OWNER_BYTES = 50_000_000, 100_000, 1_000
 
 
 @contextlib.contextmanager
@@ -135,12 +135,17 @@ def read_yaml(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def locked(path: Path, doing: str | None = None) -> Iterator[None]:
+def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]:
     """Hold the lock that is a file of this path; the system takes it back from a dead process.
 
+    Gives a function that tells whether it is still held: who deletes the file lets others take it.
+
     doing: what its owner does meanwhile: then whoever holds it now is waited for, and a line says
-    so. Else raises Busy, naming the owner, if it is taken.
+    so. Else raises Busy, naming the owner, if it is taken; and UserError where something else than
+    a plain file is there, a link say.
     """
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(f"{path} is no plain file, as capsrun's locks are; delete it")
     lock = FileLock(path, poll_interval=PAUSE_SECONDS, thread_local=False)
     try:
         try:
@@ -157,9 +162,12 @@ def locked(path: Path, doing: str | None = None) -> Iterator[None]:
         )
     try:
         since = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
-        with contextlib.suppress(OSError):  # a full disk, of which others will tell
-            _owner(path).write_text(f"process {os.getpid()} on {platform.node()} since {since}")
-        yield
+        # A full disk, of which others will tell. Replaced, so that no link is followed.
+        with contextlib.suppress(OSError), replacing(_owner(path)) as temporary:
+            owner = f"process {os.getpid()} on {platform.node()} since {since}"
+            temporary.write_text(owner, encoding="utf-8")
+        mine = _identity(path)
+        yield lambda: _identity(path) == mine
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, or the disk full
             _owner(path).unlink(missing_ok=True)
@@ -189,10 +197,19 @@ def _taken(path: Path) -> str:
     return f"{path.parent} is in use by {_owner_of(path)}"
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file this is, whatever it is called; None where there is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _owner_of(path: Path) -> str:
     try:
-        return _owner(path).read_text() or "another process"
-    except OSError:
+        return read_bytes(_owner(path), MOST_OWNER_BYTES).decode() or "another process"
+    except (OSError, ValueError):
         return "another process"
 
 

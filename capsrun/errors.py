@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import signal
 import sys
 import threading
@@ -45,8 +46,15 @@ class Stopped(Exception):
 
 
 def process_rank() -> tuple[int, int]:
-    """Which of how many processes of a `torchrun` job this is; (0, 1) without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Which of how many processes of a `torchrun` job this is; (0, 1) without one.
+
+    Other launchers leave one of the two variables, or what is no number; that says nothing.
+    """
+    said = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not all(re.fullmatch("[0-9]{1,9}", value) for value in said):
+        return 0, 1
+    rank, count = map(int, said)
+    return (rank, count) if rank < count else (0, 1)
 
 
 # What the user was told during this run: its result repeats it.

@@ -1,18 +1,20 @@
 """What a run is called, which run a command takes by default, and which command makes it."""
 
+import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsrun.compose import compose, group_choices
+from capsrun.compose import compose, group_choices, quoted
 from capsrun.config import CapsNetConfig, DatasetConfig, ModelConfig, TrainConfig
 from capsrun.data import known
 from capsrun.settings import differing_keys, from_dict, role
 
 # These choices make the first part of a run's name.
 FIRST_IN_NAME = ("dataset", "model", "recipe")
+MOST_BYTES = 200  # file systems take 255, and something may be put before or after it
 
 
 def run_name(config: TrainConfig, overrides: Iterable[str]) -> str:
@@ -35,7 +37,15 @@ def with_choices(base: str, overrides: Iterable[str]) -> str:
         is_length = override in ("recipe.epochs=null", "recipe.steps=null")  # the other one says it
         if role(key).name and not is_length:
             chosen.append(re.sub(r"[^\w.-]+", "_", f"{key}-{value}").strip("_"))
-    return "+".join([base, *sorted(chosen)])
+    return shortened("+".join([base, *sorted(chosen)]))
+
+
+def shortened(name: str) -> str:
+    """A name that every file system takes: the end of a long one is told by its hash."""
+    if len(name.encode()) <= MOST_BYTES:
+        return name
+    start = name.encode()[: MOST_BYTES - 9].decode(errors="ignore").rpartition("+")[0]
+    return f"{start}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def must_match(dataset: DatasetConfig, split: str) -> list[str]:
@@ -118,16 +128,6 @@ def folder_words(config: Any) -> list[str]:
 def word(key: str, value: Any) -> str:
     """An override that Hydra understands, whatever characters the value has."""
     return f"{key}={quoted(value)}"
-
-
-def quoted(value: Any) -> str:
-    """A value, a path say, as it is written in an override: in quotes where it needs them."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    text = str(value)
-    if re.fullmatch(r"[\w./+-]+", text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def command(*words: str) -> str:

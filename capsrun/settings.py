@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -144,7 +145,20 @@ def from_dict(schema: type[Config], values: Any) -> Config:
         raise UserError(f"this is not a configuration: {error}") from error
     check_ranges(config)
     _check_together(config)
+    _expand_home(config)
     return config
+
+
+def _expand_home(config: Any) -> None:
+    """Put the user's own folder in place of a leading `~` of every path."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _expand_home(value)
+        elif field.metadata.get("path") and value is not None:
+            several = isinstance(value, list)
+            expanded = [os.path.expanduser(path) for path in (value if several else [value])]
+            setattr(config, field.name, expanded if several else expanded[0])
 
 
 def _check_stored(value: Any) -> None:
@@ -225,6 +239,8 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"{key} is {value!r}{hint}; it can be one of: {allowed}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key} is {value}; it must be a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{key} is {value}; it must be below 2^63")
     for name, (said, keeps) in LIMITS.items():
         if name in limits and not keeps(value, limits[name]):
             raise UserError(f"{key} is {value}; it must be {said} {limits[name]}")
@@ -232,27 +248,39 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 def allowed_values(schema: type, key: str) -> list[str]:
     """What a setting (its name with dots) may be, as it is written; empty where that is endless."""
-    kinds = [schema]
-    *sections, name = key.split(".")
-    for section in sections:
-        nested = [part for kind in kinds for part in _types(kind, section)]
-        parts = [p for p in nested if isinstance(p, type) and dataclasses.is_dataclass(p)]
-        # A model or a loss is of one of several kinds.
-        kinds = [kind for part in parts for kind in (part, *part.__subclasses__())]
     found: dict[str, None] = {}
-    for kind in kinds:
-        for field in dataclasses.fields(kind):
-            if field.name == name:
-                is_flag = bool in _types(kind, name)
-                values = ("true", "false") if is_flag else field.metadata.get("choices", ())
-                found |= dict.fromkeys(values)
+    for field in _fields(schema, key):
+        flag = ("true", "false") if bool in _types(field) else ()
+        found |= dict.fromkeys(flag or field.metadata.get("choices", ()))
     return list(found)
 
 
-def _types(schema: type, name: str) -> tuple[Any, ...]:
-    """The types that a field may have: one, or those of a union; none where there is no field."""
-    types = [field.type for field in dataclasses.fields(schema) if field.name == name]
-    return get_args(types[0]) or tuple(types) if types else ()
+def is_text(schema: type, key: str) -> bool:
+    """Whether a setting (its name with dots) is free text: a name or a path, or several of them."""
+    return any(str in _types(f) and "choices" not in f.metadata for f in _fields(schema, key))
+
+
+def _fields(schema: type, key: str) -> list[dataclasses.Field[Any]]:
+    """The field of a setting (its name with dots) in every kind of model, loss, … that has it."""
+    kinds = [schema]
+    *sections, name = key.split(".")
+    for section in sections:
+        nested = [
+            part for kind in kinds for field in _named(kind, section) for part in _types(field)
+        ]
+        parts = [p for p in nested if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        # A model or a loss is of one of several kinds.
+        kinds = [kind for part in parts for kind in (part, *part.__subclasses__())]
+    return [field for kind in kinds for field in _named(kind, name)]
+
+
+def _named(schema: type, name: str) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(schema) if field.name == name]
+
+
+def _types(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    """The types that a field may have: one, those of a union, or those of a list's elements."""
+    return get_args(field.type) or (field.type,)
 
 
 def _check_together(config: Any) -> None:
@@ -265,6 +293,8 @@ def _check_together(config: Any) -> None:
         _check_stop(config)
         if config.name is not None and not is_name(config.name):
             raise UserError(f"name={config.name} does not name a folder below runs_dir")
+        if any(len(os.fsencode(part)) > 255 for part in PurePath(config.name or "").parts):
+            raise UserError(f"name={config.name[:40]}… is longer than a file system takes")
 
 
 def _check_recipe(recipe: RecipeConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from capsrun.config import TrainConfig
+from capsrun.config import TrainConfig, setting
 from capsrun.errors import UserError, did_you_mean
 from capsrun.names import folder_words, model_words, suggest
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
@@ -27,7 +27,7 @@ STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
 class ListConfig:
     """What it needs. Values: `configs/list.yaml`."""
 
-    runs_dir: str
+    runs_dir: str = setting(path=True)
     name: str | None
     """Only runs whose folder has this in its name; None: all."""
     json: bool

@@ -9,6 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from capsrun import disk
+from capsrun.config import setting
 from capsrun.disk import LOCK, locked, replacing
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
@@ -30,11 +31,11 @@ KEPT_BYTES = 500_000
 class ReportConfig:
     """What it needs. Values: `configs/report.yaml`."""
 
-    sources: list[str]
-    runs_dir: str
-    out_dir: str
-    keep: str | None
-    update: list[str]
+    sources: list[str] = setting(path=True)
+    runs_dir: str = setting(path=True)
+    out_dir: str = setting(path=True)
+    keep: str | None = setting(path=True)
+    update: list[str] = setting(path=True)
     """Markdown files with a place for tables of the report; see `update_tables`."""
 
 

@@ -70,8 +70,8 @@ class ReproduceConfig:
     only_plan: bool
     timing: bool
     minutes: float | None = setting(above=0)
-    parallel: int = setting(minimum=1)
-    runs_dir: str
+    parallel: int = setting(minimum=1, maximum=1_000)
+    runs_dir: str = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
 
 

@@ -1,0 +1,88 @@
+"""What is set outside of capsrun does not change what it does: encodings, launchers' variables."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from capsrun import disk
+from capsrun.cli import main
+from capsrun.errors import Busy, UserError, process_rank
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "shift_jis"])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["list"], ["nonsense"]])
+def test_a_terminal_that_lacks_a_character_shows_another(monkeypatch, in_tmp, encoding, words):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with contextlib.suppress(SystemExit):  # by which Hydra's own help ends
+        assert main(words) == (2 if words == ["nonsense"] else 0)
+    for stream in streams:
+        stream.flush()
+    printed = b"".join(stream.buffer.getvalue() for stream in streams)
+    assert b"capsrun" in printed
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_ends_nothing(tmp_path, closed):
+    command = f"{sys.executable} -m capsrun list runs_dir=none {closed}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "found"),
+    [
+        ("", "", (0, 1)),
+        ("x", "2", (0, 1)),
+        (None, "2", (0, 1)),
+        ("1", None, (0, 1)),
+        ("-1", "2", (0, 1)),
+        ("²", "3", (0, 1)),
+        ("5", "2", (0, 1)),
+        ("1", "2", (1, 2)),
+    ],
+)
+def test_variables_of_launchers_count_as_a_pair_of_numbers(monkeypatch, rank, count, found):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", count)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert process_rank() == found
+
+
+def test_a_lock_that_is_no_plain_file_is_refused_and_nothing_is_written(tmp_path):
+    """In a run from somebody else a `.lock` may be a link to any file of one's own."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(UserError, match="no plain file"), disk.locked(tmp_path / ".lock"):
+        pass
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock-owner").symlink_to(precious)
+    with disk.locked(tmp_path / ".lock"):
+        assert "process" in (tmp_path / ".lock-owner").read_text()
+    assert precious.read_text() == "mine"
+
+
+def test_a_pipe_in_place_of_a_lock_or_its_owner_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    assert disk.holder(tmp_path / ".lock") is None
+    (tmp_path / ".lock").unlink()
+    with disk.locked(tmp_path / ".lock"):
+        (tmp_path / ".lock-owner").unlink()
+        os.mkfifo(tmp_path / ".lock-owner")
+        with pytest.raises(Busy, match="another process"):
+            disk.refuse_if_locked(tmp_path / ".lock")
+
+
+def test_who_holds_a_lock_sees_that_its_file_was_deleted(tmp_path):
+    with disk.locked(tmp_path / ".lock") as is_held:
+        assert is_held()
+        (tmp_path / ".lock").unlink()
+        assert not is_held()
+        (tmp_path / ".lock").touch()
+        assert not is_held()

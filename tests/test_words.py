@@ -1,0 +1,90 @@
+"""Names and paths on the command line stay what was typed, whatever else they could mean."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import TINY, train_config
+
+from capsrun.cli import main
+from capsrun.compose import as_typed, compose
+from capsrun.errors import UserError
+from capsrun.names import run_name, word
+
+NAMES = [
+    *("12e4567", "1_000", "1.10", "1e5", "0x1f", "007", "true", "Yes", "NULL", "inf", "nan", "-1"),
+    *("epoch=9-step=4690.ckpt", "übung", "a,b", "a(b)", "[x]y"[1:], "a{b}", "a#b", "a;b", "a&b"),
+    *("x${seed}", "${seed}", "${oc.env:HOME}", "$5", "it's", 'a"b', "a\\b", "a\\", "a\\'b", "a:b"),
+    *("a b", "a@b", "a!b", "?", "*", "%", "日本", "a|b", "a<b>c", "`a`", "a\\${b}"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_what_was_typed(name):
+    # So it is as capsrun itself writes it, for a shell to take.
+    paths = [f"dataset.data_dir={name}", f"runs_dir={name}", word("checkpoint", name)]
+    config = compose("eval", paths)
+    assert [config.dataset.data_dir, config.runs_dir, config.checkpoint] == [name] * 3
+
+
+def test_hydras_own_way_to_write_them_stays():
+    assert compose("train", ["name='a b'"]).name == "a b"
+    assert compose("train", ["name=null"]).name is None
+    assert compose("train", ['name="n${seed}"', "seed=3"]).name == "n3"
+    assert compose("eval", ["ensemble=[a,'b=c']"]).ensemble == ["a", "b=c"]
+    assert as_typed("train", "name=a,1e5", several=True) == "name='a','1e5'"
+    assert as_typed("train", "name=choice(a,b)", several=True) == "name=choice(a,b)"
+    assert as_typed("train", "recipe.steps=1_0", several=False) == "recipe.steps=1_0"
+    assert as_typed("train", "--config-dir=a=b", several=False) == "--config-dir=a=b"
+
+
+def test_a_run_of_such_a_name_goes_into_its_folder(in_tmp, capsys):
+    assert main(["train", *TINY, "recipe.steps=1", "name=12e4567", "runs_dir=~é=1"]) == 0
+    assert Path("~é=1/12e4567/seed0/result.json").exists()
+    assert main(["list", "runs_dir=~é=1", "name=12e"]) == 0
+    assert "12e4567" in capsys.readouterr().out
+
+
+def test_a_sweep_over_names(in_tmp, capsys):
+    assert main(["list", "name=1e5,é", "--multirun"]) == 0
+
+
+def test_home_is_meant_by_a_tilde_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = train_config("runs_dir=~/exps", "dataset.data_dir=~/data", "name=~")
+    assert config.runs_dir == f"{tmp_path}/exps"
+    assert config.dataset.data_dir == f"{tmp_path}/data"
+    assert config.name == "~"
+    assert not os.path.exists("~")
+
+
+def test_a_long_name_is_shortened_readably():
+    words = [f"model.decoder_widths=[{width},16]" for width in range(1, 40)]
+    config = train_config(words[0])
+    name = run_name(config, words)
+    assert len(name.encode()) <= 200
+    assert name.startswith("mnist-capsnet-quick+model.decoder_widths-_10_16+")
+    assert name != run_name(config, words[:-1])
+    assert run_name(config, words[:2]).endswith("+model.decoder_widths-_2_16")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a/" + "é" * 128])
+def test_a_name_that_no_file_system_takes_is_refused(name):
+    with pytest.raises(UserError, match="longer than a file system takes"):
+        train_config(f"name={name}")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "record.tensorboard_points=99999999999999999999",
+        "record.evaluate_images=9223372036854775808",
+        "recipe.batch_size=1000000000",
+        "routing.iterations=2147483648",
+        "recipe.steps=9223372036854775807",
+        "recipe.epochs=1e300",
+    ],
+)
+def test_numbers_beyond_any_sense_are_refused_at_the_start(word):
+    with pytest.raises(UserError, match=rf"{word.partition('=')[0]} is .*; it must be"):
+        train_config(*(["recipe.epochs=null"] if "steps" in word else []), word)
