@@ -139,6 +139,8 @@ def run(arguments: Sequence[str], signals: Sequence[int]) -> int:
 
 def answer(name: str, arguments: list[str]) -> None:
     """Do what the words after `capsrun` ask for. Raises what the command raises."""
+    if name == "help" and arguments:
+        name, arguments = arguments[0], [*arguments[1:], "--help"]
     if name in ("-h", "--help", "help"):
         print(usage(), flush=True)
     elif name == "--version":
@@ -149,6 +151,11 @@ def answer(name: str, arguments: list[str]) -> None:
         raise UserError(compose.describe_unknown_command(name, list(ALL)))
     else:
         refuse_several_processes(name, arguments)
+        if any(word in ("-h", "--help") for word in arguments):
+            from capsrun.help import command_help
+
+            words = [word for word in arguments if not word.startswith("-")]
+            return print(command_help(name, *COMMANDS[name], words), flush=True)
         arguments = [compose.FLAGS.get(name, {}).get(word, word) for word in arguments]
         compose.refuse_unknown_options(name, arguments)
         # Hydra wants the settings side by side: an option between them ends them.
@@ -251,8 +258,8 @@ def usage() -> str:
         lines += [f"  {'':<10}    {command.example}"]
     lines += [
         "",
-        "After the command everything is Hydra: `capsrun train --help` lists the choices and the",
-        "settings, `--cfg job` shows them composed, `--multirun seed=0,1,2` runs several.",
+        "`capsrun train --help` lists the choices and settings of a command, and what they mean. It",
+        "is all Hydra's: `--cfg job` shows them composed, `--multirun seed=0,1,2` makes three runs.",
         "",
         "First steps: `capsrun train dataset=mnist5k` (5,000 digits, no download), `capsrun list`.",
     ]

@@ -78,7 +78,13 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
         raise UserError(describe_hydra_error(error, name, overrides)) from error
 
 
-def _compose(name: str, overrides: Sequence[str] = ()) -> Any:
+def choices_made(name: str, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Which dataset, model, … a command's overrides choose; those that are none are left out."""
+    made = _compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
+    return {group: made[group] for group in group_choices(name) if made.get(group)}
+
+
+def _compose(name: str, overrides: Sequence[str] = (), **how: Any) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -88,7 +94,7 @@ def _compose(name: str, overrides: Sequence[str] = ()) -> Any:
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
             words = [as_typed(name, word, several=False) for word in overrides]
-            return hydra.compose(config_name=name, overrides=words)
+            return hydra.compose(config_name=name, overrides=words, **how)
     finally:
         GlobalHydra.instance().hydra = running
 

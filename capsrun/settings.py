@@ -255,6 +255,22 @@ def allowed_values(schema: type, key: str) -> list[str]:
     return list(found)
 
 
+def limits_of(schema: type, key: str) -> str:
+    """What a setting (its name with dots) may be, in a few words; empty for none of this schema."""
+    if allowed := allowed_values(schema, key):
+        return " | ".join(allowed)
+    field = next(iter(_fields(schema, key)), None)
+    if field is None or any(map(dataclasses.is_dataclass, _types(field))):
+        return ""
+    if str in _types(field):
+        return "path" if "path" in field.metadata else "text"
+    what = "number" if float in _types(field) else "whole number"
+    # The largest number that a computer has is no news.
+    kept = [name for name in LIMITS if abs(field.metadata.get(name, math.inf)) < 2**62]
+    limits = ", ".join(f"{LIMITS[name][0]} {field.metadata[name]:,}" for name in kept)
+    return f"{what} {limits}".rstrip()
+
+
 def is_text(schema: type, key: str) -> bool:
     """Whether a setting (its name with dots) is free text: a name or a path, or several of them."""
     return any(str in _types(f) and "choices" not in f.metadata for f in _fields(schema, key))

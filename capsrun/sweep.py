@@ -22,6 +22,7 @@ from tabulate import tabulate
 from capsrun.compose import compose, start_hydra, task_words
 from capsrun.disk import read_json, write_json
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, handling
+from capsrun.names import with_choices
 from capsrun.terminal import BOLD, styled
 
 # Checks the composed settings of a command, does its work, and returns what its `main` does.
@@ -36,6 +37,7 @@ class Outcome:
     code: int | None = None
     """The exit code that it would have alone; None: it runs, or was killed."""
     message: str = "ended without a word (killed? out of memory?)"
+    error_percent: float | None = None
     validation_error_percent: float | None = None
     process: tuple[str, int] = field(default_factory=lambda: (platform.node(), os.getpid()))
 
@@ -73,6 +75,8 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{number}.json", asdict(outcome))
         print(f"\n{styled(f'{outcome.job}:', BOLD)}", flush=True)
+        if cfg.get("name") is not None and self.command == "train":
+            cfg.name = with_choices(cfg.name, own)  # else the jobs would share a folder
         with handling(interrupt):
             finish(outcome, lambda: self.run_command(self.command, cfg, words))
         write_json(self.folder / f"{number}.json", asdict(outcome))
@@ -125,9 +129,10 @@ def finish(outcome: Outcome, work: Callable[[], Any]) -> None:
         outcome.code, outcome.message = 1, f"failed: {first_line(error)}"
     else:
         outcome.code, outcome.message = 0, "finished"
-        scores = result.get("scores", {}) if isinstance(result, dict) else {}
-        validation = scores.get("validation", {})
-        outcome.validation_error_percent = validation.get("error_percent")
+        if isinstance(result, dict):
+            outcome.error_percent = result.get("error_percent")
+            validation = result.get("scores", {}).get("validation", {})
+            outcome.validation_error_percent = validation.get("error_percent")
 
 
 def first_line(error: Exception) -> str:
@@ -136,12 +141,20 @@ def first_line(error: Exception) -> str:
 
 
 def show_summary(outcomes: Sequence[Outcome]) -> None:
-    """Print the errors on validation images, how many jobs finished, and why the others did not."""
-    tested = [job for job in outcomes if job.validation_error_percent is not None]
-    rows = sorted((job.validation_error_percent, job.job) for job in tested)
+    """Print what each job found, how many finished, and why the others did not.
+
+    In the order of their errors on validation images, where there are some; else as they were made:
+    the one of the lowest test error is no result.
+    """
+    tested = [job for job in outcomes if job.error_percent is not None]
+    tested.sort(key=lambda job: job.validation_error_percent or 0.0)
+    rows = [[job.validation_error_percent, job.error_percent, job.job] for job in tested]
+    heads = ["validation error (%)", "test error (%)", "job"]
+    if all(row[0] is None for row in rows):
+        rows, heads = [row[1:] for row in rows], heads[1:]
     if rows:
-        head = ("validation error (%)", "job")
-        print("\n" + tabulate(rows, head, "plain", floatfmt=".2f", disable_numparse=[1]))
+        table = tabulate(rows, heads, "plain", floatfmt=".2f", disable_numparse=[len(heads) - 1])
+        print(f"\n{table}")
     others = [outcome for outcome in outcomes if outcome.code != 0]
     rest = f", {len(others)} not" if others else ""
     print(f"\nsweep: {len(outcomes) - len(others)} finished{rest}", flush=True)
