@@ -27,7 +27,9 @@ def build_model(
     plan_model(model, routing, dataset)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _make(model, routing, dataset)
+        made = _make(model, routing, dataset)
+    made.standardised = dataset.standardise
+    return made
 
 
 def plan_model(model: ModelConfig, routing: RoutingConfig | None, dataset: DatasetConfig) -> Model:

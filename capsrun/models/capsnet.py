@@ -18,6 +18,7 @@ from capsrun.config import CapsNetConfig, OtherRoutingConfig, RoutingConfig
 from capsrun.errors import UserError, did_you_mean
 from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
+from capsrun.models.inputs import check_images, check_labels
 from capsrun.models.routing import RoutingIteration, capsule_votes, route, squash
 
 ROUTINGS = {
@@ -109,6 +110,8 @@ class CapsNet(nn.Module):
 
     fast = triton = frequency = False
     """Which ways of `models/fast/` to take: they compute the same numbers, to rounding."""
+    standardised = False
+    """Whether it was trained on images of mean 0 and standard deviation 1; see `standardise`."""
 
     def __init__(
         self,
@@ -170,6 +173,7 @@ class CapsNet(nn.Module):
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """
+        check_images(images_BCHW, self.channels, self.image_px, self.standardised)
         maps = padded(images_BCHW[..., : self.seen_px, : self.seen_px], self.conv1_pads)
         maps = padded(fast.conv2d(self.conv1, maps, self.fast), self.primary_pads)
         maps = fast.relu_conv2d(maps, self.primarycaps.weight, 2, self.fast, self.frequency)
@@ -250,7 +254,10 @@ class CapsNet(nn.Module):
         """Classify images, and reconstruct each class in `labels_BT` where there is a decoder.
 
         noise_B: not used, as nothing in this network is drawn at random.
+        Raises ValueError for images and labels that this network was not made for.
         """
+        if labels_BT is not None:
+            check_labels(labels_BT, len(images_BCHW), self.classes)
         capsules_BJD = self.encode(images_BCHW)
         lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
         reconstructions = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from capsrun.config import CNNConfig
 from capsrun.data.batches import random_unit
 from capsrun.models.initialisation import initialise_as_authors
+from capsrun.models.inputs import check_images
 
 
 class CNNOutput(NamedTuple):
@@ -39,6 +40,7 @@ class CNN(nn.Module):
 
     fast = triton = frequency = False
     """It has nothing to compute in another way, but is set like CapsNet's."""
+    standardised = False
     decoder = None
 
     def __init__(
@@ -87,7 +89,9 @@ class CNN(nn.Module):
 
         labels_BT: not used. noise_B: a random number for each image, int64, from which follows what
         dropout drops; None, as in testing: it drops nothing.
+        Raises ValueError for images that this network was not made for.
         """
+        check_images(images_BCHW, self.channels, self.image_px, self.standardised)
         hidden_BU = self.hidden(self.convolutions(images_BCHW).flatten(1))
         if noise_B is not None and self.config.dropout > 0:
             hidden_BU = drop_out(hidden_BU, self.config.dropout, noise_B)

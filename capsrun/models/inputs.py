@@ -1,0 +1,64 @@
+"""What a network takes, and one sentence for what it was not made for.
+
+Shapes: B batch, C channels, H and W pixels, T digits in one image.
+"""
+
+import torch
+from torch import Tensor
+
+# What rounding may add to a pixel of 0 or 1.
+TOLERANCE = 1e-3
+
+
+def check_images(images_BCHW: Tensor, channels: int, image_px: int, standardised: bool) -> None:
+    """Raise ValueError for images of another shape, type or range than a network takes.
+
+    standardised: it was trained on images of mean 0 and deviation 1; else pixels are in [0, 1].
+    """
+    shape = (channels, image_px, image_px)
+    if images_BCHW.dim() != 4 or tuple(images_BCHW.shape[1:]) != shape:
+        found, wanted = (", ".join(map(str, s)) for s in (images_BCHW.shape, ("B", *shape)))
+        raise ValueError(f"images of shape ({found}), but this network takes ({wanted})")
+    if not images_BCHW.is_floating_point():
+        raise ValueError(f"images of {images_BCHW.dtype}: their pixels are to be floats in [0, 1]")
+    if not images_BCHW.numel() or not _can_be_read(images_BCHW):
+        return
+    low, high = map(float, images_BCHW.detach().aminmax())
+    # No number among n of mean 0 and deviation 1 is larger than √n.
+    least, most = (0.0, 1.0)
+    if standardised:
+        most = images_BCHW[0].numel() ** 0.5
+        least = -most
+    if not (low >= least - TOLERANCE and high <= most + TOLERANCE):  # which NaN is not either
+        wanted = "mean 0 and standard deviation 1 in each image" if standardised else "[0, 1]"
+        raise ValueError(f"images with pixels from {low:g} to {high:g}, not in {wanted}")
+
+
+def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
+    """Raise ValueError for labels that are not the classes (B, T) of the digits in each image."""
+    if labels_BT.dim() != 2 or len(labels_BT) != batch:
+        hint = "; of one digit an image they are labels[:, None]" if labels_BT.dim() == 1 else ""
+        raise ValueError(
+            f"labels of shape {tuple(labels_BT.shape)} for {batch} images: they are to have shape "
+            f"(B, T), T digits in each image{hint}"
+        )
+    if labels_BT.dtype != torch.int64:
+        raise ValueError(f"labels of {labels_BT.dtype}: they are to be int64, a class each")
+    if not labels_BT.numel() or not _can_be_read(labels_BT):
+        return
+    low, high = map(int, labels_BT.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels from {low} to {high}, but the classes are 0 to {classes - 1}")
+    rising_BT = labels_BT.sort(dim=1).values
+    if bool((rising_BT[:, 1:] == rising_BT[:, :-1]).any()):
+        raise ValueError(
+            "labels that name a class twice in one image: one-hot labels become classes by "
+            "labels.argmax(1, keepdim=True)"
+        )
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether its numbers are at hand: not while a program is traced or a graph is captured."""
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    captured = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not (traced or captured or tensor.device.type == "meta")

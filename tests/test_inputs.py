@@ -1,0 +1,82 @@
+"""What a network was not made for is refused, in one sentence, instead of giving wrong numbers."""
+
+import pytest
+import torch
+from conftest import train_config
+
+from capsrun.data.splits import standardise
+from capsrun.models import build_model
+
+MODELS = ["capsnet_small", "cnn_authors"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    config = train_config(f"model={request.param}")
+    return build_model(config.model, config.routing, config.dataset).eval()
+
+
+IMAGES = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (torch.nn.functional.pad(IMAGES, (6, 6, 6, 6)), r"\(3, 1, 40, 40\).* \(B, 1, 28, 28\)"),
+        (torch.nn.functional.pad(IMAGES, (0, 2)), r"\(3, 1, 28, 30\)"),
+        (IMAGES[..., :27, :27], r"\(3, 1, 27, 27\)"),
+        (IMAGES.expand(3, 3, 28, 28), r"\(3, 3, 28, 28\)"),
+        (IMAGES[:, 0], r"\(3, 28, 28\)"),
+        (IMAGES[0, 0], r"\(28, 28\)"),
+        ((255 * IMAGES).byte(), "images of torch.uint8: their pixels are to be floats"),
+        (255 * IMAGES, r"pixels from 0\.\d+ to 25\d\.\d+, not in \[0, 1\]"),
+        (2 * IMAGES - 1, r"pixels from -0\.99"),
+        ((IMAGES - 0.1307) / 0.3081, r"not in \[0, 1\]"),
+        (torch.full_like(IMAGES, float("nan")), "from nan to nan"),
+        (torch.where(IMAGES > 0.5, float("inf"), IMAGES), "to inf"),
+    ],
+)
+@torch.inference_mode()
+def test_images_that_a_network_does_not_take(model, images, reason):
+    with pytest.raises(ValueError, match=reason):
+        model(images)
+
+
+@torch.inference_mode()
+def test_images_that_it_takes(model):
+    model(IMAGES)
+    model(IMAGES[:0])
+    model(IMAGES.clamp(0, 1) + 1e-6)
+    model(torch.zeros(1, 1, 28, 28))
+
+
+@torch.inference_mode()
+def test_a_network_of_standardised_images_takes_those(model):
+    config = train_config("dataset.standardise=true", "model=capsnet_small")
+    other = build_model(config.model, config.routing, config.dataset)
+    other(standardise(IMAGES))
+    dot = torch.zeros(1, 1, 28, 28)
+    dot[0, 0, 5, 5] = 1
+    other(standardise(dot))
+    with pytest.raises(ValueError, match="not in mean 0 and standard deviation 1"):
+        other(255 * IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (torch.tensor([1, 2, 3]), r"labels of shape \(3,\) for 3 images: .* labels\[:, None\]"),
+        (torch.eye(10).long()[:3], r"one-hot .* labels\.argmax\(1, keepdim=True\)"),
+        (torch.eye(10)[:3], r"labels of torch\.float32"),
+        (torch.tensor([[1], [2]]), r"labels of shape \(2, 1\) for 3 images"),
+        (torch.tensor([[1], [2], [10]]), "labels from 1 to 10, but the classes are 0 to 9"),
+        (torch.tensor([[1], [-1], [3]]), "labels from -1"),
+        (torch.tensor([[1], [2], [3]]).byte(), "labels of torch.uint8"),
+    ],
+)
+@torch.inference_mode()
+def test_labels_that_a_capsnet_does_not_take(labels, reason):
+    config = train_config("model=capsnet_small")
+    model = build_model(config.model, config.routing, config.dataset)
+    with pytest.raises(ValueError, match=reason):
+        model(IMAGES, labels)
