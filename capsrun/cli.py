@@ -258,8 +258,8 @@ def usage() -> str:
         lines += [f"  {'':<10}    {command.example}"]
     lines += [
         "",
-        "`capsrun train --help` lists the choices and settings of a command and what they mean. They",
-        "are Hydra's: `--cfg job` shows them composed, `--multirun seed=0,1,2` makes three runs.",
+        "`capsrun train --help` lists the choices and settings of a command, and what they mean;",
+        "they are Hydra's: `--cfg job` shows them composed, `--multirun seed=0,1,2` runs three.",
         "",
         "First steps: `capsrun train dataset=mnist5k` (5,000 digits, no download), `capsrun list`.",
     ]
