@@ -310,7 +310,7 @@ def _check_together(config: Any) -> None:
         if config.name is not None and not is_name(config.name):
             raise UserError(f"name={config.name} does not name a folder below runs_dir")
         if any(len(os.fsencode(part)) > 255 for part in PurePath(config.name or "").parts):
-            raise UserError(f"name={config.name[:40]}… is longer than a file system takes")
+            raise UserError(f"name={str(config.name)[:40]}… is longer than a file system takes")
 
 
 def _check_recipe(recipe: RecipeConfig) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import run_python
 
 from capsrun import disk
 from capsrun.cli import main
@@ -86,3 +87,38 @@ def test_who_holds_a_lock_sees_that_its_file_was_deleted(tmp_path):
         assert not is_held()
         (tmp_path / ".lock").touch()
         assert not is_held()
+
+
+STYLE = """
+text.usetex: True
+image.origin: lower
+figure.facecolor: black
+text.color: white
+axes.labelcolor: white
+savefig.transparent: True
+savefig.dpi: 13
+font.size: 30
+lines.linewidth: 9
+"""
+
+
+@pytest.mark.parametrize("command", ["perturb", "eval"])
+def test_pictures_do_not_depend_on_what_is_set_for_matplotlib(
+    tiny_run, tmp_path, monkeypatch, command
+):
+    """Neither on a style in a matplotlibrc, nor on a backend, which a notebook sets."""
+    words = [command, "dataset=mnist5k", f"checkpoint={tiny_run}"]
+    words += ["perturb.digit=3"] if command == "perturb" else ["images=50"]
+    drawn = []
+    for name in ("plain", "styled"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "styled":
+            (folder / "matplotlibrc").write_text(STYLE)
+            monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        done = run_python("-m", "capsrun", *words, f"out_dir={folder}/out", cwd=folder)
+        assert (done.returncode, done.stderr) == (0, "")
+        pictures = sorted((folder / "out" / "pictures").iterdir())
+        drawn.append({path.name: path.read_bytes() for path in pictures})
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) >= 1

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from capsrun.disk import replacing
+
+# Pictures are the same for everyone, whatever style is set in a matplotlibrc.
+matplotlib.rcdefaults()
 
 DPI = 100
 BLOCKS_IN_A_ROW = 5  # of a sheet
