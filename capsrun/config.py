@@ -276,6 +276,8 @@ class EvalConfig(CheckpointConfig):
     mask: str = setting(choices=("label", "longest"))
     weights: str = setting(choices=("last", "averaged"))
     """The weights after the last step, or their moving average (`recipe.average`)."""
+    predictions: int = setting(minimum=0)
+    """Of how many of the images, from the first, `predictions.csv` has a line."""
     pictures: int = setting(minimum=1, maximum=100)
     """How many hits, and at most how many failures, are drawn."""
     routing_images: list[int] = setting(minimum=0)

@@ -5,6 +5,7 @@ Nothing here imports PyTorch.
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -71,11 +72,20 @@ def is_alive(process: int) -> bool:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write indented JSON, with lists of numbers on one line."""
-    text = json.dumps(values, indent=2, ensure_ascii=False)
+    """Write indented JSON, with lists of numbers on one line; what is not finite becomes null."""
+    text = json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[\d\s.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def finite(values: Any) -> Any:
+    """The same with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(values, Mapping):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def make_folder(folder: Path) -> None:
@@ -111,9 +121,13 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds. Raises ValueError where it is none."""
+    """What a JSON text holds. Raises ValueError where it is none, or has what JSON does not."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"holds {constant}")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
 

@@ -1,5 +1,6 @@
 """`capsrun eval`: test a trained model: errors, confusion matrix, pictures."""
 
+import csv
 import dataclasses
 import hashlib
 import time
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from capsrun import disk
 from capsrun.commands.models import announce, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import known, load_dataset
@@ -26,7 +29,7 @@ from capsrun.runs.checkpoint import Trained
 from capsrun.runs.progress import bar
 from capsrun.terminal import BOLD, duration, styled
 from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
-from capsrun.training.metrics import score_split
+from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import to_device
 
 # What an earlier evaluation may have left that this one does not draw.
@@ -59,7 +62,11 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         began = time.perf_counter()
         models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
         testing = partial(bar, doing="testing")
-        score = score_split(models, split, precision, config.mask, testing, config.images)
+        options = config.mask, testing, config.images, config.predictions
+        try:
+            score = score_split(models, split, precision, *options)
+        except FloatingPointError as error:
+            raise UserError(f"{checkpoint} cannot be tested: {error}") from error
         seconds = time.perf_counter() - began
         print_table(score, names)
         model = models[0]
@@ -69,6 +76,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
             drawn_routing, routing = route_images(config, model, dataset)
             drawn |= drawn_routing
         replace_pictures(folder / "pictures", drawn)
+        write_predictions(folder / "predictions.csv", score, names)
         result = {
             **about(config, ensemble, paths),
             **score_summary(score, names),
@@ -153,6 +161,21 @@ def route_images(
         facts.append(found.facts(number))
         print(f"routing of image {number}: {found.entropy_text()}")
     return drawn, facts
+
+
+def write_predictions(path: Path, score: Score, names: Sequence[str]) -> None:
+    """A line for each image whose scores were kept: its number, classes, and every score."""
+
+    def named(classes_T: Tensor) -> str:
+        return " ".join(names[label] for label in classes_T.tolist())
+
+    with disk.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow(["image", "label", "prediction", *names])
+        rows = zip(score.labels_NT, score.predicted_NT, score.scores_NJ)
+        for number, (labels_T, predicted_T, scores_J) in enumerate(rows):
+            shown = [f"{value:.4f}" for value in scores_J.tolist()]
+            lines.writerow([number, named(labels_T), named(predicted_T), *shown])
 
 
 def replace_pictures(folder: Path, drawn: Mapping[str, Figure]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from capsrun.config import TrainConfig, setting
+from capsrun.disk import finite
 from capsrun.errors import UserError, did_you_mean
 from capsrun.names import folder_words, model_words, suggest
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
@@ -69,7 +70,7 @@ def list_runs(config: ListConfig) -> list[Run]:
             f"{hint}; without name=… all are listed"
         )
     if config.json:
-        print(json.dumps([as_plain(run) for run in runs], indent=2, ensure_ascii=False))
+        print(json.dumps(finite([as_plain(run) for run in runs]), indent=2, ensure_ascii=False))
     elif runs:
         print_table(runs)
     else:

@@ -171,7 +171,10 @@ def load_weights(model: Model, weights: Any, path: Path) -> None:
 
 
 def check_weights(model: Model, weights: Any, path: Path) -> None:
-    """Raise UserError, naming what differs, for weights that are not those of this network."""
+    """Raise UserError, naming what differs, for weights that are not those of this network.
+
+    And for those that are not finite, of which every answer would be nonsense.
+    """
     ours = model.state_dict()
     if not isinstance(weights, dict) or weights.keys() != ours.keys():
         raise UserError(f"checkpoint {path} holds the weights of another network")
@@ -180,6 +183,11 @@ def check_weights(model: Model, weights: Any, path: Path) -> None:
             raise UserError(
                 f"checkpoint {path} holds the weights of another network: {name} has shape "
                 f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"checkpoint {path} holds numbers that are not finite, in {name}: its training has "
+                "failed, and nothing can be said of this network"
             )
 
 

@@ -127,7 +127,9 @@ def stop_requests() -> Iterator[StopRequest]:
     """
     request = StopRequest()
     in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main else ()
+    numbers = [signal.SIGINT, signal.SIGTERM] if in_main else []
+    if in_main and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
 
     def ask(number: int, _: Any) -> None:
         request.signal_number = number

@@ -44,7 +44,8 @@ class Recorder:
 
         on_board: whether TensorBoard gets them too; see `is_shown`.
         """
-        self.stream.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.stream.write(json.dumps({"step": step, **known}) + "\n")
         if on_board:
             self._show(step, values)
 

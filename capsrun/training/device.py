@@ -158,8 +158,12 @@ def git_commit() -> str | None:
     if not (checkout / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    # Hooks of git, and whatever is started in one, have variables that name another repository.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=checkout, env=ours, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

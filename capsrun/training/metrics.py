@@ -37,6 +37,8 @@ class Score:
     """Squared pixel differences of the reconstructions, summed over an image, mean over images."""
     surplus_N: Tensor
     """By how much what was wrongly predicted outscored what is there; see `surplus`."""
+    scores_NJ: Tensor
+    """How much each class is seen in each of the first images, of as many as were to be kept."""
 
     @property
     def _wrong_N(self) -> Tensor:
@@ -91,12 +93,15 @@ def score_split(
     mask: str | None = None,
     progress: Progress = iter,
     most: int | None = None,
+    kept: int = 0,
 ) -> Score:
     """Classify every image of a split, as it is tested, and compare with the labels.
 
     models: one, or several whose scores are averaged (§7); the first one reconstructs.
     mask: reconstruct the `label` or the `longest` capsules' classes too; None: do not reconstruct.
-    progress: wraps the batches to show how far it is. most: use so many images only.
+    progress: wraps the batches to show how far it is. most: use so many images only. kept: of how
+    many images, from the first, all scores are kept.
+    Raises FloatingPointError for scores that are not finite.
     """
     ensemble = [models] if isinstance(models, Model) else list(models)
     first = ensemble[0]
@@ -104,6 +109,7 @@ def score_split(
         model.eval()
     count = len(split) if most is None else min(most, len(split))
     labels, predicted, squared_errors, surpluses = [], [], [], []
+    scores = [torch.empty(0, first.classes)]
     confusion_JJ = torch.zeros(first.classes, first.classes, dtype=torch.int64, device=split.device)
     for start in progress(range(0, count, BATCH_SIZE)):
         # Labels and predictions in the order of their classes, so that they correspond.
@@ -112,6 +118,8 @@ def score_split(
         with autocast(split.device, precision):
             outputs = [model(batch.images_BCHW) for model in ensemble]
             scores_BJ = torch.stack([output.scores_BJ for output in outputs]).mean(0)
+            if not bool(scores_BJ.isfinite().all()):
+                raise FloatingPointError("the scores of the network are not finite")
             predicted_BT = predicted_classes(scores_BJ, split.digits)
             if mask is not None and first.decoder is not None:
                 shown_BT = batch.labels_BT if mask == "label" else predicted_BT
@@ -120,6 +128,7 @@ def score_split(
                 squared_errors.append(difference.square().flatten(1).sum(1))
         labels.append(batch.labels_BT)
         predicted.append(predicted_BT)
+        scores.append(scores_BJ[: max(kept - start, 0)].float().cpu())
         surpluses.append(surplus(scores_BJ, batch.labels_BT, predicted_BT))
         confusion_JJ += confusion_matrix(batch.labels_BT, predicted_BT, first.classes)
     for model in ensemble:
@@ -130,6 +139,7 @@ def score_split(
         confusion_JJ.cpu(),
         torch.cat(squared_errors).mean().item() if squared_errors else None,
         torch.cat(surpluses).cpu(),
+        torch.cat(scores),
     )
 
 
