@@ -174,17 +174,18 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
             f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps two "
             "processes from writing there at once"
         )
+    mine = _identity(path)
     try:
         since = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
         # A full disk, of which others will tell. Replaced, so that no link is followed.
         with contextlib.suppress(OSError), replacing(_owner(path)) as temporary:
             owner = f"process {os.getpid()} on {platform.node()} since {since}"
             temporary.write_text(owner, encoding="utf-8")
-        mine = _identity(path)
         yield lambda: _identity(path) == mine
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, or the disk full
-            _owner(path).unlink(missing_ok=True)
+            if _identity(path) == mine:  # else the file that says whose it is is another's
+                _owner(path).unlink(missing_ok=True)
             lock.release()
 
 

@@ -3,13 +3,16 @@
 import contextlib
 import functools
 import itertools
+import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, run_python, train_config
 from test_train import assert_same_run, assert_same_weights, metrics
 
@@ -121,6 +124,36 @@ def test_a_quota(in_tmp, monkeypatch, capsys):
     assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
     assert not list(folder.glob(".*.capsrun-part"))
     assert cli.main(["train", *ARGUMENTS]) == 0
+
+
+def test_a_folder_that_is_deleted_and_begun_anew_is_left_to_who_did_that(
+    in_tmp, monkeypatch, capsys
+):
+    """Its checkpoint would be that of a run with other settings."""
+    folder = in_tmp / "runs" / "run" / "seed0"
+
+    def begin_anew():
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / ".lock-owner").write_text("another process")
+
+    said = said_of(begin_anew, monkeypatch, capsys)
+    assert "runs/run/seed0 has vanished while the run went on" in said
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", ".lock-owner"]
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(in_tmp, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(["train", *ARGUMENTS]) == 128 + signal.SIGINT
+    file = in_tmp / "runs" / "run" / "seed0" / "checkpoint.pt"
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["config"]["recipe"]["learning_rate"] = 0.5
+    torch.save(checkpoint, file)
+    assert cli.main(["train", *ARGUMENTS]) == 2
+    said = capsys.readouterr().err
+    assert "is of a run with other settings: recipe.learning_rate (there 0.5, now 0.004)" in said
 
 
 def test_a_folder_that_vanishes(in_tmp, monkeypatch, capsys):

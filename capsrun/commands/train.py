@@ -225,7 +225,7 @@ def training_batches(
 
 def cannot_be_written(folder: RunFolder, error: OSError) -> str:
     """What to say where the system refuses what a run writes, the disk being full, say."""
-    if not folder.path.is_dir():
+    if not folder.is_held():
         return f"{folder.path} has vanished while the run went on; the same command begins it anew"
     where = f" ({error.filename})" if error.filename else ""
     kept = "the last checkpoint" if folder.checkpoint.exists() else "nothing yet"

@@ -226,6 +226,7 @@ class Writer:
 
     def _save(self, path: Path, finished: bool = False) -> None:
         run, trainer = self.run, self.run.trainer
+        self._refuse_another_folder()
         save_checkpoint(
             path,
             self.folder.config,
@@ -238,6 +239,11 @@ class Writer:
             metrics_bytes=self.recorder.metrics_bytes(),
             parts=segments.extended(self.earlier, run.step, self.provenance),
         )
+
+    def _refuse_another_folder(self) -> None:
+        """Raise OSError where the run's folder was deleted: what has its name is another run's."""
+        if not self.folder.is_held():
+            raise OSError("it is not the folder that this process has opened")
 
     def finish(self, stop: StopRequest) -> dict[str, Any]:
         """Test the trained model, which is saved, draw its pictures, and write `result.json` last.
@@ -279,6 +285,7 @@ class Writer:
             "config": folder.config,
         }
         self.recorder.flush()
+        self._refuse_another_folder()
         write_json(folder.path / "result.json", result)
         write_run_page(folder.path)
         return result

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class RunFolder:
         self.pictures = path / "pictures"
         self.checkpoint = path / FILE_NAME
         self._lock = contextlib.ExitStack()
+        self.is_held: Callable[[], bool] = lambda: True
+        """Whether the folder is still the one that was opened; see `disk.locked`."""
 
     def result(self) -> dict[str, Any] | None:
         """What the run found, or None while it is not finished; nothing is written.
@@ -82,16 +84,19 @@ class RunFolder:
                 raise ValueError("holds no settings")
         except (OSError, ValueError) as error:
             raise UserError(f"{file} is damaged; move the folder away to start anew") from error
-        different = [
+        if different := self._differing(before):
+            raise UserError(
+                f"{self.path} holds a run with other settings: {different}; "
+                "choose another name=…, or move that folder away"
+            )
+
+    def _differing(self, before: dict[str, Any]) -> str:
+        """The settings that make another run of it than one that was begun; maybe empty."""
+        return ", ".join(
             f"{key} (there {theirs}, now {ours})"
             for key, theirs, ours in differing_keys(before, self.config)
             if role(key).resume
-        ]
-        if different:
-            raise UserError(
-                f"{self.path} holds a run with other settings: {', '.join(different)}; "
-                "choose another name=…, or move that folder away"
-            )
+        )
 
     def open(self) -> dict[str, Any] | None:
         """Make the folder, and be the only process that writes to it, until `close`.
@@ -101,20 +106,23 @@ class RunFolder:
         Busy when another process writes to it.
         """
         disk.make_folder(self.path)
-        self._lock.enter_context(disk.locked(self.path / disk.LOCK))
+        self.is_held = self._lock.enter_context(disk.locked(self.path / disk.LOCK))
         if (self.path / RESULT).exists():  # since this process looked for it
             raise Busy(f"{self.path} has been finished by another process just now")
         disk.make_folder(self.pictures)
         clean(self.path)
         if not (self.path / CONFIG).exists():
             with disk.replacing(self.path / CONFIG) as temporary:
-                temporary.write_text(OmegaConf.to_yaml(self.config))
+                temporary.write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
         if not self.checkpoint.exists():
             return None
         try:
-            return read_checkpoint(self.checkpoint, TO_GO_ON)
+            found = read_checkpoint(self.checkpoint, TO_GO_ON)
+            if different := self._differing(found["config"]):
+                raise UserError(f"{self.checkpoint} is of a run with other settings: {different}")
         except UserError as error:
             raise UserError(f"{error}; delete it to train from the start") from error
+        return found
 
     def tidy(self) -> None:
         """Delete what a process left that was killed when the run was finished, if that may be."""
