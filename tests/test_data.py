@@ -139,7 +139,7 @@ def test_images_and_labels_must_belong_together(small_mnist, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
-def test_sisters_of_mnist_are_verified_where_they_are_compressed(name, in_tmp, monkeypatch):
+def test_sisters_of_mnist_are_verified_where_they_are_compressed(name, in_tmp, monkeypatch, capsys):
     folder = official.IDX_SETS[name].folder
     raw = in_tmp / "data" / folder / "raw"
     files = small_files()
@@ -153,7 +153,23 @@ def test_sisters_of_mnist_are_verified_where_they_are_compressed(name, in_tmp, m
         load(name)
     (raw / f"{NAMES[2]}.gz").unlink()
     (raw / NAMES[2]).write_bytes(files[NAMES[2]])
+    with pytest.raises(UserError, match=r"has 6,000 training images of each class; .* 2 to 2"):
+        load(name)
+    monkeypatch.setattr(official, "BALANCED", (2, 2))
     assert [source.verified for source in load(name).sources] == [True, True, False, True]
+    assert f"{NAMES[2]} cannot be verified: no checksum" in capsys.readouterr().err
+
+
+@needs_mnist
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
+def test_mnist_is_not_taken_for_a_sister(name, in_tmp):
+    """Its files have the same names; uncompressed there is no checksum to tell them by."""
+    raw = in_tmp / "data" / official.IDX_SETS[name].folder / "raw"
+    raw.mkdir(parents=True)
+    for file in (MNIST_DIR / "MNIST" / "raw").glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    with pytest.raises(UserError, match=r"does not hold .* 5,421 to 6,742"):
+        load(name)
 
 
 def test_missing_data_without_network_is_one_clear_message(in_tmp, monkeypatch, refused):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capsrun.config import DatasetConfig
-from capsrun.errors import UserError, did_you_mean
+from capsrun.errors import UserError, did_you_mean, notice
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,11 @@ def load_dataset(config: DatasetConfig, device: "torch.device") -> "Dataset":
             f"images of {config.name} have {entry.digits} digit(s) each, but dataset.digits is "
             f"{config.digits}"
         )
-    return make_dataset(_function(_reader(config))(config), config, device)
+    raw = _function(_reader(config))(config)
+    for source in raw.sources:
+        if not source.verified:
+            notice(f"{source.name} cannot be verified: no checksum of it is published")
+    return make_dataset(raw, config, device)
 
 
 def make_dataset(raw: Any, config: DatasetConfig, device: "torch.device") -> "Dataset":

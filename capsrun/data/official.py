@@ -39,6 +39,8 @@ IDX_SETS = {
     "fashion_mnist": IdxSet("Fashion-MNIST", "FashionMNIST", FASHION),
     "kmnist": IdxSet("Kuzushiji-MNIST", "KMNIST", "o ki su tsu na ha ma ya re wo"),
 }
+# How many training and test images of each class Fashion-MNIST and Kuzushiji-MNIST have.
+BALANCED = 6_000, 1_000
 # Of what is in the compressed files, where it is published.
 CONTENT_MD5 = {
     "MNIST/train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
@@ -73,7 +75,23 @@ def mnist(config: DatasetConfig) -> RawData:
         files.labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
         for images, labels in (arrays[:2], arrays[2:])
     )
+    if not all(source.verified for source in sources):
+        check_balance(dataset.title, folder, train, test)
     return RawData(train, test, class_names, tuple(sources))
+
+
+def check_balance(title: str, folder: Path, train: Part, test: Part) -> None:
+    """Raise UserError where not every class has its 6,000 training and 1,000 test images.
+
+    So it is in MNIST's sisters and not in MNIST, whose files have the same names.
+    """
+    for part, part_name, count in ((train, "training", BALANCED[0]), (test, "test", BALANCED[1])):
+        counts = part.labels_N.bincount(minlength=10).tolist()
+        if set(counts) != {count}:
+            raise UserError(
+                f"{folder} does not hold {title}, which has {count:,} {part_name} images of each "
+                f"class; here there are {min(counts):,} to {max(counts):,}"
+            )
 
 
 def _torchvision(name: str) -> Any:
