@@ -244,6 +244,30 @@ def test_patience_ends_when_evaluations_in_a_row_err_no_less(errors, tired):
     assert not is_out_of_patience(careless.stop, rows)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stop.accuracy_percent=1", "stop.every_steps=4"],
+        ["stop.accuracy_percent=1", "stop.every_steps=4", "stop.on=validation"],
+        ["stop.patience=1", "stop.every_steps=2", "recipe.learning_rate=1e-12"],
+        ["stop.accuracy_percent=100", "stop.every_steps=5"],
+    ],
+    ids=["test", "validation", "patience", "not reached"],
+)
+def test_the_last_test_is_recorded_once_wherever_a_run_dies(words, tmp_path, monkeypatch):
+    floor = "recipe.learning_rate_floor=0"
+    config = train_config(*TINY, *words, floor, "dataset.validation=100", "name=run")
+    train(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr("capsrun.report.pictures.score_figures", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    steps = [row["step"] for row in metrics(tmp_path / "straight") if "error_percent/test" in row]
+    assert len(steps) == len(set(steps)) > 0
+
+
 def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch):
     """At a rate of almost nothing every evaluation is the same; a resumed run ends at the same."""
     words = ["dataset.validation=100", "stop.patience=2", "stop.every_steps=2"]

@@ -99,6 +99,17 @@ def routing_changes(trainer: Trainer, images_BCHW: torch.Tensor) -> dict[str, fl
     }
 
 
+def error_percents(scores: Mapping[str, Score]) -> dict[str, float]:
+    """What `metrics.jsonl` holds of a test."""
+    values = {}
+    for name, score in scores.items():
+        values[f"error_percent/{name}"] = score.error_percent
+        if score.labels_NT.shape[1] > 1:
+            almost = 100 * score.almost_correct / score.count
+            values[f"almost_correct_percent/{name}"] = almost
+    return values
+
+
 class Writer:
     """What the first process does beside training: it alone tests the model, and writes.
 
@@ -158,33 +169,36 @@ class Writer:
         """Test the model as it is now; whether what is to stop the run says so.
 
         Of the test images as many are used as `record.evaluate_images` says, but all where they
-        decide whether the run is over. Raises Stopped when that is asked for meanwhile.
+        decide whether the run is over. The test that ends a run is recorded by `finish`, as the
+        last one of every run is, and so once, whenever the run is interrupted in between.
+        Raises Stopped when that is asked for meanwhile.
         """
         run, target = self.run, self.run.config.stop
         on_test = target.accuracy_percent is not None and target.on == "test"
         scores = self.test(stop, None if on_test else run.config.record.evaluate_images)
-        self.tested = scores if on_test else None
         if reaches_target(target, scores):
             reached = f"{target.on} accuracy {100 - scores[target.on].error_percent:.2f} % reached"
             self.progress.say(f"{reached} after {run.step:,} steps")
+            self.tested = scores if on_test else None
             return True
-        return is_out_of_patience(target, read_metrics(self.folder.path))
+        rows = [*read_metrics(self.folder.path), error_percents(scores)]
+        if is_out_of_patience(target, rows):
+            return True
+        self.record(scores)
+        return False
 
     def test(self, stop: StopRequest, most: int | None) -> dict[str, Score]:
-        """Test the model as it is now; record its errors and what it reconstructs.
+        """Test the model as it is now, and its average; by the names of the splits.
 
         most: how many of the test images are used; None: all. Raises Stopped when that is asked
-        for, and has recorded nothing then.
+        for.
         """
         run, model, data = self.run, self.run.trainer.model, self.run.dataset
         tested = [("test", model, data.test), ("validation", model, data.validation)]
         if run.trainer.averaged is not None:
             tested += [(f"{name}_averaged", run.trainer.averaged, s) for name, _, s in tested]
-        values, scores = {}, {}
-        for name, tested_model, split in tested:
-            if not len(split):
-                continue
-            score = scores[name] = score_split(
+        return {
+            name: score_split(
                 tested_model,
                 split,
                 run.trainer.precision,
@@ -192,11 +206,14 @@ class Writer:
                 progress=lambda batches: stoppable(bar(batches, doing="testing"), stop),
                 most=most if split is data.test else None,
             )
-            values[f"error_percent/{name}"] = score.error_percent
-            if split.digits > 1:
-                almost = 100 * score.almost_correct / score.count
-                values[f"almost_correct_percent/{name}"] = almost
-        self.recorder.numbers(run.step, values)
+            for name, tested_model, split in tested
+            if len(split)
+        }
+
+    def record(self, scores: Mapping[str, Score]) -> None:
+        """Record what a test found, and what the model reconstructs."""
+        run, model, data = self.run, self.run.trainer.model, self.run.dataset
+        self.recorder.numbers(run.step, error_percents(scores))
         most_drawn = run.config.record.tensorboard_pictures
         drawn = is_shown(run.step, run.evaluate_every, run.steps, most_drawn)
         if drawn and model.decoder is not None:
@@ -205,7 +222,6 @@ class Writer:
         self.recorder.flush()
         said = [pictures.answer(name, s.errors, s.count) for name, s in scores.items()]
         self.progress.say(f"after {run.step:,} steps: {', '.join(said).replace('_', ' ')}")
-        return scores
 
     def save(self, finished: bool = False) -> None:
         """Write the checkpoint; when finished, without the optimiser's state, twice the weights.
@@ -253,7 +269,8 @@ class Writer:
         run, folder, config = self.run, self.folder, self.run.config
         model, data = run.trainer.model, run.dataset
         # Where the last test has ended the run there is nothing new to find.
-        scores = self.tested if run.ended and self.tested else self.test(stop, None)
+        scores = self.tested or self.test(stop, None)
+        self.record(scores)
         final = scores["test"]
         drawn = pictures.score_figures(model, data.test, data.class_names, final)
         for name, figure in drawn.items():
