@@ -71,10 +71,11 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         return _compose(name, overrides)
-    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, *UNREADABLE) as error:
         raise UserError(describe_hydra_error(error, name, overrides)) from error
 
 
@@ -107,6 +108,7 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     words = [as_typed(name, word, is_sweep(arguments)) for word in arguments]
     saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *words]
@@ -116,7 +118,7 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
     try:
         start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
         start(job)()
-    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, *UNREADABLE) as error:
         raise UserError(describe_hydra_error(error, name, arguments)) from error
     finally:
         sys.argv = saved_argv

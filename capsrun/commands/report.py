@@ -18,9 +18,10 @@ from capsrun.report.document import document, main_tables
 from capsrun.report.gallery import Pictures
 from capsrun.report.page import to_html
 from capsrun.report.rows import Row, make_row
+from capsrun.report.run_page import FORMATS
 from capsrun.report.tables import SUMMARY, summary_lines
 from capsrun.runs.progress import bar
-from capsrun.runs.reader import Result, find_results
+from capsrun.runs.reader import RESULT, Result, find_results, read_result
 
 # What `keep` copies of a run; of metrics.jsonl only what is not larger than this.
 KEPT = ("result.json", "config.yaml", "metrics.jsonl")
@@ -76,6 +77,8 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
     """Write the files of the report into a folder, and return the rows of its tables."""
     if (out_dir / "report.md").exists():  # its pictures may have no place in the new one
         before = (out_dir / "report.md").read_text(encoding="utf-8", errors="replace")
+        if not before.startswith("# capsrun"):
+            raise UserError(f"{out_dir / 'report.md'} is somebody else's; choose another out_dir=…")
         for name in re.findall(r"\((pictures/[\w.-]+)\)", before):
             (out_dir / name).unlink(missing_ok=True)
     names = bar(experiments.names(), "experiment", "results")
@@ -108,7 +111,8 @@ def keep(results: Sequence[Result], folder: Path) -> None:
     """Copy results, metrics and the pictures of the first seed of each run, to be kept.
 
     A run's folder is named as the run, and what was made of it lies inside: an `eval` has the name
-    that it has beside its run, or that of its experiment.
+    that it has beside its run, or that of its experiment. Links in a run's folder are not followed.
+    Raises UserError where two different results would have one place.
     """
     first: dict[str, int] = {}
     for result in results:
@@ -122,10 +126,24 @@ def keep(results: Sequence[Result], folder: Path) -> None:
             target /= source.name if beside else source.parent.name
         if target.resolve() == source.resolve():  # kept before
             continue
+        before = read_result(target / RESULT)
+        if before is not None and before.settings != result.settings:
+            raise UserError(
+                f"{source} and {target}, which is kept already, are different runs of one name and "
+                "seed; rename one of them"
+            )
         disk.make_folder(target)
         for file in KEPT:
-            path = source / file
-            if path.exists() and path.stat().st_size <= KEPT_BYTES:
-                shutil.copyfile(path, target / file)
-        if result.seed == first[name] and (source / "pictures").is_dir():
-            shutil.copytree(source / "pictures", target / "pictures", dirs_exist_ok=True)
+            if is_plain(source / file) and (source / file).stat().st_size <= KEPT_BYTES:
+                shutil.copyfile(source / file, target / file)
+        pictures = source / "pictures"
+        if result.seed == first[name] and pictures.is_dir() and not pictures.is_symlink():
+            disk.make_folder(target / "pictures")
+            for path in pictures.iterdir():
+                if is_plain(path) and path.suffix in FORMATS:
+                    shutil.copyfile(path, target / "pictures" / path.name)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a file of this name, and no link to one, which may be of anybody."""
+    return path.is_file() and not path.is_symlink()

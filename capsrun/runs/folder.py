@@ -26,6 +26,10 @@ def output(folder: Path) -> Iterator[None]:
     """
     if (folder / CONFIG).exists():
         raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
+    if (folder / "index.html").exists() and not (folder / RESULT).exists():
+        raise UserError(
+            f"{folder} holds an index.html that capsrun did not make; choose another out_dir=…"
+        )
     disk.make_folder(folder / "pictures")
     with disk.locked(folder / disk.LOCK):
         clean(folder)
@@ -64,6 +68,8 @@ class RunFolder:
         if not os.path.lexists(file):
             disk.refuse_if_locked(self.path / disk.LOCK)
             return None
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} cannot be read, by this user at least")
         found = read_result(file)
         if found is None or found.command != "train":
             raise UserError(f"{file} is damaged; delete it to make it again")
@@ -82,7 +88,9 @@ class RunFolder:
             before = disk.read_yaml(file)
             if not isinstance(before, dict):
                 raise ValueError("holds no settings")
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        except ValueError as error:
             raise UserError(f"{file} is damaged; move the folder away to start anew") from error
         if different := self._differing(before):
             raise UserError(
