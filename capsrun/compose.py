@@ -22,6 +22,10 @@ EXTRAS = {
     "hydra/launcher/ray": "ray",
     "hydra/sweeper/optuna": "optuna",
 }
+# Two ways to say the same.
+EITHER = (("recipe.steps", "recipe.epochs"), ("recipe.decay_steps", "recipe.decay_periods"))
+# Flags, as Hydra knows them, where a setting may be `auto` too.
+FLAG_WORDS = {"yes": "true", "no": "false", "true": "true", "false": "false"}
 # What Hydra reads as the text that it is.
 PLAIN = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_/][a-z_0-9/.-]*", re.ASCII | re.IGNORECASE)
 # What Hydra and OmegaConf let through where words or files are not what they expect.
@@ -94,7 +98,7 @@ def _compose(name: str, overrides: Sequence[str] = (), **how: Any) -> Any:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-            words = [as_typed(name, word, several=False) for word in overrides]
+            words = for_hydra(name, overrides, several=False)
             return hydra.compose(config_name=name, overrides=words, **how)
     finally:
         GlobalHydra.instance().hydra = running
@@ -110,7 +114,7 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    words = [as_typed(name, word, is_sweep(arguments)) for word in arguments]
+    words = for_hydra(name, arguments, is_sweep(arguments))
     saved_argv, sys.argv = sys.argv, [f"capsrun {name}", *words]
     # Hydra then raises what goes wrong instead of printing it and ending the program.
     saved_mode = os.environ.get("HYDRA_FULL_ERROR")
@@ -128,6 +132,20 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
             os.environ["HYDRA_FULL_ERROR"] = saved_mode
 
 
+def for_hydra(command: str, words: Sequence[str], several: bool) -> list[str]:
+    """The words after a command as Hydra is to have them; see `as_typed`.
+
+    Of two settings of which one is null where the other is not, who says one has said both.
+    """
+    said = {word.partition("=")[0].lstrip("+") for word in words}
+    implied = [
+        f"{other}=null"
+        for one, other in (*EITHER, *(pair[::-1] for pair in EITHER))
+        if one in said and other not in said and f"{one}=null" not in words
+    ]
+    return [as_typed(command, word, several) for word in words] + implied
+
+
 def as_typed(command: str, word: str, several: bool) -> str:
     """An override whose value Hydra takes as it was typed, where that is a name or a path.
 
@@ -135,9 +153,11 @@ def as_typed(command: str, word: str, several: bool) -> str:
     What is in quotes or brackets is written in Hydra's own way and stays as it is, as `null` does
     and, in a sweep (`several`), what its functions make; commas there are between values.
     """
-    from capsrun.settings import is_text
+    from capsrun.settings import allowed_values, is_text
 
     key, _, value = word.partition("=")
+    if value in FLAG_WORDS and "auto" in allowed_values(schema_of(command), key.lstrip("+")):
+        return f"{key}='{FLAG_WORDS[value]}'"  # not the flag that Hydra makes of it
     written_for_hydra = value in ("", "null") or value[0] in "'\"["
     if written_for_hydra or PLAIN.fullmatch(value):
         return word

@@ -291,7 +291,7 @@ class SweepConfig:
     digit: int | None = setting(minimum=0)
     index: int | None = setting(minimum=0)
     image: str | None = setting(path=True)
-    invert: str = setting(choices=("auto", "yes", "no"))
+    invert: str = setting(choices=("auto", "true", "false"))
     low: float
     high: float
     step: float = setting(above=0)
@@ -318,7 +318,7 @@ class ExploreSettings:
     """How many test images that the model gets wrong, on top of them."""
     search: int = setting(minimum=1)
     """Among how many test images, from the first, both are looked for."""
-    encoder: str = setting(choices=("auto", "yes", "no"))
+    encoder: str = setting(choices=("auto", "true", "false"))
     """Whether the encoder is in the page, so that digits can be drawn."""
 
 

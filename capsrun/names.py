@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsrun.compose import compose, group_choices, quoted
+from capsrun.compose import EITHER, compose, group_choices, quoted
 from capsrun.config import CapsNetConfig, DatasetConfig, ModelConfig, TrainConfig
 from capsrun.data import known
 from capsrun.settings import differing_keys, from_dict, role
@@ -34,8 +34,8 @@ def with_choices(base: str, overrides: Iterable[str]) -> str:
     chosen = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        is_length = override in ("recipe.epochs=null", "recipe.steps=null")  # the other one says it
-        if role(key).name and not is_length:
+        other_says_it = value == "null" and any(key in pair for pair in EITHER)
+        if role(key).name and not other_says_it:
             chosen.append(re.sub(r"[^\w.-]+", "_", f"{key}-{value}").strip("_"))
     return shortened("+".join([base, *sorted(chosen)]))
 

@@ -255,12 +255,12 @@ def test_perturb_ones_own_image(tiny_run, tmp_path, printed):
     path = picture(tmp_path / "mine.png", (90, 120), 250, 10)
     lines, pictures = perturb(printed, tiny_run, tmp_path / "out", f"perturb.image={path}")
     said = "\n".join(lines)
-    assert "resized from 90×120 to 28×28" in said
+    assert "padded to a square and resized from 90×120 to 28×28" in said
     assert "inverted" in said
-    assert "looks like a" in said
+    assert "looks most like class" in said
     assert len(pictures) == 1
     perturb(printed, tiny_run, tmp_path / "as3", f"perturb.image={path}", "perturb.digit=3")
-    assert (tmp_path / "as3" / "pictures" / "mine_as_3.png").exists()
+    assert len(list((tmp_path / "as3" / "pictures").glob("mine-*_as_3.png"))) == 1
 
 
 # an image of one's own
@@ -283,7 +283,8 @@ def test_an_image_is_taken_as_it_is_or_resized(tmp_path, size):
     assert pixels[0, 14, 14] == pytest.approx(1, abs=0.01)
     assert pixels[0, 0].max() == 0
     same = size == (28, 28)
-    assert remarks == ([] if same else [f"resized from {size[0]}×{size[1]} to 28×28 pixels"])
+    pad = "padded to a square and " if size[0] != size[1] else ""
+    assert remarks == ([] if same else [f"{pad}resized from {size[0]}×{size[1]} to 28×28 pixels"])
     if same:
         assert torch.equal(pixels[0] * 255, torch.from_numpy(np.array(Image.open(path))).float())
 
@@ -297,7 +298,7 @@ def test_dark_ink_on_light_paper_is_inverted_and_said(tmp_path, mode):
     assert any("inverted" in remark for remark in remarks)
     assert pixels[0, 14, 14] == 1
     assert pixels[0, 0, 0] == 0
-    kept, remarks = read_image(path, 28, 1, "no")
+    kept, remarks = read_image(path, 28, 1, "false")
     assert not any("inverted" in remark for remark in remarks)
     torch.testing.assert_close(kept, 1 - pixels)
 
@@ -312,7 +313,7 @@ def test_transparent_colour_and_turned_images(tmp_path):
     assert drawn[0, 2, 2] == 0
 
     Image.new("RGB", (28, 28), (255, 0, 0)).save(tmp_path / "a.png")
-    drawn, _ = read_image(tmp_path / "a.png", 28, 3, "no")
+    drawn, _ = read_image(tmp_path / "a.png", 28, 3, "false")
     assert drawn[:, 5, 5].tolist() == [1, 0, 0]
 
     pixels = np.zeros((28, 28), dtype=np.uint8)
@@ -320,7 +321,7 @@ def test_transparent_colour_and_turned_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a photo to be shown turned by 90° to the right
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    drawn, _ = read_image(tmp_path / "a.jpg", 28, 1, "no")
+    drawn, _ = read_image(tmp_path / "a.jpg", 28, 1, "false")
     assert drawn[0, 14, 22:26].min() > 0.9
     assert drawn[0, 4, :20].max() < 0.1
 

@@ -559,7 +559,7 @@ def test_when_a_page_has_no_encoder():
     other.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
     another = "the page computes dynamic routing, and this network has another one"
     for (page, reason), expected in (
-        (built(grey, encoder="no"), "explore.encoder=no"),
+        (built(grey, encoder="false"), "explore.encoder=false"),
         (built(other), another),
         (built(grey, standardised=True), "the network sees standardised images"),
         (built(capsnet(channels=3)), "only grey images can be drawn"),
@@ -577,8 +577,8 @@ def test_the_page_stays_within_the_limit(monkeypatch):
     shorter, reason = built(grey)
     assert 'id="encoder"' not in shorter
     assert "the encoder would make the page" in reason
-    with pytest.raises(UserError, match=r"explore\.encoder=yes cannot be done: the encoder would"):
-        built(grey, encoder="yes")
+    with pytest.raises(UserError, match=r"explore\.encoder=true cannot be done: the encoder would"):
+        built(grey, encoder="true")
     monkeypatch.setattr(exploring, "LIMIT_BYTES", len(shorter.encode()) - 1)
     with pytest.raises(UserError, match=r"more than .* take fewer explore\.images"):
         built(grey)

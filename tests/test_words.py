@@ -38,6 +38,27 @@ def test_hydras_own_way_to_write_them_stays():
     assert as_typed("train", "--config-dir=a=b", several=False) == "--config-dir=a=b"
 
 
+@pytest.mark.parametrize(("word", "value"), [("yes", "true"), ("true", "true"), ("no", "false")])
+def test_flags_are_the_same_words_everywhere(word, value):
+    assert compose("perturb", [f"perturb.invert={word}"]).perturb.invert == value
+    assert compose("explore", [f"explore.encoder={word}"]).explore.encoder == value
+    assert train_config(f"compile={word}").compile is (value == "true")
+
+
+def test_a_number_of_steps_alone_is_enough():
+    """So is one of epochs, and of steps or periods of the decay; what is said counts."""
+    recipe = train_config("recipe.steps=10").recipe
+    assert (recipe.steps, recipe.epochs) == (10, None)
+    recipe = train_config("recipe=authors", "recipe.epochs=2").recipe
+    assert (recipe.steps, recipe.epochs) == (None, 2)
+    recipe = train_config("recipe.decay_steps=100").recipe
+    assert (recipe.decay_steps, recipe.decay_periods) == (100, None)
+    with pytest.raises(UserError, match="set exactly one"):
+        train_config("recipe.steps=10", "recipe.epochs=2")
+    with pytest.raises(UserError, match="set exactly one"):
+        train_config("recipe.epochs=null")
+
+
 def test_a_run_of_such_a_name_goes_into_its_folder(in_tmp, capsys):
     assert main(["train", *TINY, "recipe.steps=1", "name=12e4567", "runs_dir=~é=1"]) == 0
     assert Path("~é=1/12e4567/seed0/result.json").exists()

@@ -126,8 +126,8 @@ def page_within_limit(
     Raises UserError for a page beyond the limit.
     """
     reason, limit = "", size(LIMIT_BYTES)
-    if settings.encoder == "no":
-        reason = "explore.encoder=no"
+    if settings.encoder == "false":
+        reason = "explore.encoder=false"
     elif model.channels != 1:
         reason = "only grey images can be drawn"
     elif standardised:
@@ -138,8 +138,8 @@ def page_within_limit(
     if not reason and len(text.encode()) > LIMIT_BYTES:
         reason = f"the encoder would make the page {size(len(text.encode()))}, more than {limit}"
         text = build_page(model, shown, class_names, title, reason)
-    if reason and settings.encoder == "yes":
-        raise UserError(f"explore.encoder=yes cannot be done: {reason}")
+    if reason and settings.encoder == "true":
+        raise UserError(f"explore.encoder=true cannot be done: {reason}")
     if len(text.encode()) > LIMIT_BYTES:
         raise UserError(
             f"the page would have {size(len(text.encode()))}, more than {limit}; take fewer "

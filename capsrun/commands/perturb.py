@@ -4,6 +4,7 @@ Shapes: C channels, H and W pixels, D dimensions of a capsule, V values, J class
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,6 +248,9 @@ def own_image(
     image = standardise(pixels[None])[0] if standardised else pixels
     lengths = model(image[None]).lengths_BJ[0]
     longest = int(lengths.argmax())
-    print(f"{path}: looks like a {longest} (capsule length {lengths[longest]:.2f})")
+    print(f"{path}: looks most like class {longest} (capsule length {lengths[longest]:.2f})")
     label = longest if sweep.digit is None else sweep.digit
-    return Subject(image, pixels, label, f"{path.name}: as {label}", f"{path.stem}_as_{label}")
+    # Two images of one name, in two folders, have pictures of their own.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
+    name = f"{path.stem}-{place}_as_{label}"
+    return Subject(image, pixels, label, f"{path.name}: as {label}", name)

@@ -22,8 +22,9 @@ def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[T
     """Read an image file as pixels (C, H, W) in [0, 1], light ink on black as in the data sets.
 
     Another size is padded to a square with its background and resized; dark ink on light paper is
-    inverted (`invert`: auto, yes or no). Returns what was done to it, too. Raises UserError for a
-    file that is missing or no image, and for a number of channels that no such file has.
+    inverted (`invert`: auto, true or false). Returns what was done to it, too.
+    Raises UserError for a file that is missing or no image, and for a number of channels that no
+    such file has.
     """
     if channels not in (1, 3):
         raise UserError(
@@ -42,13 +43,15 @@ def read_image(path: Path, image_px: int, channels: int, invert: str) -> tuple[T
 
     pixels_HWC = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, channels)
     border = np.concatenate([pixels_HWC[0], pixels_HWC[-1], pixels_HWC[:, 0], pixels_HWC[:, -1]])
-    if invert == "yes" or (invert == "auto" and border.mean() > 127.5):
+    if invert == "true" or (invert == "auto" and border.mean() > 127.5):
         pixels_HWC, border = 255 - pixels_HWC, 255 - border
         remarks.append(
-            "inverted, for the model knows light ink on black (perturb.invert=no keeps it)"
+            "inverted, for the model knows light ink on black (perturb.invert=false keeps it)"
         )
     if image.size != (image_px, image_px):
-        remarks.append(f"resized from {image.width}×{image.height} to {image_px}×{image_px} pixels")
+        square = "padded to a square and " if image.width != image.height else ""
+        size = f"{image.width}×{image.height} to {image_px}×{image_px} pixels"
+        remarks.append(f"{square}resized from {size}")
     pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
     return _to_square(pixels_CHW, image_px, float(np.median(border))).clamp(0, 255) / 255, remarks
 
