@@ -14,12 +14,14 @@ from capsrun.disk import LOCK, locked, replacing
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.names import folder_words, suggest
-from capsrun.report.document import document, main_tables
+from capsrun.report import own
+from capsrun.report.document import document, main_tables, own_runs, trainings
 from capsrun.report.gallery import Pictures
 from capsrun.report.page import to_html
+from capsrun.report.questions import questions_and_answers
 from capsrun.report.rows import Row, make_row
 from capsrun.report.run_page import FORMATS
-from capsrun.report.tables import SUMMARY, summary_lines
+from capsrun.report.tables import NOT_RUN, SUMMARY, summary_lines
 from capsrun.runs.progress import bar
 from capsrun.runs.reader import RESULT, Result, find_results, read_result
 
@@ -68,9 +70,23 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
         update_tables(Path(path), main_tables(rows, results))
     if config.keep is not None:
         keep(results, Path(config.keep))
-    table = tabulate(summary_lines(rows), SUMMARY, tablefmt="plain", disable_numparse=True)
-    print(f"{table}\n\nthe whole report: {out_dir / 'report.html'}")
+    print_tables(rows, results)
+    print(f"the whole report: {out_dir / 'report.html'}")
     return out_dir / "report.html"
+
+
+def print_tables(rows: Sequence[Row], results: Sequence[Result]) -> None:
+    """Show one's own runs, and the rows of the paper, but for those that nothing was run for."""
+    _, found = questions_and_answers(rows, trainings(results))
+    for name, groups in own.by_images(own_runs(rows, results, found)).items():
+        columns = [line[:5] for line in own.lines(groups)]
+        print(f"trained on {name}:")
+        print(tabulate(columns, own.HEADER[:5], "plain", disable_numparse=True) + "\n")
+    lines = [line for line in summary_lines(rows) if NOT_RUN not in line]
+    if lines:
+        print(tabulate(lines, SUMMARY, "plain", disable_numparse=True))
+    left = len(summary_lines(rows)) - len(lines)
+    print(f"{left} of the paper's numbers: {NOT_RUN}\n" if left else "")
 
 
 def write_report(results: Sequence[Result], experiments: Experiments, out_dir: Path) -> list[Row]:

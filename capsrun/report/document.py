@@ -8,9 +8,11 @@ from urllib.parse import quote
 from capsrun.experiments import GROUPS
 from capsrun.report import plots, questions, run_page, tables
 from capsrun.report.gallery import Pictures, curves, paper_figures
+from capsrun.report.own import own_groups
+from capsrun.report.own import section as own_section
 from capsrun.report.page import plain, render
-from capsrun.report.rows import Group, Row, grouped, of_group, of_network, whole_test
-from capsrun.report.tables import TABLES, others_table, table
+from capsrun.report.rows import Group, Row, grouped, of_group
+from capsrun.report.tables import TABLES, table
 from capsrun.runs.reader import Result
 from capsrun.terminal import duration
 
@@ -30,25 +32,32 @@ PROVENANCE += ["torch", "date", "commit"]
 def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:
     """The whole report; draws its pictures."""
     _, found = questions.questions_and_answers(rows, trainings(results))
-    others = other_runs(rows, results, found)
+    own = own_runs(rows, results, found)
     sections = []
     for group in TABLES:
-        own, title = of_group(group, rows), GROUPS[group]
-        drawn = curves(group, title, own, pictures)
-        sections.append((title, [*group_tables(own), others_table(own, others), *drawn]))
+        group_rows, title = of_group(group, rows), GROUPS[group]
+        drawn = curves(group, title, group_rows, pictures)
+        sections.append((title, [*group_tables(group_rows), *drawn]))
     dates = [result.values["date"] for result in results]
-    other_ablations = others_table(of_group("ablations", rows), others)
     return render(
         "report.md",
         results=len(results),
         dates=" to ".join(dict.fromkeys((min(dates), max(dates)))),
         **main_tables(rows, results),
         sections=sections,
-        after_ablations=[iterations_figure(found, pictures), other_ablations],
+        after_ablations=[iterations_figure(found, pictures)],
+        own=own_section(own, pictures),
         figures=paper_figures(rows, results, pictures),
         missing=missing(rows),
         provenance=provenance(results, pictures.out_dir),
     )
+
+
+def own_runs(
+    rows: Sequence[Row], results: Iterable[Result], found: Iterable[questions.Answer]
+) -> list[Group]:
+    """The runs that belong to no row of the paper and answer none of its questions."""
+    return own_groups(rows, results, [g for a in found for g in (a.base, a.changed) if g])
 
 
 def trainings(results: Iterable[Result]) -> list[Group]:
@@ -95,43 +104,6 @@ def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> 
     title = f"{questions.network(base)}, {tables.length(None, base)}"
     figure = plots.error_by_iterations(errors, title)
     return pictures.draw("iterations", figure, "test error against routing iterations")
-
-
-def other_runs(
-    rows: Sequence[Row], results: Iterable[Result], found: Iterable[questions.Answer]
-) -> dict[str, list[Group]]:
-    """What belongs to no experiment and answers no question, by the name of the nearest."""
-    compared = {id(r) for a in found for g in (a.base, a.changed) if g for r in g.results}
-    left = [
-        result
-        for result in results
-        if result.command != "perturb"
-        # An eval like the test of training says nothing new.
-        and result.tested != whole_test(result.training["dataset"])
-        and id(result) not in compared
-        and not any(row.fits(result) for row in rows if row.about.group != "ablations")
-    ]
-    nearest_to: dict[str, list[Group]] = {}
-    for group in grouped(left):
-        nearest_to.setdefault(nearest(rows, group).name, []).append(group)
-    return nearest_to
-
-
-def nearest(rows: Iterable[Row], group: Group) -> Row:
-    """The experiment tested on the same data set, if any, that differs in the fewest settings."""
-    result = group.first
-    ours = of_network(result.settings)
-
-    def distance(row: Row) -> tuple[int, int, int]:
-        asked = of_network(row.settings)
-        return (
-            row.tested_on != result.tested_on,
-            bool(row.tested) != bool(result.tested),
-            sum(ours.get(key) != asked.get(key) for key in {*ours, *asked}),
-        )
-
-    own = (row for row in rows if row.about.group != "figures" and row.about.command is not None)
-    return min(own, key=distance)
 
 
 def missing(rows: Sequence[Row]) -> str:

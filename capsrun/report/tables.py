@@ -167,23 +167,3 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "none" if value is None else str(value).strip("'")
-
-
-def others_table(rows: Sequence[Row], others: dict[str, list[Group]]) -> str:
-    """What is like some rows, but is of another network, of other images or tested otherwise.
-
-    others: such groups, by the name of the row; empty text where these rows have none.
-    """
-    lines = [
-        [
-            ", but ".join(filter(None, (row.about.title, differences(row, group)))),
-            f"{group.first.tested_on} ({group.first.values['count']:,} images)",
-            mean_and_spread(group.errors),
-            *how(None, group),
-        ]
-        for row in rows
-        for group in others.get(row.name, ())
-    ]
-    header = ("other networks, images or tests", "tested on", "test error %", *HOW)
-    said = "Not the paper's, so nothing of the paper is beside them:\n\n"
-    return said + table(header, lines) if lines else ""
