@@ -75,8 +75,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write indented JSON, with lists of numbers on one line; what is not finite becomes null."""
     text = json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[\d\s.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8 whatever the locale; see `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def finite(values: Any) -> Any:
@@ -96,6 +101,11 @@ def make_folder(folder: Path) -> None:
             pass  # permissions alone do not tell: the file system may be read-only or full
     except OSError as error:
         raise UserError(f"folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a file of this name, and no link to one, which may be of anybody."""
+    return path.is_file() and not path.is_symlink()
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:

@@ -1,5 +1,6 @@
 """What runs found, put beside the paper: what counts, what is averaged, what is said."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -104,7 +105,7 @@ def test_a_copy_counts_once_and_a_seed_once(tmp_path):
     assert group.twice == [0]
 
 
-def test_what_is_no_result_is_left_out(tmp_path):
+def test_what_is_no_result_is_left_out_and_said(tmp_path, capsys):
     for number, text in enumerate(("", "{", "[]", "{}", '{"command": "train"}', '"train"', "null")):
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "result.json").write_text(text)
@@ -112,10 +113,21 @@ def test_what_is_no_result_is_left_out(tmp_path):
         "type": {"steps": "many"},
         "setting": {"config": dataclasses.asdict(train_config()) | {"stop": {}}},
         "name": {"name": "../elsewhere"},
+        "missing": {"error_percent": None},
+        "truth": {"steps": True},
+        "size": {"train_seconds": 1e300},
+        "part": {"best_on_test": [1]},
+        "dataset": {"config": dataclasses.asdict(train_config()) | {"dataset": []}},
+        "setting2": {"config": dataclasses.asdict(train_config()) | {"precision": 1}},
     }.items():
         train_result(tmp_path / name, 25, 0, **changes)
     eval_result(tmp_path / "unfinished", "dataset=affnist", 100, PADDED, finished=False)
     assert find_results([tmp_path, tmp_path / "missing"]) == []
+    said = capsys.readouterr().err
+    left = [path for path in tmp_path.rglob("result.json") if path.parent.name != "unfinished"]
+    assert left
+    assert all(f"note: {path} is left out" in said for path in left)
+    assert "no sound 'best_on_test'" in said
     with pytest.raises(UserError, match="there is no finished run"):
         build(tmp_path, tmp_path / "out")
 
@@ -295,7 +307,7 @@ def test_affnist_like_is_never_shown_as_affnist(tmp_path):
 
 
 def test_other_networks_images_and_tests_are_shown_apart(tmp_path):
-    """Each beside the row that it is most like, saying what differs."""
+    """None is under a row of the paper; each says in what it differs from the others."""
     pairs = "experiment=table1_multimnist_3_reconstruction"
     train_result(tmp_path / "narrow", 25, 0, "model.conv1_channels=64", "model.primary_types=8")
     for name, test, errors in (
@@ -311,14 +323,16 @@ def test_other_networks_images_and_tests_are_shown_apart(tmp_path):
     train_result(tmp_path / "changed", 50, 1, *SMALL, "recipe.order=authors")
     assert questions_of(tmp_path)["the authors' order of training images"][0] == "not run yet"
     text = build(tmp_path, tmp_path / "out").split("## What is missing")[0]
-    one = "CapsNet, 3 routing iterations, reconstruction"
-    narrow = f"| {one}, but model.conv1_channels 64, model.primary_types 8 | mnist (10,000 images)"
-    assert f"{narrow} | 0.25 |" in text[text.index("Not the paper's") : text.index("MultiMNIST\n")]
-    assert f"| {one}, but tested with test all | multimnist (320,000 images) | 6.00 |" in text
-    assert f"| {one}, but tested with shift_px 6 | multimnist (320,000 images) | 7.00 |" in text
+    paper, own = text.split("## Other runs\n")
+    assert "| 0.25 |" not in paper
+    narrow = "model=capsnet, recipe=authors, model.conv1_channels=64, model.primary_types=8"
+    assert f"| run | {narrow} | mnist (10,000 images) | 0.25 |" in own
+    end = "multimnist (320,000 images)"
+    assert f", tested with test=all | {end} | 6.00 |" in own
+    assert f", tested with shift_px=6 | {end} | 7.00 |" in own
     assert "| 8.00 |" not in text, "training itself tested on the same images"
-    assert "| CapsNet, affnist_like, but tested with source mnist5k | affnist_like" in text
-    assert all(f"| {error} |" in text for error in ("0.40", "0.50"))
+    assert "tested with source=mnist5k | affnist_like (320,000 images) | 21.00 |" in own
+    assert all(f"| {error} |" in own for error in ("0.40", "0.50"))
 
 
 def test_missing_rows_say_the_command_that_makes_them(tmp_path):
@@ -370,6 +384,28 @@ def test_markup_in_names_stays_text(tmp_path):
     assert "<script" not in to_html("a <script>x</script> | `<b>`", tmp_path)
     assert "<script" not in to_html("a\n\n<script>x</script>\n\n[x](javascript:a)", tmp_path)
     assert table(["a"], [["x|y"]]).endswith("| x\\|y |")
+
+
+MARKUP = "x\n    <meta http-equiv='refresh'> ![x](pictures/a.png) [y](https://z) `b` | \x1b[31m"
+
+
+def test_markup_in_results_stays_text(tmp_path, capsys):
+    """Somebody else's result is neither HTML nor Markdown nor what a terminal obeys."""
+    words = {"device": MARKUP, "date": MARKUP, "name": MARKUP, "model": MARKUP}
+    train_result(tmp_path / "own", 25, 0, "model.conv1_channels=64", **words)
+    hostile = train_result(tmp_path / "row", 26, 1, **words, versions={"torch": MARKUP})
+    rows = [{"step": 1, "loss/total": 1e38}, {"step": 2, "loss/total": -1e38, "loss/$x": 1}]
+    rows += [{"step": 3, "error_percent/test": 1e300}]
+    (hostile / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = build(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out/report.html").read_text()
+    printed = capsys.readouterr().out
+    assert "http-equiv" in text
+    assert "http-equiv" in printed
+    assert "<meta http-equiv='refresh" not in page + text
+    assert 'href="https://z"' not in page
+    assert "pictures/a.png)" not in text.replace("&#93;(pictures/a.png)", "")
+    assert "\x1b" not in text + page + printed
 
 
 def test_keep_copies_what_is_small(tmp_path, tiny_run):
@@ -463,3 +499,31 @@ def test_tables_of_other_pages_are_written_anew(tmp_path):
     with pytest.raises(UserError, match=r"no <!-- end --> after <!-- summary -->"):
         update_tables(page, {"summary": "| new |"})
     assert page.read_text() == "<!-- summary -->\n| old |\n\nThe end.\n"
+
+
+def test_own_runs_are_on_the_screen_and_in_tables_for_other_programs(tmp_path, capsys):
+    for iterations in (1, 2):
+        for seed in (0, 1):
+            words = ("dataset=mnist5k", f"routing.iterations={iterations}", "recipe=quick")
+            folder = train_result(
+                tmp_path / f"runs/{iterations}/{seed}", 100 * iterations + seed, seed, *words
+            )
+            (folder / "metrics.jsonl").write_text(f'{{"step": 9, "error_percent/test": {seed}}}')
+    text = build(tmp_path / "runs", tmp_path / "out")
+    own = text.split("## Other runs")[1].split("## Figures")[0]
+    words = "model=capsnet, recipe=quick, routing.iterations=2"
+    line = f"| run | {words} | mnist5k (10,000 images) | 2.00 ± 0.01 | 0 1 |"
+    assert line in own
+    assert "(pictures/own_mnist5k.png)" in own
+    assert re.search(
+        r"recipe=quick, routing.iterations=1 +mnist5k \(10,000 images\) +1.00 ± 0.01",
+        capsys.readouterr().out,
+    )
+    with open(tmp_path / "out/report.csv", newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [
+        (line["routing.iterations"], line["seed"], line["error_percent"]) for line in lines
+    ] == [("1", "0", "1.0"), ("1", "1", "1.01"), ("2", "0", "2.0"), ("2", "1", "2.01")]
+    latex = (tmp_path / "out/report.tex").read_text()
+    assert "routing.iterations=2 & mnist5k" in latex
+    assert latex.count(r"\bottomrule") == 1

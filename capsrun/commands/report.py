@@ -1,33 +1,40 @@
 """`capsrun report`: what was measured, beside what the paper reports, as Markdown and HTML."""
 
+import csv
+import html
+import io
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import setting
-from capsrun.disk import LOCK, locked, replacing
+from capsrun.disk import LOCK, locked
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.names import folder_words, suggest
 from capsrun.report import own
 from capsrun.report.document import document, main_tables, own_runs, trainings
 from capsrun.report.gallery import Pictures
-from capsrun.report.page import to_html
+from capsrun.report.page import plain, to_html
 from capsrun.report.questions import questions_and_answers
 from capsrun.report.rows import Row, make_row
 from capsrun.report.run_page import FORMATS
-from capsrun.report.tables import NOT_RUN, SUMMARY, summary_lines
+from capsrun.report.tables import NOT_RUN, SUMMARY, shown, summary_lines
 from capsrun.runs.progress import bar
 from capsrun.runs.reader import RESULT, Result, find_results, read_result
 
 # What `keep` copies of a run; of metrics.jsonl only what is not larger than this.
 KEPT = ("result.json", "config.yaml", "metrics.jsonl")
 KEPT_BYTES = 500_000
+# What `report.csv` has of a result before its settings.
+COLUMNS = ["name", "seed", "command", "error_percent", "errors", "count", "steps", "train_seconds"]
+COLUMNS += ["parameters", "device", "date", "git_commit"]
 
 
 @dataclass(kw_only=True)
@@ -64,29 +71,82 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     if any((out_dir / name).exists() for name in ("config.yaml", "result.json")):
         raise UserError(f"{out_dir} is the folder of a run; choose another out_dir=…")
     disk.make_folder(out_dir / "pictures")
+    as_text = [Result(result.folder, plain(result.values)) for result in results]
     with locked(out_dir / LOCK):
-        rows = write_report(results, experiments, out_dir)
+        rows = write_report(as_text, experiments, out_dir)
+        tables = measured(rows, as_text, experiments)
+        write_tables(tables, results, out_dir)
     for path in config.update:
-        update_tables(Path(path), main_tables(rows, results))
+        update_tables(Path(path), main_tables(rows, as_text))
     if config.keep is not None:
         keep(results, Path(config.keep))
-    print_tables(rows, results)
+    print_tables(tables, rows)
     print(f"the whole report: {out_dir / 'report.html'}")
     return out_dir / "report.html"
 
 
-def print_tables(rows: Sequence[Row], results: Sequence[Result]) -> None:
-    """Show one's own runs, and the rows of the paper, but for those that nothing was run for."""
+class Table(NamedTuple):
+    """Some of what was run, as plain text."""
+
+    title: str
+    header: Sequence[str]
+    lines: list[list[str]]
+
+
+def measured(
+    rows: Sequence[Row], results: Sequence[Result], experiments: Experiments
+) -> list[Table]:
+    """What was run: one's own runs, and the rows of the paper."""
     _, found = questions_and_answers(rows, trainings(results))
-    for name, groups in own.by_images(own_runs(rows, results, found)).items():
-        columns = [line[:5] for line in own.lines(groups)]
-        print(f"trained on {name}:")
-        print(tabulate(columns, own.HEADER[:5], "plain", disable_numparse=True) + "\n")
-    lines = [line for line in summary_lines(rows) if NOT_RUN not in line]
-    if lines:
-        print(tabulate(lines, SUMMARY, "plain", disable_numparse=True))
-    left = len(summary_lines(rows)) - len(lines)
+    tables = [
+        Table(f"trained on {name}", own.HEADER[:5], own.lines(groups, experiments))
+        for name, groups in own.by_images(own_runs(rows, results, found)).items()
+    ]
+    numbers = [line for line in summary_lines(rows) if NOT_RUN not in line]
+    tables += [Table("the paper's numbers", SUMMARY, numbers)] if numbers else []
+    return [as_plain_text(table) for table in tables]
+
+
+def as_plain_text(table: Table) -> Table:
+    """A table of Markdown, as wide as its header, without the marks that keep its signs plain."""
+    title, header, lines = table
+    cells = [[html.unescape(cell) for cell, _ in zip(line, header)] for line in lines]
+    return Table(html.unescape(title), header, cells)
+
+
+def print_tables(tables: Iterable[Table], rows: Sequence[Row]) -> None:
+    """Show what was run, and say what was not."""
+    for title, header, lines in tables:
+        print(f"{title}:\n{tabulate(lines, header, 'plain', disable_numparse=True)}\n")
+    left = sum(NOT_RUN in line for line in summary_lines(rows))
     print(f"{left} of the paper's numbers: {NOT_RUN}\n" if left else "")
+
+
+def write_tables(tables: Iterable[Table], results: Sequence[Result], out_dir: Path) -> None:
+    """Write what was run as tables for LaTeX, `report.tex`, and every result as `report.csv`."""
+    parts = [
+        f"% {title}\n{tabulate(lines, header, 'latex_booktabs', disable_numparse=True)}"
+        for title, header, lines in tables
+    ]
+    head = "% Needs \\usepackage{booktabs}."
+    disk.write_text(out_dir / "report.tex", "\n\n".join([head, *parts, ""]))
+    tested = [result for result in results if result.command != "perturb"]
+    tested.sort(key=lambda result: (result.values["name"], repr(result.settings), result.seed))
+    flattened = [flat(result) for result in tested]
+    keys = dict.fromkeys(key for line in flattened for key in line)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(keys))
+    writer.writeheader()
+    writer.writerows(flattened)
+    disk.write_text(out_dir / "report.csv", table.getvalue())
+
+
+def flat(result: Result) -> dict[str, Any]:
+    """A result as a line of a table: what was found, and how the model was trained and tested."""
+    found = {key: result.values.get(key) for key in COLUMNS}
+    found["tested_on"], found["torch"] = result.tested_on, result.values["versions"]["torch"]
+    trained = {key: shown(value) for key, value in result.settings.items()}
+    return found | trained | {f"test.{k}": v for k, v in result.tested.items()}
 
 
 def write_report(results: Sequence[Result], experiments: Experiments, out_dir: Path) -> list[Row]:
@@ -99,10 +159,9 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
             (out_dir / name).unlink(missing_ok=True)
     names = bar(experiments.names(), "experiment", "results")
     rows = [make_row(name, experiments, results) for name in names]
-    text = document(rows, results, Pictures(out_dir))
+    text = document(rows, results, experiments, Pictures(out_dir))
     for name, content in (("report.md", text), ("report.html", to_html(text, out_dir))):
-        with replacing(out_dir / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        disk.write_text(out_dir / name, content)
     return rows
 
 
@@ -119,8 +178,7 @@ def update_tables(path: Path, tables: Mapping[str, str]) -> None:
             raise UserError(f"{path} has no <!-- end --> after <!-- {name} -->")
         if mark:
             text = before + start + content + end + rest.partition(end)[2]
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    disk.write_text(path, text)
 
 
 def keep(results: Sequence[Result], folder: Path) -> None:
@@ -150,16 +208,11 @@ def keep(results: Sequence[Result], folder: Path) -> None:
             )
         disk.make_folder(target)
         for file in KEPT:
-            if is_plain(source / file) and (source / file).stat().st_size <= KEPT_BYTES:
+            if disk.is_plain(source / file) and (source / file).stat().st_size <= KEPT_BYTES:
                 shutil.copyfile(source / file, target / file)
         pictures = source / "pictures"
         if result.seed == first[name] and pictures.is_dir() and not pictures.is_symlink():
             disk.make_folder(target / "pictures")
             for path in pictures.iterdir():
-                if is_plain(path) and path.suffix in FORMATS:
+                if disk.is_plain(path) and path.suffix in FORMATS:
                     shutil.copyfile(path, target / "pictures" / path.name)
-
-
-def is_plain(path: Path) -> bool:
-    """Whether there is a file of this name, and no link to one, which may be of anybody."""
-    return path.is_file() and not path.is_symlink()

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from capsrun.experiments import GROUPS
+from capsrun.experiments import GROUPS, Experiments
 from capsrun.report import plots, questions, run_page, tables
 from capsrun.report.gallery import Pictures, curves, paper_figures
 from capsrun.report.own import own_groups
 from capsrun.report.own import section as own_section
-from capsrun.report.page import plain, render
+from capsrun.report.page import render
 from capsrun.report.rows import Group, Row, grouped, of_group
 from capsrun.report.tables import TABLES, table
 from capsrun.runs.reader import Result
@@ -29,7 +29,9 @@ PROVENANCE = ["run", "seed", "tested on", "error %", "of", "steps", "training", 
 PROVENANCE += ["torch", "date", "commit"]
 
 
-def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures) -> str:
+def document(
+    rows: Sequence[Row], results: Sequence[Result], experiments: Experiments, pictures: Pictures
+) -> str:
     """The whole report; draws its pictures."""
     _, found = questions.questions_and_answers(rows, trainings(results))
     own = own_runs(rows, results, found)
@@ -46,7 +48,7 @@ def document(rows: Sequence[Row], results: Sequence[Result], pictures: Pictures)
         **main_tables(rows, results),
         sections=sections,
         after_ablations=[iterations_figure(found, pictures)],
-        own=own_section(own, pictures),
+        own=own_section(own, experiments, pictures),
         figures=paper_figures(rows, results, pictures),
         missing=missing(rows),
         provenance=provenance(results, pictures.out_dir),
@@ -145,7 +147,7 @@ def provenance(results: Iterable[Result], out_dir: Path) -> str:
 
 def name_with_page(result: Result, out_dir: Path) -> str:
     """The name of a run, as a link to its page where that is at hand."""
-    name, page = plain(result.values["name"]), result.folder / run_page.NAME
+    name, page = result.values["name"], result.folder / run_page.NAME
     if not page.exists():
         return name
     return f"[{name}]({quote(os.path.relpath(page, out_dir))})"

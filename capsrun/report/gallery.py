@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from capsrun.disk import is_plain
 from capsrun.report import figures, plots
 from capsrun.report.rows import Group, Row, grouped, of_group, of_network
 from capsrun.report.tables import differences, length
@@ -115,7 +117,7 @@ def folder_pictures(row: Row, group: Group, used: Sequence[Row], pictures: Pictu
     for result in group.results:
         names = ("reconstructions", "failures", "absent")
         paths = [result.folder / "pictures" / f"{name}.png" for name in names]
-        if found := [path for path in paths if path.exists()]:
+        if found := [path for path in paths if is_plain(path)]:
             return pictures.copy(row, group, result, found)
     return []
 
@@ -124,17 +126,20 @@ def perturbed(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -
     """Pictures of `capsrun perturb`, beside the run or in the figure's own folder."""
     for result in group.results:
         run = result.folder
-        own = sorted((run.parent.parent / row.name / run.name / "pictures").glob("digit_*.png"))
-        kept = sorted(run.glob(f"{row.name}/pictures/digit_*.png"))
-        if paths := own or kept or sorted(run.glob("perturb-*/pictures/digit_*.png")):
+        own = (run.parent.parent / row.name / run.name / "pictures").glob("digit_*.png")
+        kept = run.glob(f"{row.name}/pictures/digit_*.png")
+        beside = run.glob("perturb-*/pictures/digit_*.png")
+        found = (sorted(filter(is_plain, paths)) for paths in (own, kept, beside))
+        if paths := next(filter(None, found), []):
             return pictures.copy(row, group, result, paths[-PERTURBED:])
     return []
 
 
 def logit_changes(row: Row, group: Group, used: Sequence[Row], pictures: Pictures) -> list[str]:
     """Figure A.1 from what was recorded in training, of the seeds as long as the first."""
-    seeds = [metrics for metrics in group.metrics if len(metrics) == len(group.metrics[0])]
-    if not seeds:
+    recorded = [[row.keys() for row in metrics] for metrics in group.metrics]
+    seeds = [metrics for metrics, rows in zip(group.metrics, recorded) if rows == recorded[0]]
+    if not any("routing_logit_change/iteration_1" in row for row in chain(*seeds)):
         return []
     drawn = pictures.draw(row.name, plots.routing_changes(seeds), row.about.title)
     mean = "one seed" if len(seeds) == 1 else f"mean over {len(seeds)} seeds"

@@ -1,14 +1,20 @@
-"""Runs that are none of the paper's: in what they differ, and what came out."""
+"""Runs that are none of the paper's: what was changed, and what came out."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
+from capsrun.compose import group_choices
+from capsrun.experiments import Experiments
 from capsrun.report import plots
 from capsrun.report.gallery import CURVES, Pictures
 from capsrun.report.rows import Group, Row, grouped, whole_test
 from capsrun.report.tables import HOW, how, mean_and_spread, shown, table
 from capsrun.runs.reader import Result
+from capsrun.settings import deciding
 
-HEADER = ("run", "in what they differ", "tested on", "test error %", *HOW)
+HEADER = ("run", "settings", "tested on", "test error %", *HOW)
 MOST_CURVES = 7  # as many colours as can be told apart
 
 
@@ -38,47 +44,64 @@ def by_images(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return dict(sorted(found.items()))
 
 
-def everything(group: Group) -> dict[str, str]:
-    """All that decides a result: settings of training, and of a test of its own."""
+def words(group: Group, experiments: Experiments) -> str:
+    """What makes a group on the command line, beside its data set; and how it was tested."""
     result = group.first
-    found = {key: shown(value) for key, value in result.settings.items()}
-    return found | {f"tested with {key}": shown(value) for key, value in result.tested.items()}
+    training = result.training
+    # What somebody else calls a file of his own says nothing here.
+    chosen = {
+        choice: f"{choice}={training[choice]['name']}"
+        for choice in ("dataset", "model", "recipe", "loss")
+        if training[choice]["name"] in group_choices("train")[choice]
+    }
+    own_loss = chosen.pop("loss", None)
+    usual = experiments.training(list(chosen.values()))
+    if own_loss is not None and usual.loss.name != training["loss"]["name"]:
+        chosen["loss"] = own_loss
+        usual = experiments.training(list(chosen.values()))
+    chosen.pop("dataset", None)
+    found = [*chosen.values(), *changed(result.settings, deciding(asdict(usual)))]
+    if result.tested:
+        known = result.tested_on in group_choices("eval")["dataset"]
+        test = experiments.tested(["eval", *([f"dataset={result.tested_on}"] if known else [])])
+        assert test is not None
+        differing = changed(result.tested, whole_test(asdict(test.dataset)))
+        found += [f"tested with {word}" for word in differing]
+    return ", ".join(found)
 
 
-def differences_between(groups: Sequence[Group]) -> list[str]:
-    """Of each group the settings in which not all are alike."""
-    all_settings = [everything(group) for group in groups]
-    keys = sorted({key for settings in all_settings for key in settings})
-    differing = [key for key in keys if len({settings.get(key) for settings in all_settings}) > 1]
+def changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """The settings that are not as usual, as they are written on the command line."""
     return [
-        ", ".join(f"{key} {settings[key]}" for key in differing if key in settings)
-        for settings in all_settings
+        f"{key}={shown(value)}"
+        for key, value in settings.items()
+        if key != "precision" and value != usual.get(key)
     ]
 
 
-def lines(groups: Sequence[Group]) -> list[list[str]]:
+def lines(groups: Sequence[Group], experiments: Experiments) -> list[list[str]]:
     """The table of `HEADER` of runs on one data set."""
     return [
         [
             group.first.values["name"],
-            difference,
+            words(group, experiments),
             f"{group.first.tested_on} ({group.first.values['count']:,} images)",
             mean_and_spread(group.errors),
             *how(None, group),
         ]
-        for group, difference in zip(groups, differences_between(groups))
+        for group in groups
     ]
 
 
-def section(groups: Iterable[Group], pictures: Pictures) -> list[str]:
+def section(groups: Iterable[Group], experiments: Experiments, pictures: Pictures) -> list[str]:
     """The tables of one's own runs, one for each data set, with their learning curves."""
     parts = []
     for name, own in by_images(groups).items():
-        parts += [f"Trained on {name}:", table(HEADER, lines(own))]
+        parts += [f"Trained on {name}:", table(HEADER, lines(own, experiments))]
         trained = [group for group in own if group.metrics]
         if 1 < len(trained) <= MOST_CURVES:
-            titles = differences_between(trained)
-            curves = {title: group.metrics for title, group in zip(titles, trained)}
+            curves = {words(group, experiments): group.metrics for group in trained}
             figure = plots.comparison(curves, CURVES)
-            parts.append(pictures.draw(f"own_{name}", figure, f"learning curves: {name}"))
+            picture = "own_" + re.sub(r"\W", "_", name)  # a name may lead out of the folder
+            parts.append(pictures.draw(picture, figure, f"learning curves: {name}"))
     return parts

@@ -39,9 +39,19 @@ def to_html(text: str, folder: Path) -> str:
     return render("base.html", title=text.partition("\n")[0].removeprefix("# "), body=body)
 
 
-def plain(text: str) -> str:
-    """The text as Markdown that shows just that: names come from users, and may hold markup."""
-    return re.sub(r"[&<>\"'*`#|\[\]()!\\{}~$]", lambda sign: f"&#{ord(sign[0])};", text)
+def plain(values: Any) -> Any:
+    """Plain data, a result say, whose texts are Markdown that shows just them.
+
+    They may be somebody else's, and hold markup, or what a terminal obeys.
+    """
+    if isinstance(values, dict):
+        return {plain(key): plain(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [plain(value) for value in values]
+    if not isinstance(values, str):
+        return values
+    text = "".join(sign if sign.isprintable() else " " for sign in values)
+    return re.sub(r"[&<>*`|\[\]\\~$]", lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
 
 
 def embedded(picture: Path) -> str:

@@ -65,13 +65,18 @@ def comparison(
     the title and whether it is noisy, by the name of the recorded number.
     """
     figure = new_figure(10, 3.6)
+    named: set[str] = set()
     for axes, (key, (title, noisy)) in zip(figure.subplots(1, len(panels)), panels.items()):
         for number, (name, seeds) in enumerate(rows.items()):
-            label = f"{name} (n = {len(seeds)})" if key == next(iter(panels)) else None
-            curves = [curve(metrics, key, noisy) for metrics in seeds]
+            curves = [
+                curve(metrics, key, noisy) for metrics in seeds if key in recorded_names(metrics)
+            ]
+            label = f"{name} (n = {len(seeds)})" if curves and name not in named else None
+            named |= {name} if curves else set()
             _seeds_and_mean(axes, curves, label, marker=None if noisy else "o", **style(number))
         _finish(axes, "step", title, logarithmic=True)
-    figure.legend(loc="lower center", ncols=2, fontsize=FONT_SIZE - 1, frameon=False)
+    if named:
+        figure.legend(loc="lower center", ncols=2, fontsize=FONT_SIZE - 1, frameon=False)
     figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(rows) - 1) // 2), 1, 1))
     return figure
 
@@ -79,7 +84,6 @@ def comparison(
 def _seeds_and_mean(
     axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], label: str | None, **look: Any
 ) -> None:
-    curves = [(steps, values) for steps, values in curves if len(steps)]
     for steps, values in curves if len(curves) > 1 else []:
         axes.plot(steps, values, lw=0.6, alpha=0.5, ms=2, **look)
     if len({len(steps) for steps, _ in curves}) == 1:

@@ -166,4 +166,5 @@ def shown(value: object) -> str:
     """A setting as a person would write it."""
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else str(value).strip("'")
+    text = str(value).strip("'")
+    return text.lower() if text in ("None", "True", "False") else text

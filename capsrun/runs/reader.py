@@ -11,24 +11,36 @@ from pathlib import Path
 from typing import Any
 
 from capsrun import disk
-from capsrun.config import DatasetConfig, RecipeConfig, StopConfig
+from capsrun.config import DatasetConfig, RecipeConfig, StopConfig, TrainConfig
 from capsrun.data import sizes
-from capsrun.settings import deciding, deciding_test, is_name
+from capsrun.errors import UserError, notice
+from capsrun.settings import deciding, deciding_test, from_dict, is_name
 from capsrun.training.schedule import total_steps
 
 RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"
 FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
 
 # What reading a file raises that is damaged, or is another program's.
-UNSOUND = (OSError, ValueError, LookupError, TypeError)
-# What a result holds: the type of each value.
-TYPES = {
+UNSOUND = (OSError, ValueError, LookupError, TypeError, AttributeError)
+NUMBER: Any = int | float
+# What a result holds: the type of each value, or what it holds itself; with a `?`, if anything.
+SHAPE: dict[str, Any] = {
     **dict.fromkeys(("name", "model", "date", "device", "precision"), str),
     **dict.fromkeys(("seed", "steps"), int),
-    **dict.fromkeys(("config", "versions"), dict),
+    "config": dict,
+    "versions": {"torch": str},
+    "parameters?": int,
+    **dict.fromkeys(("git_commit?", "checkpoint?"), str),
+    "finished?": bool,
+    "stopped?": {"reached": bool},
+    **dict.fromkeys(("ensemble?", "others_trained?"), list),
+    "scores?": {"test_averaged?": {"error_percent": NUMBER}},
+    "best_on_test?": dict.fromkeys(("error_percent", "evaluations", "count"), NUMBER),
 }
-TEST_TYPES = {"dataset": str, "errors": int, "count": int, "error_percent": float | int}
-TEST_TYPES["train_seconds"] = float | int
+TEST_SHAPE: dict[str, Any] = {"dataset": str, "errors": int, "count": int}
+TEST_SHAPE |= dict.fromkeys(("error_percent", "train_seconds"), NUMBER)
+# No number of a network is larger, and sums of such numbers are finite.
+LARGEST = 1e38
 
 
 @dataclass(frozen=True)
@@ -137,13 +149,17 @@ class Run:
 def find_results(sources: Iterable[str | Path]) -> list[Result]:
     """Every result of finished training below some folders, each once, though it may be copied.
 
-    A `result.json` that is not of capsrun, or is damaged, is left out.
+    A `result.json` that is damaged, or not of this capsrun, is left out, and the user is told.
     """
     found: dict[str, Result] = {}
-    for source in sources:
-        for result in results_below(Path(source)):
+    for path in (path for source in sources for path in visible(Path(source), RESULT)):
+        try:
+            result = sound_result(path)
             if result.values.get("finished", True):
+                from_dict(TrainConfig, dict(result.training))
                 found.setdefault(repr(result.values), result)
+        except (*UNSOUND, UserError) as error:
+            notice(f"{path} is left out: it is damaged, or not of this capsrun ({error})")
     return list(found.values())
 
 
@@ -184,17 +200,38 @@ def results_below(folder: Path) -> Iterator[Result]:
 def read_result(path: Path) -> Result | None:
     """A result of `train`, `eval` or `perturb`, or None for a file that is damaged or no such."""
     try:
-        result = Result(path.parent, disk.read_json(path))
-        values, command = result.values, result.command
-        types = TYPES if command == "perturb" else TYPES | TEST_TYPES
-        sound = command in ("train", "eval", "perturb")
-        sound = sound and all(isinstance(values[key], types[key]) for key in types)
-        sound = sound and is_name(values["name"]) and "torch" in values["versions"]
-        check_training(result.training)
-        sound = sound and (command != "eval" or bool(result.tested))
+        return sound_result(path)
     except UNSOUND:
         return None
-    return result if sound else None
+
+
+def sound_result(path: Path) -> Result:
+    """A result of `train`, `eval` or `perturb`. Raises one of `UNSOUND` for what is none."""
+    result = Result(path.parent, disk.read_json(path))
+    check_shape(result.values, {"command": str})
+    if result.command not in ("train", "eval", "perturb"):
+        raise ValueError(f"no command {result.command!r} leaves one")
+    check_shape(result.values, SHAPE if result.command == "perturb" else SHAPE | TEST_SHAPE)
+    if not is_name(result.values["name"]):
+        raise ValueError("no run has such a name")
+    check_training(result.training)
+    if result.command != "perturb":
+        _ = result.tested, result.members_alike
+    return result
+
+
+def check_shape(value: Any, shape: Any, name: str = "result") -> None:
+    """Raise ValueError where plain data is not of a shape; see `SHAPE`."""
+    kind = dict if isinstance(shape, dict) else shape
+    # True counts as a number in Python, but not here.
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"no sound {name!r}")
+    if isinstance(value, NUMBER) and abs(value) > LARGEST:
+        raise ValueError(f"{name!r} is {value}")
+    for key, part in shape.items() if isinstance(shape, dict) else ():
+        found = value.get(key.removesuffix("?"))
+        if found is not None or not key.endswith("?"):
+            check_shape(found, part, key.removesuffix("?"))
 
 
 def is_finished_run(folder: Path) -> bool:
@@ -216,7 +253,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError):
         for line in disk.read_bytes(folder / METRICS, disk.MOST_TEXT_BYTES).splitlines():
-            rows.append(disk.parse_json(line))
+            row = disk.parse_json(line)
+            check_shape(row, {"step": int, "total_steps?": int})
+            check_shape(row, dict.fromkeys(row, NUMBER))
+            rows.append(row)
     return rows
 
 
