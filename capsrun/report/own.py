@@ -100,7 +100,11 @@ def section(groups: Iterable[Group], experiments: Experiments, pictures: Picture
         parts += [f"Trained on {name}:", table(HEADER, lines(own, experiments))]
         trained = [group for group in own if group.metrics]
         if 1 < len(trained) <= MOST_CURVES:
-            curves = {words(group, experiments): group.metrics for group in trained}
+            names = [group.first.values["name"] for group in trained]
+            curves = {
+                name if names.count(name) == 1 else words(group, experiments): group.metrics
+                for name, group in zip(names, trained)
+            }
             figure = plots.comparison(curves, CURVES)
             picture = "own_" + re.sub(r"\W", "_", name)  # a name may lead out of the folder
             parts.append(pictures.draw(picture, figure, f"learning curves: {name}"))

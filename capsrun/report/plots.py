@@ -4,6 +4,7 @@ Every function returns a matplotlib figure; none knows files.
 """
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from capsrun.report.figures import FONT_SIZE, new_figure
 # Distinct for every kind of colour vision (Okabe and Ito); lines differ in their dashes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
+LONG_LABEL = 75  # letters, of which two labels are not beside each other
 MARKED_POINTS = 50  # more are not told apart
 SMOOTHED_POINTS = 20  # a noisy curve is smoothed over about this share, 1/20, of its points
 
@@ -71,13 +73,15 @@ def comparison(
             curves = [
                 curve(metrics, key, noisy) for metrics in seeds if key in recorded_names(metrics)
             ]
-            label = f"{name} (n = {len(seeds)})" if curves and name not in named else None
+            short = textwrap.shorten(name, 2 * LONG_LABEL, placeholder=" …")
+            label = f"{short} (n = {len(seeds)})" if curves and name not in named else None
             named |= {name} if curves else set()
             _seeds_and_mean(axes, curves, label, marker=None if noisy else "o", **style(number))
         _finish(axes, "step", title, logarithmic=True)
+    beside = 2 if max(map(len, rows)) < LONG_LABEL else 1
     if named:
-        figure.legend(loc="lower center", ncols=2, fontsize=FONT_SIZE - 1, frameon=False)
-    figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(rows) - 1) // 2), 1, 1))
+        figure.legend(loc="lower center", ncols=beside, fontsize=FONT_SIZE - 1, frameon=False)
+    figure.tight_layout(rect=(0, 0.08 + 0.05 * ((len(rows) - 1) // beside), 1, 1))
     return figure
 
 
