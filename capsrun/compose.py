@@ -137,6 +137,8 @@ def for_hydra(command: str, words: Sequence[str], several: bool) -> list[str]:
 
     Of two settings of which one is null where the other is not, who says one has said both.
     """
+    if not os.environ.get("CAPSRUN_DATA"):  # set to nothing is not set
+        os.environ.pop("CAPSRUN_DATA", None)
     said = {word.partition("=")[0].lstrip("+") for word in words}
     implied = [
         f"{other}=null"

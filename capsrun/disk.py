@@ -194,7 +194,8 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
         yield lambda: _identity(path) == mine
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, or the disk full
-            if _identity(path) == mine:  # else the file that says whose it is is another's
+            # Else the file that says whose it is is another's; a lock may be gone before its end.
+            if _identity(path) in (mine, None):
                 _owner(path).unlink(missing_ok=True)
             lock.release()
 

@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 GOLDEN = SHARED / "golden"
 MNIST_DIR = SHARED / "data"
+NOWHERE = "http://127.0.0.1:9/"  # where nothing answers
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),

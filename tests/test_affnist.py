@@ -104,6 +104,18 @@ def test_each_form_of_the_files_is_read(folder, digits, batches, form):
     assert found == len(files), "nothing is unpacked to disk"
 
 
+@pytest.mark.parametrize("place", ["test.mat (1).zip", "affnist/test.mat", "data/affNIST/Test.mat"])
+def test_the_file_is_taken_where_people_have_it(folder, digits, place):
+    (folder.parent / "test.mat").write_bytes(mat(*digits, "somethingElse"))
+    path = folder.parent / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = mat(*digits)
+    path.write_bytes(zipped({"test.mat": content}) if "zip" in place else content)
+    dataset = load()
+    assert len(dataset.test) == 320
+    assert dataset.sources[0].name == str(path)
+
+
 def test_missing_batches_are_named(folder, batches):
     for name, content in batches.items():
         if name not in ("7.mat", "31.mat"):

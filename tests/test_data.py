@@ -1,24 +1,19 @@
-"""Data sets: found, verified, parsed, refused when damaged, downloaded when missing."""
+"""Data sets: found, verified, parsed, refused when damaged."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import struct
-import threading
 import types
 
 import pytest
 import torch
-from conftest import MNIST_DIR, load_data, without_root
+from conftest import MNIST_DIR, NOWHERE, load_data, train_config, without_root
 from torchvision import datasets
 
 from capsrun.data import official
-from capsrun.data.files import obtain
 from capsrun.errors import UserError
 
 NAMES = [name.removesuffix(".gz") for name, _ in datasets.MNIST.resources]
-NOWHERE = "http://127.0.0.1:9/"
 needs_mnist = pytest.mark.skipif(not MNIST_DIR.is_dir(), reason=f"no MNIST in {MNIST_DIR}")
 
 
@@ -39,12 +34,12 @@ def small_files(count=20, last_label=9):
     return dict(zip(NAMES, [image_file, label_file] * 2, strict=True))
 
 
-def put(raw, files, monkeypatch):
+def put(raw, files, monkeypatch, folder="MNIST"):
     """Write the files, compressed, and take their checksums for MNIST's."""
     raw.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (raw / f"{name}.gz").write_bytes(gzip.compress(content))
-        monkeypatch.setitem(official.CONTENT_MD5, f"MNIST/{name}.gz", md5(content))
+        monkeypatch.setitem(official.CONTENT_MD5, f"{folder}/{name}.gz", md5(content))
 
 
 def resources_of(folder):
@@ -123,9 +118,15 @@ def test_damaged_files_are_refused_by_name(small_mnist, damage, message):
 
 def test_damaged_compression_is_refused_by_name(small_mnist):
     path = small_mnist / f"{NAMES[0]}.gz"
-    for stored in (path.read_bytes()[:-100], b"no gzip"):
+    cut = path.read_bytes()[:-100]
+    for stored, what in (
+        (cut, "damaged or cut short"),
+        (b"no gzip", "not an idx file"),
+        (b"\xef\xbb\xbf\n <!DOCTYPE html><html>Not found", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "a web page"),
+    ):
         path.write_bytes(stored)
-        with pytest.raises(UserError, match=rf"{path.name} is damaged or cut short: .*; delete it"):
+        with pytest.raises(UserError, match=rf"{path.name} is {what}.*; delete it"):
             load()
 
 
@@ -138,47 +139,131 @@ def test_images_and_labels_must_belong_together(small_mnist, monkeypatch):
         load()
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
-def test_sisters_of_mnist_are_verified_where_they_are_compressed(name, in_tmp, monkeypatch, capsys):
-    folder = official.IDX_SETS[name].folder
-    raw = in_tmp / "data" / folder / "raw"
+def test_kmnist_is_verified_where_it_is_compressed(in_tmp, monkeypatch, capsys):
+    raw = in_tmp / "data" / "KMNIST" / "raw"
     files = small_files()
-    put(raw, files, monkeypatch)
-    monkeypatch.setattr(getattr(datasets, folder), "resources", resources_of(raw))
-    dataset = load(name)
+    put(raw, files, monkeypatch, "elsewhere")
+    monkeypatch.setattr(datasets.KMNIST, "resources", resources_of(raw))
+    dataset = load("kmnist")
     assert (len(dataset.train), len(dataset.class_names)) == (20, 10)
     assert all(source.verified for source in dataset.sources)
     (raw / f"{NAMES[2]}.gz").write_bytes(gzip.compress(small_files()[NAMES[2]]))
     with pytest.raises(UserError, match="MD5"):
-        load(name)
+        load("kmnist")
     (raw / f"{NAMES[2]}.gz").unlink()
     (raw / NAMES[2]).write_bytes(files[NAMES[2]])
+    with pytest.raises(UserError, match="is elsewhere's, not Kuzushiji-MNIST's"):
+        load("kmnist")
+    for name in NAMES:
+        monkeypatch.delitem(official.CONTENT_MD5, f"elsewhere/{name}.gz")
     with pytest.raises(UserError, match=r"has 6,000 training images of each class; .* 2 to 2"):
-        load(name)
+        load("kmnist")
     monkeypatch.setattr(official, "BALANCED", (2, 2))
-    assert [source.verified for source in load(name).sources] == [True, True, False, True]
+    assert [source.verified for source in load("kmnist").sources] == [True, True, False, True]
     assert f"{NAMES[2]} cannot be verified: no checksum" in capsys.readouterr().err
 
 
-@needs_mnist
+def test_kmnist_uncompressed_must_be_in_a_folder_of_its_name(in_tmp, monkeypatch):
+    """Its files have the names of other sets', which are as balanced."""
+    monkeypatch.setattr(official, "BALANCED", (2, 2))
+    monkeypatch.setattr(datasets.KMNIST, "mirrors", [NOWHERE])
+    (in_tmp / "data").mkdir()
+    for name, content in small_files().items():
+        (in_tmp / "data" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"may be Kuzushiji-MNIST's or another set's: put it in"):
+        load("kmnist")
+    (in_tmp / "data").rename(in_tmp / "k-mnist")
+    monkeypatch.setenv("CAPSRUN_DATA", str(in_tmp / "k-mnist"))
+    assert len(load("kmnist").train) == 20
+
+
+def with_dot(name):
+    return name.replace("-idx", ".idx")
+
+
+# Where people have the files and what they call them, and whether they are compressed.
+PLACES = {
+    "7-Zip": (lambda name: f"MNIST/raw/{with_dot(name)}", False),
+    "dots and compressed": (lambda name: f"MNIST/raw/{with_dot(name)}.gz", True),
+    "no folder": (lambda name: f"{name}.gz", True),
+    "no folder, plain": (lambda name: name, False),
+    "one folder too high": (lambda name: f"MNIST/{name}.gz", True),
+    "CAPSRUN_DATA too low": (lambda name: f"raw/{name}", False),
+    "CAPSRUN_DATA too high": (lambda name: f"data/MNIST/raw/{name}.gz", True),
+    "Kaggle": (lambda name: f"MNIST/raw/{with_dot(name)}/{with_dot(name)}", False),
+    "Kaggle, no folder": (lambda name: f"{name}/{name}", False),
+    "other letters": (lambda name: f"mnist/{name}.gz", True),
+    "browser": (lambda name: f"{name} (1).gz", True),
+    "browser, plain": (lambda name: f"{name} (12)", False),
+    "wget": (lambda name: f"{name}.gz.1", True),
+    "Windows": (lambda name: f"{name} - Copy.gz", True),
+    "called .gz, but plain": (lambda name: f"MNIST/raw/{name}.gz", False),
+    "compressed, but not called so": (lambda name: f"MNIST/raw/{name}", True),
+}
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_files_are_taken_where_and_as_people_have_them(places, in_tmp, monkeypatch):
+    place, compressed = PLACES[places]
+    put(in_tmp / "elsewhere", small_files(), monkeypatch)
+    for name in NAMES:
+        path = in_tmp / "data" / place(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = (in_tmp / "elsewhere" / f"{name}.gz").read_bytes()
+        path.write_bytes(stored if compressed else gzip.decompress(stored))
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE])
+    dataset = load()
+    assert len(dataset.train) == 20
+    assert all(source.verified for source in dataset.sources)
+    there = {str(path.relative_to(in_tmp)) for path in in_tmp.glob("data/**/*") if path.is_file()}
+    assert there == {source.name for source in dataset.sources}, "no copies"
+
+
+def test_the_right_file_is_taken_of_several(small_mnist, monkeypatch):
+    right = small_mnist / f"{NAMES[0]}.gz"
+    content = right.read_bytes()
+    right.write_bytes(content[:-100])
+    for name in (f"._{NAMES[0]}", f"{NAMES[0]} (1).gz", NAMES[2]):
+        (small_mnist.parent / name).write_bytes(content[:50])
+    with pytest.raises(UserError, match=rf"raw/{NAMES[0]}\.gz is damaged"):
+        load()
+    (small_mnist.parent / f"{NAMES[0]} (2).gz").write_bytes(content)
+    assert len(load().train) == 20
+    (small_mnist.parent / f"{NAMES[0]} (2).gz").unlink()
+    right.unlink()
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE])
+    with pytest.raises(UserError, match=r"refused; .*\(1\)\.gz is damaged.*; put its four files"):
+        load()
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("own_folder", [True, False])
 @pytest.mark.parametrize("name", ["fashion_mnist", "kmnist"])
-def test_mnist_is_not_taken_for_a_sister(name, in_tmp):
-    """Its files have the same names; uncompressed there is no checksum to tell them by."""
-    raw = in_tmp / "data" / official.IDX_SETS[name].folder / "raw"
-    raw.mkdir(parents=True)
-    for file in (MNIST_DIR / "MNIST" / "raw").glob("*.gz"):
-        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
-    with pytest.raises(UserError, match=r"does not hold .* 5,421 to 6,742"):
+def test_mnist_is_not_taken_for_a_sister(
+    name, own_folder, compressed, small_mnist, monkeypatch, tmp_path
+):
+    """Its files have the same names."""
+    folder = official.IDX_SETS[name].folder
+    monkeypatch.setattr(getattr(datasets, folder), "mirrors", [NOWHERE])
+    raw = tmp_path / folder / "raw" if own_folder else small_mnist
+    monkeypatch.setenv("CAPSRUN_DATA", str(tmp_path if own_folder else raw))
+    raw.mkdir(parents=True, exist_ok=True)
+    for path in list(small_mnist.iterdir()):
+        stored = path.read_bytes()
+        path.unlink()
+        if compressed:
+            (raw / path.name).write_bytes(stored)
+        else:
+            (raw / path.stem).write_bytes(gzip.decompress(stored))
+    with pytest.raises(
+        UserError, match=f"{NAMES[0]}.* is MNIST's, not {official.IDX_SETS[name].title}"
+    ):
         load(name)
 
 
-def test_missing_data_without_network_is_one_clear_message(in_tmp, monkeypatch, refused):
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE])
-    message = refused("data", "dataset=mnist")
-    assert "data/MNIST/raw and could not be downloaded" in message
-    for part in ("Connection refused", "CAPSRUN_DATA", "dataset=mnist5k works without a download"):
-        assert part in message
-    assert list(in_tmp.iterdir()) == [], "no empty folder stays"
+def test_an_empty_variable_is_as_none(monkeypatch):
+    monkeypatch.setenv("CAPSRUN_DATA", "")
+    assert train_config("dataset=mnist").dataset.data_dir == "data"
 
 
 def test_what_cannot_be_read_or_written_is_one_clear_message(small_mnist, monkeypatch, refused):
@@ -194,57 +279,6 @@ def test_what_cannot_be_read_or_written_is_one_clear_message(small_mnist, monkey
         small_mnist.chmod(0o755)
     monkeypatch.setenv("CAPSRUN_DATA", str(path))
     assert "cannot be written" in refused("data", "dataset=mnist")
-
-
-class Mirror(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, or only the beginning of its files."""
-
-    whole = True
-
-    def copyfile(self, source, outputfile):
-        outputfile.write(source.read() if self.whole else source.read()[:50])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """A folder, and the address under which it is served on this machine."""
-    monkeypatch.setattr(Mirror, "whole", True)
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    handler = functools.partial(Mirror, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def test_what_is_missing_is_downloaded_from_the_next_mirror_too(in_tmp, mirror, monkeypatch):
-    folder, address = mirror
-    put(folder, small_files(), monkeypatch)
-    monkeypatch.setattr(datasets.MNIST, "resources", resources_of(folder))
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE, address])
-    assert len(load().train) == 20
-    files = {path.name for path in (in_tmp / "data").rglob("*") if path.is_file()}
-    assert files == {f"{name}.gz" for name in NAMES}
-    monkeypatch.setattr(datasets.MNIST, "mirrors", [NOWHERE])
-    assert len(load().train) == 20
-
-
-@pytest.mark.parametrize(
-    ("whole", "message"), [(True, "published MD5 checksum"), (False, "could not be downloaded")]
-)
-def test_a_broken_or_other_download_leaves_nothing(tmp_path, mirror, monkeypatch, whole, message):
-    folder, address = mirror
-    (folder / "file.gz").write_bytes(bytes(1000))
-    monkeypatch.setattr(Mirror, "whole", whole)
-    target = tmp_path / "new" / "folder" / "file.gz"
-    checksum = "0" * 32 if whole else None
-    with pytest.raises(UserError, match=rf"{message}.*; do that"):
-        obtain(target, [f"{address}file.gz"], checksum, "This", "do that")
-    assert not (tmp_path / "new").exists()
 
 
 def as_bytes(split):

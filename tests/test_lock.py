@@ -251,8 +251,8 @@ def slowly(path, *arguments):
     with open(folder / "downloads", "a") as log: log.write("x")
     time.sleep(3); path.write_bytes(b"whole")
 files._download = slowly
-path = files.obtain(folder / "data" / "set.zip", ["http://x"], None, "A set", "no")
-assert path.read_bytes() == b"whole"
+home = files.Home(folder, "data", "A set", "no")
+assert files.obtain(home, "set.zip", ["http://x"], None, files.read_file) == b"whole"
 """
     both = [python(script, tmp_path) for _ in range(2)]
     said = [process.communicate(timeout=100)[0] for process in both]

@@ -88,6 +88,24 @@ def test_cifar10_from_its_folder(data_dir, cifar_files):
             load("cifar10")
 
 
+@pytest.mark.parametrize("place", [".", "CIFAR-10", f"data/cifar10/{official.CIFAR_FOLDER}"])
+def test_cifar10_from_where_people_have_its_folder(data_dir, cifar_files, place):
+    folder = data_dir / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in cifar_files.items():
+        (folder / name).write_bytes(content)
+    dataset = load("cifar10")
+    assert len(dataset.train) == 100
+    assert dataset.sources[0].name == str(folder)
+
+
+def test_cifar10_that_a_browser_unpacked(small_cifar):
+    small_cifar.write_bytes(gzip.decompress(small_cifar.read_bytes()))
+    dataset = load("cifar10")
+    assert len(dataset.train) == 100
+    assert not dataset.sources[0].verified
+
+
 def test_damaged_cifar10_is_refused_by_name(small_cifar, monkeypatch):
     cut = small_cifar.read_bytes()[:-100]
     small_cifar.write_bytes(cut)
@@ -144,16 +162,26 @@ def test_svhn_is_read_as_it_is_written(put_svhn):
         load("svhn")
 
 
+def test_svhn_from_where_torchvision_has_it(put_svhn, data_dir):
+    folder = put_svhn(svhn_mat())
+    for path in list(folder.iterdir()):
+        path.rename(data_dir / path.name.replace(".", " (1)."))
+    dataset = load("svhn")
+    assert len(dataset.train) == 30
+    assert dataset.sources[0].name == str(data_dir / "train_32x32 (1).mat")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"<!DOCTYPE html><title>404", "train_32x32.mat is a web page"),
         (svhn_mat()[:-500], "damaged or cut short"),
         (svhn_mat(X=None), "lacks X"),
         (svhn_mat(X=random_bytes(30, 32, 32, 3)), "images of 32×30×32, not 3×32×32"),
         (svhn_mat(y=np.full((30, 1), 11, np.uint8)), "y of 1 to 10"),
         (svhn_mat(29, y=svhn_labels(30)), "29 images but 30 labels"),
     ],
-    ids=["cut", "no images", "other order", "class 11", "count"],
+    ids=["web page", "cut", "no images", "other order", "class 11", "count"],
 )
 def test_what_is_not_svhn_is_refused_by_name(put_svhn, content, message):
     put_svhn(content)

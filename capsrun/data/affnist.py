@@ -17,7 +17,17 @@ import torch
 from tqdm import tqdm
 
 from capsrun.config import DatasetConfig
-from capsrun.data.files import Part, RawData, Source, md5_of, obtain, parsing, read_file, read_mat
+from capsrun.data.files import (
+    Home,
+    Part,
+    RawData,
+    Source,
+    md5_of,
+    obtain,
+    parsing,
+    read_file,
+    read_mat,
+)
 from capsrun.data.splits import refuse_changes
 from capsrun.errors import UserError
 
@@ -41,18 +51,18 @@ def load(config: DatasetConfig) -> RawData:
     refuse_changes(config, "shift_px", "validation")
     if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
         raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
-    folder = Path(config.data_dir).expanduser() / "affNIST"
-    files = find(folder) or [obtain(folder / "test.mat.zip", [URL], None, "affNIST", INSTEAD)]
-    pieces, sources = [], []
-    for path in tqdm(files, "reading affNIST", unit=" file", leave=False, disable=None):
-        stored = read_file(path)
-        sources.append(Source(str(path), md5_of(stored), verified=False))
-        pieces += [read_images(content, name) for name, content in mat_files(path, stored)]
+    home = Home(Path(config.data_dir), "affNIST", "affNIST", INSTEAD)
+    folder = home.data_dir / home.folder
+    files = tqdm(find(folder), "reading affNIST", unit=" file", leave=False, disable=None)
+    read = [read_stored(path) for path in files]
+    read = read or [obtain(home, "test.mat.zip", [URL], None, read_stored)]
+    pieces = [piece for of_file, _ in read for piece in of_file]
     images_NHW, labels_N = map(np.concatenate, zip(*pieces))
-    check(images_NHW, labels_N, files[0] if len(files) == 1 else folder)
+    sources = tuple(source for _, source in read)
+    check(images_NHW, labels_N, sources[0].name if len(sources) == 1 else folder)
     test = Part(torch.from_numpy(images_NHW)[:, None], torch.from_numpy(labels_N))
     nothing = Part(test.images_NCHW[:0], test.labels_N[:0])
-    return RawData(nothing, test, tuple("0123456789"), tuple(sources))
+    return RawData(nothing, test, tuple("0123456789"), sources)
 
 
 def find(folder: Path) -> list[Path]:
@@ -75,6 +85,13 @@ def find(folder: Path) -> list[Path]:
                 f"{place} lacks {', '.join(missing)}: all of 1.mat to {BATCHES}.mat are needed"
             )
     return []
+
+
+def read_stored(path: Path) -> tuple[list[tuple[np.ndarray, np.ndarray]], Source]:
+    """Images and labels of each `.mat` in a file. Raises UserError as `read_images` does."""
+    stored = read_file(path)
+    pieces = [read_images(content, name) for name, content in mat_files(path, stored)]
+    return pieces, Source(str(path), md5_of(stored), verified=False)
 
 
 def mat_files(path: Path, stored: bytes) -> Iterator[tuple[str, bytes]]:

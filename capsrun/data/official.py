@@ -6,7 +6,9 @@ And mnist5k, the MNIST digits that a package carries. Shapes: N images, C channe
 import importlib.util
 import io
 import math
+import os
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,7 @@ IDX_SETS = {
     "fashion_mnist": IdxSet("Fashion-MNIST", "FashionMNIST", FASHION),
     "kmnist": IdxSet("Kuzushiji-MNIST", "KMNIST", "o ki su tsu na ha ma ya re wo"),
 }
-# How many training and test images of each class Fashion-MNIST and Kuzushiji-MNIST have.
+# How many training and test images of each class Kuzushiji-MNIST has.
 BALANCED = 6_000, 1_000
 # Of what is in the compressed files, where it is published.
 CONTENT_MD5 = {
@@ -47,30 +49,35 @@ CONTENT_MD5 = {
     "MNIST/train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
     "MNIST/t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
     "MNIST/t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+    "FashionMNIST/train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "FashionMNIST/train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+    "FashionMNIST/t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+    "FashionMNIST/t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
 }
 
 
 def mnist(config: DatasetConfig) -> RawData:
-    """Read MNIST or a sister from `data_dir/<its folder>/raw`, downloading what is not there.
+    """Read MNIST or a sister from `data_dir/<its folder>/raw`, downloading what is not at hand.
 
     Raises UserError when it cannot be had or is damaged.
     """
     dataset = IDX_SETS[config.source or config.name]
-    folder = Path(config.data_dir).expanduser() / dataset.folder / "raw"
     published = _torchvision(dataset.folder)
     instead = (
-        f"put its four .gz files there, or set CAPSRUN_DATA to the folder that holds "
-        f"{dataset.folder}/raw; dataset=mnist5k works without a download"
+        f"put its four files, {published.resources[0][0]} and so on, there, or set CAPSRUN_DATA to "
+        f"the folder that holds {dataset.folder}/raw; dataset=mnist5k works without a download"
     )
+    home = files.Home(Path(config.data_dir), f"{dataset.folder}/raw", dataset.title, instead)
     class_names = tuple(dataset.class_names.split())
     arrays, sources = [], []
     for name, gzip_md5 in published.resources:
         urls = [mirror + name for mirror in published.mirrors]
-        path = files.obtain(folder / name, urls, gzip_md5, dataset.title, instead)
         content_md5 = CONTENT_MD5.get(f"{dataset.folder}/{name}")
-        array, source = read_idx(path, gzip_md5, content_md5)
+        read = partial(read_idx, home, 1 if "labels" in name else 3, gzip_md5, content_md5)
+        array, source = files.obtain(home, name, urls, gzip_md5, read)
         arrays.append(array)
         sources.append(source)
+    folder = os.path.commonpath([source.name for source in sources])
     train, test = (
         files.labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
         for images, labels in (arrays[:2], arrays[2:])
@@ -80,11 +87,8 @@ def mnist(config: DatasetConfig) -> RawData:
     return RawData(train, test, class_names, tuple(sources))
 
 
-def check_balance(title: str, folder: Path, train: Part, test: Part) -> None:
-    """Raise UserError where not every class has its 6,000 training and 1,000 test images.
-
-    So it is in MNIST's sisters and not in MNIST, whose files have the same names.
-    """
+def check_balance(title: str, folder: str, train: Part, test: Part) -> None:
+    """Raise UserError where not every class has its 6,000 training and 1,000 test images."""
     for part, part_name, count in ((train, "training", BALANCED[0]), (test, "test", BALANCED[1])):
         counts = part.labels_N.bincount(minlength=10).tolist()
         if set(counts) != {count}:
@@ -100,19 +104,32 @@ def _torchvision(name: str) -> Any:
     return getattr(datasets, name)
 
 
-def read_idx(path: Path, gzip_md5: str, content_md5: str | None) -> tuple[Tensor, Source]:
+def read_idx(
+    home: files.Home, dimensions: int, gzip_md5: str, content_md5: str | None, path: Path
+) -> tuple[Tensor, Source]:
     """A file of images or labels, uint8, verified by its content or, if compressed, as it is.
 
-    Raises UserError for a file that cannot be read, is damaged, or is not of this kind.
+    What is neither compressed nor verified must be in a folder that is called like the data set.
+    Raises UserError for a file that cannot be read, is damaged, is not of this kind, or is
+    another set's.
     """
     stored = files.read_file(path)
     content = files.unpacked(path, stored)
-    array = parse_idx(content, 1 if "labels" in path.name else 3, path)
-    if content_md5 is not None:
-        return array, files.verify(path, content, content_md5)
-    if path.suffix == ".gz":
-        files.verify(path, stored, gzip_md5)
-    return array, Source(path.name, files.md5_of(content), verified=path.suffix == ".gz")
+    array = parse_idx(content, dimensions, path)
+    md5 = files.md5_of(content)
+    if md5 == content_md5 or (stored is not content and files.md5_of(stored) == gzip_md5):
+        return array, Source(str(path), md5, verified=True)
+    for name, other_md5 in CONTENT_MD5.items():
+        if md5 == other_md5:
+            raise UserError(f"{path} is {Path(name).parent}'s, not {home.title}'s{files.AGAIN}")
+    if content_md5 is not None or stored is not content:
+        raise damaged(path, "it does not have the published MD5 checksum")
+    if home.names.isdisjoint(map(files.plain, path.absolute().parts)):
+        raise UserError(
+            f"{path} may be {home.title}'s or another set's: put it in a folder {home.folder}, or "
+            "take the compressed file"
+        )
+    return array, Source(str(path), md5, verified=False)
 
 
 def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
@@ -125,7 +142,7 @@ def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
         found = content[:4].hex() or "nothing"
         raise UserError(
             f"{path} is not an idx file of {dimensions} dimension(s): it begins with {found}, not "
-            f"{magic.hex()}"
+            f"{magic.hex()}{files.AGAIN}"
         )
     header = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
@@ -192,22 +209,33 @@ def cifar10(config: DatasetConfig) -> RawData:
 
     Raises UserError when it cannot be had or is damaged.
     """
-    data_dir = Path(config.data_dir).expanduser()
-    folder = data_dir / CIFAR_FOLDER
-    if all((folder / name).is_file() for name in CIFAR_FILES):
-        contents = [files.read_file(folder / name) for name in CIFAR_FILES]
-        source = Source(CIFAR_FOLDER, files.md5_of(b"".join(contents)), verified=False)
+    archive = Path(CIFAR_URL).name
+    instead = (
+        f"put {archive} or the folder {CIFAR_FOLDER} there (cifar-10-batches-py is of another kind)"
+    )
+    home = files.Home(Path(config.data_dir), "", "CIFAR-10", instead)
+    for path in files.alike(home._replace(folder=CIFAR_FOLDER), CIFAR_FILES[-1]):
+        if all((path.parent / name).is_file() for name in CIFAR_FILES):
+            contents = [files.read_file(path.parent / name) for name in CIFAR_FILES]
+            source = Source(str(path.parent), files.md5_of(b"".join(contents)), verified=False)
+            break
     else:
-        archive = data_dir / Path(CIFAR_URL).name
-        instead = f"put {archive.name} or the folder {CIFAR_FOLDER} there"
-        stored = files.read_file(files.obtain(archive, [CIFAR_URL], CIFAR_MD5, "CIFAR-10", instead))
-        source = files.verify(archive, stored, CIFAR_MD5)
-        with files.parsing(archive), tarfile.open(fileobj=io.BytesIO(stored)) as tar:
-            members = [tar.extractfile(f"{CIFAR_FOLDER}/{name}") for name in CIFAR_FILES]
-            contents = [member.read() if member else b"" for member in members]
+        contents, source = files.obtain(home, archive, [CIFAR_URL], CIFAR_MD5, read_cifar_archive)
     *training, test = map(parse_cifar, contents, CIFAR_FILES)
     train = Part(*map(torch.cat, zip(*training)))
     return RawData(train, test, tuple(CIFAR_CLASSES.split()), (source,))
+
+
+def read_cifar_archive(path: Path) -> tuple[list[bytes], Source]:
+    """What its files hold. Raises UserError for a damaged archive."""
+    stored = files.read_file(path)
+    if files.is_gzip(stored):
+        source = files.verify(path, stored, CIFAR_MD5)
+    else:  # a browser may have unpacked it
+        source = Source(str(path), files.md5_of(stored), verified=False)
+    with files.parsing(path), tarfile.open(fileobj=io.BytesIO(stored)) as tar:
+        members = [tar.extractfile(f"{CIFAR_FOLDER}/{name}") for name in CIFAR_FILES]
+        return [member.read() if member else b"" for member in members], source
 
 
 def parse_cifar(content: bytes, name: str) -> Part:
@@ -225,16 +253,21 @@ def svhn(config: DatasetConfig) -> RawData:
 
     Raises UserError when they cannot be had or are damaged.
     """
-    folder = Path(config.data_dir).expanduser() / "SVHN"
     instead = "put train_32x32.mat and test_32x32.mat there"
+    home = files.Home(Path(config.data_dir), "SVHN", "SVHN", instead)
     parts, sources = {}, []
     for split in ("train", "test"):
         url, name, md5 = _torchvision("SVHN").split_list[split]
-        path = files.obtain(folder / name, [url], md5, "SVHN", instead)
-        content = files.read_file(path)
-        sources.append(files.verify(path, content, md5))
-        parts[split] = parse_svhn(content, path)
+        parts[split], source = files.obtain(home, name, [url], md5, partial(read_svhn, md5))
+        sources.append(source)
     return RawData(**parts, class_names=DIGITS, sources=tuple(sources))
+
+
+def read_svhn(md5: str, path: Path) -> tuple[Part, Source]:
+    """The images and labels of one file, verified. Raises UserError for another file."""
+    content = files.unpacked(path, files.read_file(path))
+    source = files.verify(path, content, md5)
+    return parse_svhn(content, path), source
 
 
 def parse_svhn(content: bytes, path: Path) -> Part:

@@ -4,6 +4,7 @@ Shapes: N pairs of images, C = 2 cameras, H and W pixels.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,17 @@ from torch.nn import functional as F
 
 from capsrun.config import DatasetConfig
 from capsrun.data.batches import to_pixels
-from capsrun.data.files import RawData, damaged, labelled, obtain, read_file, unpacked, verify
+from capsrun.data.files import (
+    Home,
+    RawData,
+    Source,
+    damaged,
+    labelled,
+    obtain,
+    read_file,
+    unpacked,
+    verify,
+)
 from capsrun.errors import UserError
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
@@ -39,20 +50,27 @@ def load(config: DatasetConfig) -> RawData:
 
     The images are resized to 48×48. Raises UserError when they cannot be had or are damaged.
     """
-    folder = Path(config.data_dir).expanduser() / "smallNORB"
+    home = Home(Path(config.data_dir), "smallNORB", "smallNORB", INSTEAD)
     arrays, sources = [], []
     for name, (md5, gzip_md5) in MD5.items():
-        urls = [f"{URL}{name}.gz"]
-        path = obtain(folder / f"{name}.gz", urls, gzip_md5, "smallNORB", INSTEAD)
-        content = unpacked(path, read_file(path))
-        sources.append(verify(path, content, md5))
-        arrays.append(parse(content, BYTES if "-dat" in name else INTEGERS, name))
+        read = partial(read_matrix, BYTES if "-dat" in name else INTEGERS, md5)
+        array, source = obtain(home, f"{name}.gz", [f"{URL}{name}.gz"], gzip_md5, read)
+        arrays.append(array)
+        sources.append(source)
+    folder = home.data_dir / home.folder
     train, test = (
         labelled(images, labels, (2, STORED_PX, STORED_PX), len(CLASS_NAMES), folder)
         for images, labels in (arrays[:2], arrays[2:])
     )
     train, test = (part._replace(images_NCHW=resize(part.images_NCHW)) for part in (train, test))
     return RawData(train, test, CLASS_NAMES, tuple(sources))
+
+
+def read_matrix(magic: int, md5: str, path: Path) -> tuple[Tensor, Source]:
+    """The matrix in a file, verified. Raises UserError for another file."""
+    content = unpacked(path, read_file(path))
+    source = verify(path, content, md5)
+    return parse(content, magic, str(path)), source
 
 
 def parse(content: bytes, magic: int, name: str) -> Tensor:
