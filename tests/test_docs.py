@@ -94,7 +94,7 @@ main()
 
 def blocks(page: Path) -> list[tuple[str, str, int]]:
     """The language, the text and the first line of each block of code of a Markdown page."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(match[1], match[2], text[: match.start(2)].count("\n")) for match in found]
 
