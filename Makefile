@@ -53,7 +53,7 @@ reproduce: $(INSTALLED) ## run the paper's experiments, BUDGET=smoke|short|full;
 	@$(MAKE) --no-print-directory reproduce TARGETS=$@
 
 report: $(INSTALLED) ## build the report of the committed results again: results/report/
-	$(CAPSRUN) report sources=[results] out_dir=results/report update=[README.md,docs/results.md]
+	$(CAPSRUN) report sources=results out_dir=results/report 'update=[README.md,docs/results.md]'
 
 explorers: $(INSTALLED) ## make the pages in docs/ of the committed checkpoints again
 	$(CAPSRUN) explore checkpoint=results/capsnet-mnist.pt out=docs/explorer.html explore.search=10000 explore.mistakes=44

@@ -148,7 +148,7 @@ def install(shell: str) -> None:
     """Write a shell's script and see that the shell loads it; doing it again changes nothing."""
     file, startup = places(shell)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(script(shell))
+    file.write_text(script(shell), encoding="utf-8")
     print(f"written: {file}")
     path = shlex.quote(str(file))
     if startup is not None:
@@ -182,13 +182,14 @@ def change_line(file: Path, line: str | None) -> bool:
 
     The file is never half-written, keeps its permissions, and may be a link to another place.
     """
-    text = file.read_text() if file.exists() else ""
-    lines = [each for each in text.splitlines() if not each.rstrip().endswith(MARK)]
-    new = "".join(f"{each}\n" for each in [*lines, *([line] if line else [])])
-    if new == text or (line is None and len(lines) == len(text.splitlines())):
+    content = file.read_bytes() if file.exists() else b""  # whatever its encoding is
+    lines = content.splitlines()
+    kept = [each for each in lines if not each.rstrip().endswith(MARK.encode())]
+    new = b"".join(each + b"\n" for each in [*kept, *([os.fsencode(line)] if line else [])])
+    if new == content or (line is None and kept == lines):
         return False
     with replacing(file.resolve()) as temporary:
-        temporary.write_text(new)
+        temporary.write_bytes(new)
         if file.exists():
             shutil.copymode(file, temporary)
     return True

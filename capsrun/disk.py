@@ -66,7 +66,8 @@ def is_alive(process: int) -> bool:
     except PermissionError:  # it is somebody else's
         return True
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        status = Path(f"/proc/{process}/stat").read_bytes()  # its name may be any bytes
+        return status.rpartition(b")")[2].split()[0] != b"Z"
     except OSError:  # not Linux
         return True
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -233,6 +234,11 @@ LIMITS = {
 def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, list | dict) and limits:  # OmegaConf lets [[]] pass for a list of numbers
         raise UserError(f"{key} holds {value}, which is neither a number nor text")
+    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+        raise UserError(
+            f"{key} is {value!r}, which is no text in the encoding {sys.getfilesystemencoding()}, "
+            "as the locale has it; use another name, or set LC_ALL=C.UTF-8"
+        )
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(limits["choices"])
         hint = did_you_mean(str(value), limits["choices"])

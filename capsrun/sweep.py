@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from tabulate import tabulate
 
-from capsrun.compose import compose, start_hydra, task_words
+from capsrun.compose import compose, for_hydra, start_hydra, task_words
 from capsrun.disk import read_json, write_json
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, handling
 from capsrun.names import with_choices
@@ -83,7 +83,7 @@ class Sweep:
         if outcome.code:
             print(f"{outcome.job}: {outcome.message}", file=sys.stderr, flush=True)
         if outcome.code and outcome.code > 128 and os.getpid() == self.pid:
-            self.stop_file.write_text(str(outcome.code - 128))
+            self.stop_file.write_bytes(b"%d" % (outcome.code - 128))
             raise KeyboardInterrupt  # which Hydra does not take for a failure of the job
         return outcome.validation_error_percent
 
@@ -97,7 +97,7 @@ class Sweep:
         if self.stop_file.exists():
             raise KeyboardInterrupt
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stop_file.write_text(str(number))
+        self.stop_file.write_bytes(b"%d" % number)
         print("\nstopping the jobs; once more stops at once", file=sys.stderr, flush=True)
         for machine, pid in (job.process for job in self.outcomes() if job.code is None):
             with contextlib.suppress(ProcessLookupError):
@@ -173,7 +173,8 @@ def run_sweep(name: str, arguments: Sequence[str], run_command: RunCommand) -> N
     except UserError:  # several of them, say, or what Hydra will refuse
         runs_dir = "runs"
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    sweep = Sweep(name, arguments, run_command, Path(runs_dir).absolute() / ".multirun" / stamp)
+    shared = for_hydra(name, arguments, several=True)
+    sweep = Sweep(name, shared, run_command, Path(runs_dir).absolute() / ".multirun" / stamp)
     early: Exception | None = None
     try:
         with handling(sweep.stop):
@@ -185,7 +186,7 @@ def run_sweep(name: str, arguments: Sequence[str], run_command: RunCommand) -> N
     if outcomes := sweep.outcomes():
         show_summary(outcomes)
     if sweep.stop_file.exists():  # it stays for jobs that wait in a queue
-        number = int(sweep.stop_file.read_text())
+        number = int(sweep.stop_file.read_bytes())
         raise Stopped("stopped; what was running is saved", number)
     shutil.rmtree(sweep.folder, ignore_errors=True)
     if early is not None:

@@ -23,7 +23,7 @@ ROOMS = [
     "bench",
     "explorer",
     "commands sweep",
-    "completion library",
+    "completion help library",
     "cli",
 ]
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names.split()}
@@ -39,7 +39,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(path): ast.parse(path.read_text()) for path in SOURCES}
+MODULES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -85,9 +85,25 @@ def test_no_circle():
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_files_and_functions_are_short(path):
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
     functions = [n for n in ast.walk(MODULES[module_of(path)]) if isinstance(n, ast.FunctionDef)]
     docs = {node: len((ast.get_docstring(node) or "").splitlines()) for node in functions}
     # An example in a docstring does not make a function longer.
     lengths = {node.name: node.end_lineno - node.lineno + 1 - docs[node] for node in functions}
     assert {name: n for name, n in lengths.items() if n > MOST_FUNCTION_LINES} == {}
+
+
+def asks_the_locale(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes text in an encoding that it does not say."""
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    name = ast.unparse(call.func).rpartition(".")[2]
+    mode = "".join(ast.unparse(argument) for argument in call.args[1:2]) + keywords.get("mode", "")
+    of_text = ast.unparse(call.func) in ("open", "os.fdopen") and "b" not in mode
+    of_text |= name in ("read_text", "write_text", "getoutput") or keywords.get("text") == "True"
+    return of_text and "encoding" not in keywords
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_text_is_utf8_whatever_the_locale(path):
+    calls = [node for node in ast.walk(MODULES[module_of(path)]) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call) for call in calls if asks_the_locale(call)] == []

@@ -262,6 +262,15 @@ def test_installing_adds_one_line_once_and_uninstalling_takes_it_out(home, capsy
     assert capsys.readouterr().out == "no completion is installed\n"
 
 
+def test_a_shells_own_file_keeps_its_bytes(home):
+    before = "# Björk, in Latin-1: \x85\x0c\n".encode("latin-1") + "# É\u2028…\n".encode()
+    (home / ".bashrc").write_bytes(before)
+    completion.install("bash")
+    assert (home / ".bashrc").read_bytes().startswith(before)
+    completion.uninstall(["bash"])
+    assert (home / ".bashrc").read_bytes() == before
+
+
 def test_the_line_does_no_harm_where_the_script_is_gone(home):
     completion.install("bash")
     completion.places("bash")[0].unlink()

@@ -94,7 +94,7 @@ main()
 
 def blocks(page: Path) -> list[tuple[str, str, int]]:
     """The language, the text and the first line of each block of code of a Markdown page."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(match[1], match[2], text[: match.start(2)].count("\n")) for match in found]
 
@@ -152,6 +152,31 @@ def test_links_lead_somewhere_and_the_readme_is_short_and_leads_to_every_page():
     readme = PAGES[0].read_text()
     assert len(readme.splitlines()) <= 220
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+
+
+# What a shell takes for something else where it is not in quotes: zsh ends with an error where a
+# pattern fits no file, and a line that is typed into it has no comments.
+QUOTED, SPECIAL = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"[][*?~#!(){}<>^]")
+PROGRAMS = r"(\w+=\w+ )?(capsrun|make|pip|python|source|tensorboard|torchrun)( |$)"
+TYPED = re.compile(rf"{PROGRAMS}|[\w.]+=[\[{{]")
+
+
+def typed_lines(text: str) -> list[str]:
+    """The lines of blocks, and what is in backticks, that somebody may type into a shell."""
+    block = re.compile(r"^```(?:sh)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    lines = "".join(block.findall(text)).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    return [line for line in (*lines, *spans) if TYPED.match(line.removeprefix("$ "))]
+
+
+def test_what_is_to_be_typed_works_in_every_shell():
+    said = {file: file.read_text(encoding="utf-8") for file in PAGES}
+    for file in (REPOSITORY / "capsrun").rglob("*.py"):  # without what f-strings put there
+        said[file] = re.sub(r"\{[^}]*\}", "", file.read_text(encoding="utf-8"))
+    lines = {file: typed_lines(text) for file, text in said.items()}
+    wrong = {f: [w for w in ls if SPECIAL.search(QUOTED.sub("", w))] for f, ls in lines.items()}
+    assert {file: words for file, words in wrong.items() if words} == {}
+    assert len(lines[PAGES[0]]) > 20
 
 
 # Extensions

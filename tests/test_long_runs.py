@@ -97,7 +97,7 @@ def test_short_runs_show_everything_and_longer_ones_so_many_at_most():
 
 def resident_mb():
     """Memory of this process that is in use now, not at most, in 10⁶ bytes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 

@@ -341,8 +341,8 @@ def test_missing_rows_say_the_command_that_makes_them(tmp_path):
     for name in EXPERIMENTS.names():
         about = EXPERIMENTS.about(name)
         if about.command and about.group != "figures":
-            assert f"`capsrun reproduce targets=[{name}] budget=full`" in text
-    assert "Not run yet: `capsrun reproduce targets=[figure_5] budget=full`" in text
+            assert f"`capsrun reproduce targets={name} budget=full`" in text
+    assert "Not run yet: `capsrun reproduce targets=figure_5 budget=full`" in text
     assert "| 2 of 3 |" in text
 
 

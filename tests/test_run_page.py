@@ -32,11 +32,11 @@ def run(tiny_run, tmp_path_factory) -> Path:
 
 
 def embedded(page: Path) -> list[str]:
-    return re.findall(r'src="data:image/(png|gif);base64,', page.read_text())
+    return re.findall(r'src="data:image/(png|gif);base64,', page.read_text(encoding="utf-8"))
 
 
 def links(page: Path) -> list[str]:
-    return re.findall(r'href="([^#"]+)"', page.read_text())
+    return re.findall(r'href="([^#"]+)"', page.read_text(encoding="utf-8"))
 
 
 def test_training_ends_with_a_page(run):
@@ -54,6 +54,12 @@ def test_training_ends_with_a_page(run):
     counts = np.array(result["confusion"]) * (1 - np.eye(10, dtype=int))
     most = [f"{t} taken for {g}: {counts.max()}" for t, g in np.argwhere(counts == counts.max())]
     assert any(f"Most often {words}" in text for words in most)
+
+
+def test_a_folder_whose_name_is_no_text_has_a_page_all_the_same(tiny_run, tmp_path):
+    folder = tmp_path / "f\udcfcr" / "seed0"
+    shutil.copytree(tiny_run, folder)
+    assert "f?r/seed0" in write_run_page(folder).read_text(encoding="utf-8")
 
 
 def test_pages_of_eval_and_perturb_and_that_every_link_leads_somewhere(run):

@@ -34,6 +34,12 @@ def test_a_closed_stream_ends_nothing(tmp_path, closed):
     assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize("word", ["name=f\udcfcr", "runs_dir=\udcc3\udcbc", "name=\ud800"])
+def test_bytes_that_are_no_text_are_refused_before_anything_is_written(refused, in_tmp, word):
+    assert "is no text in the encoding" in refused("train", word)
+    assert list(in_tmp.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("rank", "count", "found"),
     [

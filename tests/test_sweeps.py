@@ -67,7 +67,7 @@ def working(**ends):
 def test_a_failing_job_stops_no_other(in_tmp, capsys, launcher):
     work = working(seed0=2.5, seed1=UserError("seed is wrong"), seed2=1.5)
     with pytest.raises(UserError, match="1 job of the sweep failed; the same command runs"):
-        run_sweep("train", ["--multirun", *launcher, "seed=0,1,2,3"], work)
+        run_sweep("train", ["--multirun", *launcher, "seed=0,1,2,3", "recipe.steps=9"], work)
     captured = capsys.readouterr()
     assert captured.out.endswith(
         "  validation error (%)  job\n"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import TINY, train_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import Status
 
 from capsrun.cli import main
 from capsrun.commands import train as train_command
@@ -46,6 +48,20 @@ def curves(folder):
     }
 
 
+def settings_shown(folder):
+    """The HParams of TensorBoard, how the run ended, and the configuration as text."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    found = board.PluginTagToContent(metadata.PLUGIN_NAME)
+    assert set(found) == {metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG}
+    begun = metadata.parse_session_start_info_plugin_data(found[metadata.SESSION_START_INFO_TAG])
+    ended = metadata.parse_session_end_info_plugin_data(found[metadata.SESSION_END_INFO_TAG])
+    (text,) = board.Tensors("configuration/text_summary")
+    (shown,) = text.tensor_proto.string_val
+    values = {key: getattr(v, v.WhichOneof("kind")) for key, v in begun.hparams.items()}
+    return values, ended.status, shown.decode()
+
+
 def assert_same_weights(folder, other):
     ours, theirs = (read_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, other))
     for name, value in ours.items():
@@ -59,6 +75,7 @@ def assert_same_run(folder, other):
     for key in OF_THE_MACHINE:
         ours.pop(key), theirs.pop(key)
     assert ours == theirs
+    assert settings_shown(folder) == settings_shown(other)
 
 
 def test_result(tiny_run):
@@ -124,6 +141,18 @@ def test_tensorboard_shows_what_is_promised(tiny_run):
         board.Scalars(f"loss/{part}")[-1].value for part in ("total", "margin", "reconstruction")
     )
     assert total == pytest.approx(margin + reconstruction, rel=1e-5)
+
+
+def test_tensorboard_can_compare_runs_by_their_settings(tiny_run):
+    values, status, text = settings_shown(tiny_run)
+    assert values["recipe.batch_size"] == 16.0
+    assert values["model.decoder_widths"] == "[16, 16]"
+    assert (values["model.name"], values["loss.name"]) == ("capsnet", "authors")
+    assert (values["routing.leaky"], values["seed"]) == ("False", 0.0)
+    assert not {"recipe.epochs", "device", "name", "record.log_every_steps"} & set(values)
+    assert status == Status.STATUS_SUCCESS
+    assert text.startswith("    name: run\n    seed: 0\n")
+    assert "\n      name: mnist5k\n" in text
 
 
 class StopAfter:

@@ -92,8 +92,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     print(f"page: {page}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))
-    words = model_words(config, checkpoint)
-    suggest(*uses_of_model(trained.config.model, words), ["report"])
+    suggest(*uses_of_model(trained.config.model, model_words(config, checkpoint)), ["report"])
     print(styled(answer(config.split, score.errors, score.count), BOLD))
     return result
 

@@ -185,12 +185,12 @@ def available_memory_gb() -> float:
     """How much memory there is for what is started now, in 10⁹ bytes."""
     limits, group = [math.inf], Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError):  # not a Linux
-        kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        kilobytes = re.search(rb"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_bytes())
         limits += [int(kilobytes[1]) * 1024] if kilobytes else []
     with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
-        most, held = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        most, held = ((group / f"memory.{name}").read_bytes() for name in ("max", "current"))
         # Files that were read are in it, and make room when it is needed.
-        cached = re.search(r"\binactive_file (\d+)", (group / "memory.stat").read_text())
+        cached = re.search(rb"\binactive_file (\d+)", (group / "memory.stat").read_bytes())
         limits.append(int(most) - int(held) + int(cached[1] if cached else 0))
     return min(limits) / 1e9
 
@@ -206,12 +206,13 @@ def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
     print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
     words = [sys.executable, "-m", "capsrun", *job.arguments]
     shared = {THREADS: str(threads_each(beside))} if beside > 1 else {}
-    begin = partial(subprocess.Popen, words, process_group=0, env={**os.environ, **shared})
+    begin = partial(subprocess.Popen, words, process_group=0)
     if not quiet:
-        return begin()
+        return begin(env={**os.environ, **shared})
     job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / "log.txt", "a") as log:
-        return begin(stdout=log, stderr=subprocess.STDOUT)
+    utf8 = {"PYTHONIOENCODING": "utf-8"}  # of its log, whatever the screen's encoding is
+    with open(job.folder / "log.txt", "ab") as log:
+        return begin(env={**os.environ, **shared, **utf8}, stdout=log, stderr=subprocess.STDOUT)
 
 
 def show_outcome(outcome: Outcome) -> None:

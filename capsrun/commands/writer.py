@@ -139,6 +139,8 @@ class Writer:
                 errors.remark(change)
             metrics_bytes = checkpoint["metrics_bytes"] if checkpoint else 0
             self.recorder = Recorder(folder.path, run.steps, run.step, metrics_bytes)
+            if run.step == 0:
+                self.recorder.settings(folder.config)
 
     def close(self) -> None:
         """Leave the screen and the files as they are to be."""
@@ -301,6 +303,7 @@ class Writer:
             "notes": [*errors.notices, *segments.changes(computed_on)],
             "config": folder.config,
         }
+        self.recorder.finished()
         self.recorder.flush()
         self._refuse_another_folder()
         write_json(folder.path / "result.json", result)

@@ -114,7 +114,7 @@ def missing(rows: Sequence[Row]) -> str:
         [
             row.label,
             f"{row.missing} of {row.asked}",
-            f"`capsrun reproduce targets=[{row.name}] budget=full`",
+            f"`capsrun reproduce targets={row.name} budget=full`",
         ]
         for group in (*TABLES, "ablations", "figures")
         for row in of_group(group, rows)

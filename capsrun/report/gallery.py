@@ -87,7 +87,7 @@ def paper_figures(rows: Sequence[Row], results: Sequence[Result], pictures: Pict
         parts.append(f"### {row.about.title}")
         parts += [f"Note: {row.about.note}."] if row.about.note else []
         if group is None:
-            command = f"`capsrun reproduce targets=[{row.name}] budget=full`"
+            command = f"`capsrun reproduce targets={row.name} budget=full`"
             parts.append(f"Not run yet: {command}.")
             continue
         if row.best is None:

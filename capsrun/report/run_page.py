@@ -44,7 +44,8 @@ def write_run_page(folder: Path) -> Path:
         (folder / "pictures").mkdir(exist_ok=True)
         figures.save(plots.run_curves(result.metrics), folder / "pictures" / "curves.png")
     with replacing(folder / NAME) as temporary:
-        temporary.write_text(run_page(result), encoding="utf-8")
+        # It names folders, whose names may be any bytes.
+        temporary.write_text(run_page(result), encoding="utf-8", errors="replace")
     if result.command != "train":
         refresh_run_page(folder.parent)
     return folder / NAME

@@ -159,7 +159,7 @@ def make_jobs(config: ReproduceConfig, experiments: Experiments) -> list[Job]:
                             "one of them needs another `length`"
                         )
     if not jobs:
-        raise UserError("there is nothing to run: say targets=[all] and seeds=[0], for example")
+        raise UserError("there is nothing to run: say targets=all and seeds=0, for example")
     return list(jobs.values())
 
 

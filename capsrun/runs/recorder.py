@@ -4,13 +4,18 @@ import glob
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from capsrun.runs.reader import METRICS, read_metrics
+from capsrun.settings import deciding
 
 
 class Recorder:
@@ -22,7 +27,7 @@ class Recorder:
         metrics_bytes: what `metrics_bytes` gave when that step was saved.
         """
         # A line is written as a whole, so who reads it meanwhile sees no half.
-        self.stream = open(folder / METRICS, "a", buffering=1)
+        self.stream = open(folder / METRICS, "a", encoding="utf-8", buffering=1)
         self.stream.truncate(min(metrics_bytes, self.stream.tell()))
         self.stream.seek(0, os.SEEK_END)
         if step == 0:  # `capsrun list` shows how long the run is to be while it goes on
@@ -38,6 +43,28 @@ class Recorder:
         """Where `metrics.jsonl` ends, to be saved with a checkpoint."""
         self.flush()
         return self.stream.tell()
+
+    def settings(self, config: Mapping[str, Any]) -> None:
+        """Put the settings of a run that begins into TensorBoard: all of them as text, and those
+        that decide what comes out as HParams, by which it compares runs.
+
+        It is not told which HParams and metrics there are: it would take one run's for those of
+        all, where it else collects them, and shows in which settings the runs differ.
+        """
+        self.board.add_text("configuration", textwrap.indent(OmegaConf.to_yaml(config), "    "))
+        decide = {"model.name": config["model"]["name"], **deciding(config)}
+        shown = {
+            key: value if isinstance(value, float) else value.strip("'")
+            for key, value in decide.items()
+            if value != "None"
+        }
+        _, begun, _ = hparams({**shown, "seed": config["seed"]}, {})
+        self.board.file_writer.add_summary(begun)  # type: ignore[attr-defined]
+
+    def finished(self) -> None:
+        """Let TensorBoard's HParams say that the run has succeeded."""
+        *_, ended = hparams({}, {})
+        self.board.file_writer.add_summary(ended)  # type: ignore[attr-defined]
 
     def numbers(self, step: int, values: Mapping[str, float], on_board: bool = True) -> None:
         """Record numbers by name; `a/b` puts b into TensorBoard's section a.

@@ -41,7 +41,7 @@ def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     """
     # No quota is "max", and only a Linux with control groups has the file.
     with contextlib.suppress(OSError, ValueError):
-        quota, period = map(int, group.read_text().split())
+        quota, period = map(int, group.read_bytes().split())
         torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))
 
 
@@ -103,7 +103,7 @@ def begin_memory_count(device: torch.device) -> None:
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # what `keep_freed_memory` has kept of earlier runs
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now
+            Path("/proc/self/clear_refs").write_bytes(b"5")  # sets VmHWM to what is held now
 
 
 def memory_gb(device: torch.device) -> float:
@@ -114,8 +114,8 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e9  # with what graphs hold
     if sys.platform == "linux":  # not getrusage: a process inherits that of the one that started it
-        status = Path("/proc/self/status").read_text()
-        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+        status = Path("/proc/self/status").read_bytes()
+        if found := re.search(rb"VmHWM:\s+(\d+) kB", status):
             return int(found[1]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -127,7 +127,8 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*: (.+)", facts, re.MULTILINE)
         name = found[1].strip() if found else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
@@ -161,9 +162,7 @@ def git_commit() -> str | None:
     # Hooks of git, and whatever is started in one, have variables that name another repository.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            command, cwd=checkout, env=ours, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=checkout, env=ours, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode("ascii", "replace").strip()

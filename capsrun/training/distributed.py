@@ -158,5 +158,5 @@ def join_ranks(use_gpu: bool) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
         distributed.init_process_group(backend, timeout=TIMEOUT)
     if rank:  # the first one talks
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return Ranks(rank, count)

@@ -128,7 +128,7 @@ def _is_private(path: Path) -> bool:
 def cpu_features() -> frozenset[str]:
     """What Linux says the CPU can do; empty on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
     # Every core has a line; "Features" on Arm.
