@@ -17,7 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capsrun.library import load_dataset, training_config
+    from capsrun.library import load_dataset, save_model, training_config
+    from capsrun.models.authors import load_authors_weights
     from capsrun.models.capsnet import CapsNet
     from capsrun.models.routing import capsule_votes, coupling_coefficients, route, squash
     from capsrun.runs.checkpoint import load_checkpoint
@@ -30,10 +31,12 @@ __all__ = [
     "__version__",
     "capsule_votes",
     "coupling_coefficients",
+    "load_authors_weights",
     "load_checkpoint",
     "load_dataset",
     "margin_loss",
     "route",
+    "save_model",
     "squash",
     "training_config",
 ]
@@ -43,10 +46,12 @@ _MODULES = {
     "CapsNet": "capsrun.models.capsnet",
     "capsule_votes": "capsrun.models.routing",
     "coupling_coefficients": "capsrun.models.routing",
+    "load_authors_weights": "capsrun.models.authors",
     "load_checkpoint": "capsrun.runs.checkpoint",
     "load_dataset": "capsrun.library",
     "margin_loss": "capsrun.training.losses",
     "route": "capsrun.models.routing",
+    "save_model": "capsrun.library",
     "squash": "capsrun.models.routing",
     "training_config": "capsrun.library",
 }

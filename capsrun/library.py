@@ -4,6 +4,9 @@ The code has no values of its own, so whoever makes a network asks for those tha
 would take, changes what is to be another, and hands them over.
 """
 
+import dataclasses
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +16,14 @@ from capsrun import experiments
 from capsrun.compose import compose
 from capsrun.config import DataConfig, DatasetConfig, TrainConfig
 from capsrun.errors import UserError
+from capsrun.models import plan_model
+from capsrun.runs import checkpoint
 from capsrun.settings import from_dict
+from capsrun.training.device import checked_device
 
 if TYPE_CHECKING:
     from capsrun.data.splits import Dataset
+    from capsrun.models import Model
 
 
 def training_config(*overrides: str) -> TrainConfig:
@@ -49,7 +56,7 @@ def load_dataset(
 
     The splits `train`, `validation` and `test` give batches by index: images with pixels in [0, 1]
     and shape (B, C, H, W), and the labels (B, T) of the T digits in each.
-    Raises UserError when there is no such data set, it cannot be had, or is damaged.
+    Raises UserError when there is no such data set or device, it cannot be had, or is damaged.
 
     >>> import capsrun
     >>> digits = capsrun.load_dataset("mnist5k")
@@ -66,4 +73,26 @@ def load_dataset(
         dataset = from_dict(DataConfig, composed).dataset
     elif overrides:
         raise UserError("overrides go with the name of a data set; a configuration has its values")
-    return data_sets.load_dataset(dataset, torch.device(device))
+    return data_sets.load_dataset(dataset, checked_device(device))
+
+
+def save_model(path: str | os.PathLike[str], model: "Model", config: TrainConfig) -> None:
+    """Write a network, trained or filled here, as a checkpoint that `capsrun eval` and others take.
+
+    config: that it was made with. An earlier file of this name is replaced.
+    Raises UserError when it is another network's, or a weight is not finite.
+
+    >>> import capsrun, tempfile
+    >>> config = capsrun.training_config("model=capsnet_small")
+    >>> model = capsrun.CapsNet(config.model, config.routing, config.dataset.image_px)
+    >>> path = tempfile.mkdtemp() + "/mine.pt"
+    >>> capsrun.save_model(path, model, config)
+    >>> capsrun.load_checkpoint(path).step
+    0
+    """
+    weights = model.state_dict()
+    plan = plan_model(config.model, config.routing, config.dataset)
+    checkpoint.check_weights(plan, weights, Path(path))
+    facts = dataclasses.asdict(config)
+    rest = {"optimizer": None, "train_seconds": 0.0}
+    checkpoint.save_checkpoint(Path(path), facts, 0, model=weights, **rest)

@@ -1,14 +1,22 @@
 """Checkpoints: what is saved comes back; what is not a checkpoint is refused and not run."""
 
 import dataclasses
+import functools
+import io
 import pickle
+import re
+import struct
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_model, train_config
 
+import capsrun
 from capsrun.errors import UserError
+from capsrun.models.authors import to_authors_arrays
 from capsrun.runs.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -55,11 +63,10 @@ def test_a_truncated_checkpoint_is_refused(saved, kept):
     path = saved[0]
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or cut short" if kept else "but empty"):
         read_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "ran"
 
@@ -80,13 +87,129 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], {"model": {}}, {"format": "capsrun checkpoint 1", "step": 1}]
+    ("content", "reason"),
+    [
+        ([1, 2], "a file of PyTorch of another program"),
+        ({"model": {}}, "a file of PyTorch of another program"),
+        ({"weight": torch.ones(2)}, r"another program's weights \(a state dict\)"),
+        ({"epoch": 3, "state_dict": {"weight": torch.ones(2)}}, r"\(a state dict\)"),
+        ({"pytorch-lightning_version": "2", "state_dict": {}}, "PyTorch Lightning"),
+        ({"format": "capsrun checkpoint 0"}, "or of another version of it"),
+        ({"format": "capsrun checkpoint 1", "step": 1}, "has no sound 'config'"),
+    ],
 )
-def test_other_files_are_refused(tmp_path, content):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_contents_are_named(tmp_path, content, reason, zipped):
     path = tmp_path / "other.pt"
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"not a checkpoint|has no sound 'config'"):
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=reason):
         read_checkpoint(path)
+
+
+def npz():
+    stream = io.BytesIO()
+    np.savez(stream, weight=np.zeros(3))
+    return stream.getvalue()
+
+
+def archive(*names):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as made:
+        for name in names:
+            made.writestr(name, "content")
+    return stream.getvalue()
+
+
+AUTHORS = r".*capsrun\.load_authors_weights: see docs/python\.md"
+EXPORTED = r".*give the checkpoint that it was made from"
+TENSORFLOW = "a checkpoint of TensorFlow" + AUTHORS
+OTHERS = {
+    "weights.h5": (b"\x89HDF\r\n\x1a\n" + bytes(90), "HDF5 file, of Keras"),
+    "weights.safetensors": (struct.pack("<Q", 90) + b'{"w":' + b" " * 90, "safetensors"),
+    "authors.npz": (npz(), "NumPy arrays" + AUTHORS),
+    "authors.npy": (b"\x93NUMPY\x01\x00", "array of NumPy" + AUTHORS),
+    "model.ckpt-300.index": (b"\x00\x00\x0b", TENSORFLOW),
+    "model.ckpt-300.meta": (b"\x0a\xa1", TENSORFLOW),
+    "model.ckpt-300.data-00000-of-00001": (bytes(90), TENSORFLOW),
+    "checkpoint": (
+        b'model_checkpoint_path: "model.ckpt-300"',
+        "TensorFlow's checkpoints" + AUTHORS,
+    ),
+    "model.onnx": (b"\x08\x0a\x12\x07pytorch\x1a\x052.9.0", "an ONNX file" + EXPORTED),
+    "plain.onnx": (b"\x08\x0e:3\n\x0c\n\x01x", "an ONNX file" + EXPORTED),
+    "model.pt2": (archive("model/archive_format"), "torch.export" + EXPORTED),
+    "old.pt2": (archive("serialized_exported_program.json"), "torch.export" + EXPORTED),
+    "script.pt": (archive("s/constants.pkl", "s/data.pkl"), "a program of TorchScript"),
+    "model.keras": (archive("config.json", "model.weights.h5"), "a model of Keras"),
+    "run.zip": (archive("seed0/checkpoint.pt"), "packed archive; unpack it"),
+    "run.tar": (bytes(257) + b"ustar", "packed archive; unpack it"),
+    "run.tar.gz": (b"\x1f\x8b\x08", "packed archive; unpack it"),
+    "model.pkl": (pickle.dumps({"weight": 1}), "a pickle of Python"),
+    "page.pt": (b"\n<!DOCTYPE html><html>", "a web page that came in place of a download"),
+    "pointer.pt": (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    "text.pt": (b"weights", "damaged or cut short, or no checkpoint"),
+    "cut.pt2": (archive("model/archive_format")[:-30], "damaged or cut short"),
+    "changed.npz": (npz().replace(b"NUMPY", b"NUMPI"), "damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_named_and_not_run(tmp_path, name):
+    content, reason = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is .*{reason}.*nothing in it was run"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_a_whole_module_is_told_from_a_damaged_file(tmp_path):
+    path = tmp_path / "whole.pt"
+    for zipped, reason in ((True, "a whole module say"), (False, "an old file of PyTorch")):
+        torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=f"no checkpoint of capsrun but .*{reason}"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_of_tensorflow_is_known_by_the_name_that_its_files_share(tmp_path):
+    (tmp_path / "model.ckpt-300.index").write_bytes(bytes(9))
+    for read in (find_and_read, load_checkpoint):
+        with pytest.raises(UserError, match=TENSORFLOW):
+            read(str(tmp_path / "model.ckpt-300"))
+
+
+def find_and_read(path):
+    return read_checkpoint(find_checkpoint(path))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99", "auto", None])
+def test_a_device_that_is_not_there_is_refused(saved, device):
+    for load in (load_checkpoint, functools.partial(capsrun.load_dataset, "mnist5k")):
+        arguments = [] if load is not load_checkpoint else [saved[0]]
+        with pytest.raises(UserError, match=f"device={device} cannot be used here"):
+            load(*arguments, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(saved):
+    for device in ("cuda", torch.device("cuda", 0)):
+        with pytest.raises(UserError, match="'cuda' where there is a GPU"):
+            load_checkpoint(saved[0], device=device)
+
+
+def test_a_model_that_was_filled_here_becomes_a_checkpoint(saved, tmp_path):
+    _, model, config = saved
+    other = make_model(config, seed=1)
+    capsrun.load_authors_weights(other, to_authors_arrays(model))
+    capsrun.save_model(tmp_path / "mine.pt", other, config)
+    trained = load_checkpoint(tmp_path / "mine.pt")
+    assert (trained.config, trained.step, trained.finished) == (config, 0, True)
+    assert torch.equal(trained.model.conv1.weight, model.conv1.weight)
+    with pytest.raises(UserError, match="another network"):
+        capsrun.save_model(tmp_path / "mine.pt", other, train_config())
+    with torch.no_grad():
+        other.conv1.weight[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        capsrun.save_model(tmp_path / "mine.pt", other, config)
+    assert load_checkpoint(tmp_path / "mine.pt").step == 0
 
 
 @pytest.mark.parametrize(

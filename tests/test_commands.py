@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MNIST_DIR, TINY, train_config, untrained
-from PIL import Image
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from capsrun import compose
 from capsrun.commands.eval import folder_name
@@ -255,7 +256,7 @@ def test_perturb_ones_own_image(tiny_run, tmp_path, printed):
     path = picture(tmp_path / "mine.png", (90, 120), 250, 10)
     lines, pictures = perturb(printed, tiny_run, tmp_path / "out", f"perturb.image={path}")
     said = "\n".join(lines)
-    assert "padded to a square and resized from 90×120 to 28×28" in said
+    assert "resized from 90×120 to 28×28 pixels: its ink, 20 pixels long" in said
     assert "inverted" in said
     assert "looks most like class" in said
     assert len(pictures) == 1
@@ -264,6 +265,10 @@ def test_perturb_ones_own_image(tiny_run, tmp_path, printed):
 
 
 # an image of one's own
+
+
+def read(path, invert="auto", *overrides):
+    return read_image(path, train_config(*overrides).dataset, invert)
 
 
 def picture(path, size, background, ink, mode="L"):
@@ -275,18 +280,134 @@ def picture(path, size, background, ink, mode="L"):
     return path
 
 
-@pytest.mark.parametrize("size", [(28, 28), (56, 56), (100, 60), (10, 20)])
-def test_an_image_is_taken_as_it_is_or_resized(tmp_path, size):
+def test_an_image_of_the_right_size_is_taken_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)
+    pixels[[0, -1]] = pixels[:, [0, -1]] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for invert in ("auto", "false"):
+        read_in, remarks = read(tmp_path / "a.png", invert)
+        assert torch.equal(read_in, torch.from_numpy(pixels)[None] / 255)
+        assert remarks == []
+
+
+@pytest.mark.parametrize("size", [(56, 56), (100, 60), (10, 20)])
+@pytest.mark.parametrize("invert", ["auto", "false"])
+def test_an_image_of_another_size_is_resized(tmp_path, size, invert):
     path = picture(tmp_path / "a.png", size, 0, 255)
-    pixels, remarks = read_image(path, 28, 1, "auto")
+    pixels, remarks = read(path, invert)
     assert pixels.shape == (1, 28, 28)
     assert pixels[0, 14, 14] == pytest.approx(1, abs=0.01)
     assert pixels[0, 0].max() == 0
-    same = size == (28, 28)
-    pad = "padded to a square and " if size[0] != size[1] else ""
-    assert remarks == ([] if same else [f"{pad}resized from {size[0]}×{size[1]} to 28×28 pixels"])
-    if same:
-        assert torch.equal(pixels[0] * 255, torch.from_numpy(np.array(Image.open(path))).float())
+    said = f"resized from {size[0]}×{size[1]} to 28×28 pixels"
+    if invert == "auto":
+        said += ": its ink, 20 pixels long, centred by its mass"
+    elif size[0] != size[1]:
+        said = f"padded to a square and {said}"
+    assert remarks == [said]
+
+
+def five(side, line):
+    """A five (H, W), its ink 1, drawn with lines of this width in a field of this size."""
+    canvas = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(canvas)
+    points = [(0.7, 0.15), (0.35, 0.15), (0.3, 0.45)]
+    draw.line([(x * side, y * side) for x, y in points], 255, line, joint="curve")
+    box = [0.25 * side, 0.42 * side, 0.72 * side, 0.88 * side]
+    draw.arc(box, 235, 150, 255, line)
+    return np.array(canvas, np.float32) / 255
+
+
+def on_paper(shape, place, ink, paper, noise=0.0):
+    """A five of 120 pixels somewhere on paper. paper: its shade, one for all or of each pixel."""
+    drawn = np.zeros(shape, np.float32)
+    top, left = place
+    drawn[top : top + 120, left : left + 120] = five(120, 12)
+    drawn = ndimage.gaussian_filter(drawn, 1)
+    noisy = np.random.default_rng(0).normal(0, noise, shape)
+    return (drawn * ink + (1 - drawn) * paper + noisy).clip(0, 255).astype(np.uint8)
+
+
+SLOPE = np.linspace(230, 130, 300, dtype=np.float32)
+PHOTOS = {
+    "white": on_paper((300, 300), (90, 90), 0, 255),
+    "black": on_paper((300, 300), (90, 90), 255, 0),
+    "wide, at the left": on_paper((150, 600), (10, 10), 0, 255),
+    "small on a large page": on_paper((900, 700), (700, 40), 40, 240, 3),
+    "grey": on_paper((300, 300), (90, 90), 40, 170, 4),
+    "dark grey": on_paper((300, 300), (90, 90), 20, 110, 2),
+    "a board": on_paper((300, 300), (90, 90), 210, 60, 4),
+    "lit from one side": on_paper((300, 300), (150, 20), 30, SLOPE, 3),
+    "lit from above": on_paper((300, 300), (150, 150), 30, SLOPE[:, None], 3),
+    "on a dark table": np.pad(on_paper((300, 300), (90, 90), 40, 220, 3), 60, constant_values=50),
+    "on a light table": np.pad(on_paper((300, 300), (90, 90), 230, 40, 3), 60, constant_values=220),
+    "cut tightly": 255 - (255 * five(400, 40)[40:360, 90:300]).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_digit_on_paper_is_made_as_mnist_was(tmp_path, name):
+    """Cropped to the ink, 20 pixels long, its centre of mass in the middle, whatever is around."""
+    Image.fromarray(PHOTOS[name]).save(tmp_path / "a.png")
+    pixels, _ = read(tmp_path / "a.png")
+    rows = (pixels[0] > 0.4).any(1).nonzero()
+    assert 19 <= int(rows.max() - rows.min()) + 1 <= 20
+    assert float(pixels.max()) > 0.9
+    for centre in ndimage.center_of_mass(pixels[0].numpy()):
+        assert centre == pytest.approx(13.5, abs=0.6)
+    Image.fromarray(PHOTOS["white"]).save(tmp_path / "clean.png")
+    clean, _ = read(tmp_path / "clean.png")
+    assert float(pixels.sum()) == pytest.approx(float(clean.sum()), rel=0.1), "no haze, no shadow"
+
+
+def test_two_digits_are_not_made_as_small_as_one(tmp_path):
+    Image.fromarray(PHOTOS["white"]).save(tmp_path / "a.png")
+    pixels, remarks = read(tmp_path / "a.png", "auto", "dataset=multimnist")
+    assert pixels.shape == (1, 36, 36)
+    assert "its ink, 24 pixels long" in remarks[-1]
+
+
+def test_clothes_keep_their_shades_and_lose_their_background(tmp_path):
+    pixels = np.full((60, 60), 200, np.uint8)
+    pixels[20:40, 10:30], pixels[20:40, 30:50] = 0, 100
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    shown, remarks = read(tmp_path / "a.png", "auto", "dataset=fashion_mnist")
+    assert shown[0, 14, 8] == pytest.approx(1)
+    assert shown[0, 14, 19] == pytest.approx(0.5)
+    assert shown[0, 2, 2] == 0
+    assert any("background taken away" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "svhn"])
+def test_photographs_stay_as_they_are(tmp_path, dataset):
+    pixels = np.full((50, 50, 3), (200, 220, 240), np.uint8)
+    pixels[20:30, 20:30] = (90, 40, 30)
+    Image.fromarray(pixels).save(tmp_path / "sky.png")
+    shown, remarks = read(tmp_path / "sky.png", "auto", f"dataset={dataset}")
+    side = shown.shape[-1]
+    assert remarks == [f"resized from 50×50 to {side}×{side} pixels"]
+    torch.testing.assert_close(255 * shown[:, 2, 2], torch.tensor([200.0, 220, 240]))
+    inverted, remarks = read(tmp_path / "sky.png", "true", f"dataset={dataset}")
+    torch.testing.assert_close(inverted, 1 - shown)
+    assert "inverted" in remarks[0]
+
+
+@pytest.mark.parametrize("size", [(28, 28), (200, 150), (1, 1)])
+@pytest.mark.parametrize("colour", ["white", "black", "grey", (0, 0, 0, 0), (255, 255, 255, 0)])
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10"])
+def test_an_image_without_ink_is_refused(tmp_path, size, colour, dataset):
+    Image.new("RGBA", size, colour).save(tmp_path / "a.png")
+    for invert in ("auto", "true", "false"):
+        with pytest.raises(UserError, match=r"there is no ink in .*a\.png"):
+            read(tmp_path / "a.png", invert, f"dataset={dataset}")
+
+
+def test_noise_is_no_ink_and_light_ink_is_not_dark(tmp_path):
+    noise = np.random.default_rng(0).normal(200, 3, (150, 150)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    Image.fromarray(PHOTOS["black"]).save(tmp_path / "light.png")
+    for name, invert in (("a.jpg", "auto"), ("light.png", "true")):
+        with pytest.raises(UserError, match="there is no ink"):
+            read(tmp_path / name, invert)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
@@ -294,26 +415,39 @@ def test_dark_ink_on_light_paper_is_inverted_and_said(tmp_path, mode):
     path = picture(tmp_path / "a.png", (28, 28), 255, 0, mode if mode != "I;16" else "L")
     if mode == "I;16":
         Image.fromarray(np.array(Image.open(path)).astype(np.uint16) * 257).save(path)
-    pixels, remarks = read_image(path, 28, 1, "auto")
+    pixels, remarks = read(path)
     assert any("inverted" in remark for remark in remarks)
     assert pixels[0, 14, 14] == 1
     assert pixels[0, 0, 0] == 0
-    kept, remarks = read_image(path, 28, 1, "false")
+    kept, remarks = read(path, "false")
     assert not any("inverted" in remark for remark in remarks)
     torch.testing.assert_close(kept, 1 - pixels)
 
 
-def test_transparent_colour_and_turned_images(tmp_path):
-    pixels = np.zeros((28, 28, 4), dtype=np.uint8)
-    pixels[10:18, 10:18] = [0, 0, 0, 255]
+@pytest.mark.parametrize("size", [28, 100])
+@pytest.mark.parametrize(("ink", "paper"), [(0, "white"), (60, "white"), (255, "black")])
+def test_transparent_paper_is_not_of_the_colour_of_the_ink(tmp_path, size, ink, paper):
+    # What cannot be seen has a colour too.
+    pixels = np.full((size, size, 4), (ink, ink, ink, 0), dtype=np.uint8)
+    third = size // 3
+    pixels[third:-third, third:-third, 3] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    drawn, remarks = read_image(tmp_path / "a.png", 28, 1, "auto")
-    assert "transparent" in remarks[0]
-    assert drawn[0, 14, 14] == 1
+    drawn, remarks = read(tmp_path / "a.png")
+    assert remarks[0] == f"transparent parts taken as {paper} paper"
+    assert drawn[0, 14, 14] > 0.7
     assert drawn[0, 2, 2] == 0
 
-    Image.new("RGB", (28, 28), (255, 0, 0)).save(tmp_path / "a.png")
-    drawn, _ = read_image(tmp_path / "a.png", 28, 3, "false")
+
+def test_an_opaque_image_has_no_transparent_parts(tmp_path):
+    path = picture(tmp_path / "a.png", (28, 28), 0, 255, "RGBA")
+    assert read(path)[1] == []
+
+
+def test_coloured_and_turned_images(tmp_path):
+    pixels = np.zeros((24, 24, 3), dtype=np.uint8)
+    pixels[:, 2:] = [255, 0, 0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    drawn, _ = read(tmp_path / "a.png", "false", "dataset=cifar10")
     assert drawn[:, 5, 5].tolist() == [1, 0, 0]
 
     pixels = np.zeros((28, 28), dtype=np.uint8)
@@ -321,15 +455,15 @@ def test_transparent_colour_and_turned_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a photo to be shown turned by 90° to the right
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    drawn, _ = read_image(tmp_path / "a.jpg", 28, 1, "false")
+    drawn, _ = read(tmp_path / "a.jpg", "false")
     assert drawn[0, 14, 22:26].min() > 0.9
     assert drawn[0, 4, :20].max() < 0.1
 
 
 def test_images_that_cannot_be_used_are_refused(tmp_path):
-    def refuses(path, message, channels=1):
+    def refuses(path, message, dataset="mnist"):
         with pytest.raises(UserError, match=message):
-            read_image(path, 28, channels, "auto")
+            read(path, "auto", f"dataset={dataset}")
 
     path = tmp_path / "a.tiff"
     for content in (b"", b"\x89PNG\r\n\x1a\n" + b"\x00" * 50):
@@ -340,7 +474,7 @@ def test_images_that_cannot_be_used_are_refused(tmp_path):
     Image.new("1", (8193, 1)).save(path)
     refuses(path, "make it smaller")
     refuses(tmp_path, "is no image file")
-    refuses(path, "not of images of 2 channels", channels=2)
+    refuses(path, "not of images of 2 channels", "smallnorb")
 
 
 # data

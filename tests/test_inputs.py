@@ -1,5 +1,6 @@
 """What a network was not made for is refused, in one sentence, instead of giving wrong numbers."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_config
@@ -33,6 +34,16 @@ IMAGES = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
         (2 * IMAGES - 1, r"pixels from -0\.99"),
         ((IMAGES - 0.1307) / 0.3081, r"not in \[0, 1\]"),
         (torch.full_like(IMAGES, float("nan")), "from nan to nan"),
+        (torch.where(IMAGES > 0.9, float("nan"), IMAGES), "from nan to nan"),
+        (IMAGES > 0.5, "images of torch.bool"),
+        (IMAGES.permute(0, 2, 3, 1), r"\(3, 28, 28, 1\)"),
+        (IMAGES.double(), r"float64, but this network is of torch\.float32: images\.to\("),
+        (IMAGES.half(), r"float16, but this network is of torch\.float32"),
+        (IMAGES.numpy(), r"images are a ndarray: .*torch\.as_tensor\(images\)"),
+        (IMAGES.tolist(), "images are a list"),
+        (None, "images are a NoneType"),
+        (IMAGES.to_sparse(), r"images\.to_dense\(\)"),
+        (IMAGES.to("meta"), "images on meta, but this network is on cpu"),
         (torch.where(IMAGES > 0.5, float("inf"), IMAGES), "to inf"),
     ],
 )
@@ -48,6 +59,18 @@ def test_images_that_it_takes(model):
     model(IMAGES[:0])
     model(IMAGES.clamp(0, 1) + 1e-6)
     model(torch.zeros(1, 1, 28, 28))
+    model(IMAGES.to(memory_format=torch.channels_last))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IMAGES.bfloat16())
+
+
+@torch.inference_mode()
+def test_a_network_of_another_precision_takes_its_own():
+    config = train_config("model=cnn_authors")
+    model = build_model(config.model, config.routing, config.dataset).double()
+    model(IMAGES.double())
+    with pytest.raises(ValueError, match=r"images\.to\(torch\.float64\)"):
+        model(IMAGES)
 
 
 @torch.inference_mode()
@@ -72,6 +95,11 @@ def test_a_network_of_standardised_images_takes_those(model):
         (torch.tensor([[1], [2], [10]]), "labels from 1 to 10, but the classes are 0 to 9"),
         (torch.tensor([[1], [-1], [3]]), "labels from -1"),
         (torch.tensor([[1], [2], [3]]).byte(), "labels of torch.uint8"),
+        (torch.tensor([[True], [False], [True]]), "labels of torch.bool"),
+        (torch.zeros(3, 0).long(), r"labels of shape \(3, 0\)"),
+        (torch.tensor(1), r"labels of shape \(\)"),
+        (np.array([[1], [2], [3]]), r"labels are a ndarray: .*torch\.as_tensor\(labels\)"),
+        ([[1], [2], [3]], "labels are a list"),
     ],
 )
 @torch.inference_mode()

@@ -282,6 +282,25 @@ def test_eval_and_perturb_two_digits(pairs_run, tmp_path, capsys, monkeypatch, p
     assert Image.open(lines[0]).width > 11 * 36 * 2
 
 
+def test_both_digits_of_an_own_image_are_named(in_tmp, printed):
+    """The two longest capsules, as eval counts them; the longest is perturbed."""
+    untrained(in_tmp / "model.pt", *PAIRS)
+    pixels = np.zeros((36, 36), np.uint8)
+    pixels[8:20, 8:12], pixels[18:30, 10:30] = 255, 180
+    Image.fromarray(pixels).save("pair.png")
+    few = ["perturb.step=0.25", "out_dir=out"]
+    lines = printed("perturb", "checkpoint=model.pt", "perturb.image=pair.png", *few)
+    with torch.inference_mode():
+        model = load_checkpoint("model.pt").model
+        lengths = model(torch.from_numpy(pixels)[None, None] / 255).lengths_BJ[0]
+    (first, second), seen = (values.tolist() for values in lengths.topk(2))
+    assert lines[0] == (
+        f"pair.png: looks most like class {seen[0]} (capsule length {first:.2f}) and "
+        f"class {seen[1]} (capsule length {second:.2f})"
+    )
+    assert lines[1].endswith(f"_as_{seen[0]}.png")
+
+
 # Stopping at an accuracy
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from capsrun.commands.models import load_test_images, model_facts, result_folder, write_result
-from capsrun.config import PerturbConfig, SweepConfig
+from capsrun.config import DatasetConfig, PerturbConfig, SweepConfig
 from capsrun.data.batches import in_class_order
 from capsrun.data.own_image import read_image
 from capsrun.data.splits import Dataset, Split, standardise
@@ -75,7 +75,7 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     if digit is not None and digit >= model.classes:
         raise UserError(f"perturb.digit is {digit}; the classes are 0 to {model.classes - 1}")
     if config.perturb.image is not None:
-        subjects = [own_image(config.perturb, model, trained.config.dataset.standardise, device)]
+        subjects = [own_image(config.perturb, model, trained.config.dataset, device)]
     else:
         dataset = load_test_images(config, trained, device)
         subjects = chosen_images(config.perturb, model, dataset)
@@ -234,22 +234,28 @@ def first_right(model: CapsNet, test: Split, members: Tensor) -> int:
 
 @torch.inference_mode()
 def own_image(
-    sweep: SweepConfig, model: CapsNet, standardised: bool, device: torch.device
+    sweep: SweepConfig, model: CapsNet, dataset: DatasetConfig, device: torch.device
 ) -> Subject:
-    """The image `perturb.image`, as `perturb.digit` or as the class that the model sees in it."""
+    """The image `perturb.image`, as `perturb.digit` or as the class that the model sees in it.
+
+    dataset: what the model was trained on. Says which classes, as many as its images show, are
+    seen most.
+    """
     assert sweep.image is not None
     if sweep.index is not None:
         raise UserError("perturb.index chooses a test image; leave it out with perturb.image")
     path = Path(sweep.image).expanduser()
-    pixels, remarks = read_image(path, model.image_px, model.channels, sweep.invert)
+    pixels, remarks = read_image(path, dataset, sweep.invert)
     for remark in remarks:
         print(f"{path}: {remark}")
     pixels = pixels.to(device)
-    image = standardise(pixels[None])[0] if standardised else pixels
-    lengths = model(image[None]).lengths_BJ[0]
-    longest = int(lengths.argmax())
-    print(f"{path}: looks most like class {longest} (capsule length {lengths[longest]:.2f})")
-    label = longest if sweep.digit is None else sweep.digit
+    image = standardise(pixels[None])[0] if dataset.standardise else pixels
+    lengths_BJ = model(image[None]).lengths_BJ
+    seen = predicted_classes(lengths_BJ, dataset.digits)[0].tolist()
+    seen.sort(key=lambda label: -lengths_BJ[0, label])
+    found = [f"class {label} (capsule length {lengths_BJ[0, label]:.2f})" for label in seen]
+    print(f"{path}: looks most like {' and '.join(found)}")
+    label = seen[0] if sweep.digit is None else sweep.digit
     # Two images of one name, in two folders, have pictures of their own.
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
     name = f"{path.stem}-{place}_as_{label}"

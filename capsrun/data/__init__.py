@@ -39,20 +39,26 @@ class Entry:
     """How many training and test images there are; None: as many as its source has."""
     copies: int = 1
     """How many test images are made of each of the source's; of a sampled data set, by default."""
+    photos: bool = False
+    """Whether these are photographs as they are, and not light ink, or clothes, on black."""
+    digit_px: int | None = None
+    """The longest side of MNIST's digits; None: images that were made in another way."""
 
 
 DATASETS = {
-    "mnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
-    "mnist5k": Entry("official.mnist5k", is_source=True, picked_from="mnist", images=(4000, 1000)),
+    "mnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000), digit_px=20),
+    "mnist5k": Entry(
+        "official.mnist5k", is_source=True, picked_from="mnist", images=(4000, 1000), digit_px=20
+    ),
     "fashion_mnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
     "kmnist": Entry("official.mnist", is_source=True, images=(60_000, 10_000)),
     "mnist_padded": Entry(None, "padded.make", sampled=True),
     "affnist": Entry("affnist.load", for_testing=True, images=(0, 320_000)),
     "affnist_like": Entry(None, "affnist_like.make", for_testing=True, copies=32),
     "multimnist": Entry(None, "multimnist.make", digits=2, sampled=True, copies=10),
-    "cifar10": Entry("official.cifar10", images=(50_000, 10_000)),
-    "svhn": Entry("official.svhn", images=(73_257, 26_032)),
-    "smallnorb": Entry("smallnorb.load", images=(24_300, 24_300)),
+    "cifar10": Entry("official.cifar10", images=(50_000, 10_000), photos=True),
+    "svhn": Entry("official.svhn", images=(73_257, 26_032), photos=True),
+    "smallnorb": Entry("smallnorb.load", images=(24_300, 24_300), photos=True),
 }
 
 

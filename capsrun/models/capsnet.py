@@ -173,7 +173,8 @@ class CapsNet(nn.Module):
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """
-        check_images(images_BCHW, self.channels, self.image_px, self.standardised)
+        sizes = self.channels, self.image_px
+        check_images(images_BCHW, *sizes, self.standardised, self.conv1.weight)
         maps = padded(images_BCHW[..., : self.seen_px, : self.seen_px], self.conv1_pads)
         maps = padded(fast.conv2d(self.conv1, maps, self.fast), self.primary_pads)
         maps = fast.relu_conv2d(maps, self.primarycaps.weight, 2, self.fast, self.frequency)

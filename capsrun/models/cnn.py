@@ -91,7 +91,8 @@ class CNN(nn.Module):
         dropout drops; None, as in testing: it drops nothing.
         Raises ValueError for images that this network was not made for.
         """
-        check_images(images_BCHW, self.channels, self.image_px, self.standardised)
+        sizes = self.channels, self.image_px
+        check_images(images_BCHW, *sizes, self.standardised, self.last.weight)
         hidden_BU = self.hidden(self.convolutions(images_BCHW).flatten(1))
         if noise_B is not None and self.config.dropout > 0:
             hidden_BU = drop_out(hidden_BU, self.config.dropout, noise_B)

@@ -10,17 +10,30 @@ from torch import Tensor
 TOLERANCE = 1e-3
 
 
-def check_images(images_BCHW: Tensor, channels: int, image_px: int, standardised: bool) -> None:
-    """Raise ValueError for images of another shape, type or range than a network takes.
+def check_images(
+    images_BCHW: Tensor, channels: int, image_px: int, standardised: bool, weight: Tensor
+) -> None:
+    """Raise ValueError for images of another shape, type, place or range than a network takes.
 
     standardised: it was trained on images of mean 0 and deviation 1; else pixels are in [0, 1].
+    weight: of its first layer.
     """
+    _check_tensor("images", images_BCHW)
     shape = (channels, image_px, image_px)
     if images_BCHW.dim() != 4 or tuple(images_BCHW.shape[1:]) != shape:
         found, wanted = (", ".join(map(str, s)) for s in (images_BCHW.shape, ("B", *shape)))
         raise ValueError(f"images of shape ({found}), but this network takes ({wanted})")
     if not images_BCHW.is_floating_point():
         raise ValueError(f"images of {images_BCHW.dtype}: their pixels are to be floats in [0, 1]")
+    if images_BCHW.device != weight.device:
+        raise ValueError(
+            f"images on {images_BCHW.device}, but this network is on {weight.device}: images.to(…)"
+        )
+    if images_BCHW.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise ValueError(
+            f"images of {images_BCHW.dtype}, but this network is of {weight.dtype}: "
+            f"images.to({weight.dtype})"
+        )
     if not images_BCHW.numel() or not _can_be_read(images_BCHW):
         return
     low, high = map(float, images_BCHW.detach().aminmax())
@@ -36,7 +49,8 @@ def check_images(images_BCHW: Tensor, channels: int, image_px: int, standardised
 
 def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
     """Raise ValueError for labels that are not the classes (B, T) of the digits in each image."""
-    if labels_BT.dim() != 2 or len(labels_BT) != batch:
+    _check_tensor("labels", labels_BT)
+    if labels_BT.dim() != 2 or len(labels_BT) != batch or not labels_BT.shape[1]:
         hint = "; of one digit an image they are labels[:, None]" if labels_BT.dim() == 1 else ""
         raise ValueError(
             f"labels of shape {tuple(labels_BT.shape)} for {batch} images: they are to have shape "
@@ -55,6 +69,15 @@ def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
             "labels that name a class twice in one image: one-hot labels become classes by "
             "labels.argmax(1, keepdim=True)"
         )
+
+
+def _check_tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(
+            f"{name} are a {type(given).__name__}: make a tensor of it, torch.as_tensor({name})"
+        )
+    if given.layout != torch.strided:
+        raise ValueError(f"{name} of layout {given.layout}: make it dense, {name}.to_dense()")
 
 
 def _can_be_read(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import default_run, must_match, train_command
+from capsrun.runs.foreign import kind_of_content, kind_of_file
 from capsrun.settings import from_dict
+from capsrun.training.device import checked_device
 
 FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
@@ -62,18 +65,22 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError("too large")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of PyTorch, about other files
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load fails in many ways on a damaged or hostile file
-        raise UserError(
-            f"{path} is not a capsrun checkpoint, or it is damaged or cut short; nothing in it "
-            "was run"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        kind = kind_of_file(path)
+        text = f"{path} is no checkpoint of capsrun but {kind}; nothing in it was run"
+        if kind is None:
+            text = f"{path} is damaged or cut short, or no checkpoint; nothing in it was run"
+        raise UserError(text) from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of capsrun but {kind_of_content(checkpoint)}")
+    if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    for key, kind in {**TYPES, **types}.items():
-        if key not in checkpoint or not isinstance(checkpoint[key], kind):
+    for key, needed in {**TYPES, **types}.items():
+        if key not in checkpoint or not isinstance(checkpoint[key], needed):
             raise UserError(f"checkpoint {path} is incomplete or damaged: it has no sound {key!r}")
     return checkpoint
 
@@ -108,6 +115,8 @@ def find_checkpoint(path: str, train_command: str | None = None) -> Path:
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     """The file that is meant by a file or a run's folder, whether or not it is there."""
     meant = Path(path).expanduser()
+    if not meant.exists() and Path(f"{meant}.index").is_file():  # as TensorFlow's are named
+        return Path(f"{meant}.index")
     return meant / FILE_NAME if meant.is_dir() else meant
 
 
@@ -132,9 +141,9 @@ def load_checkpoint(
 ) -> Trained:
     """Rebuild the trained model of a checkpoint, ready to be used, with the settings of its run.
 
-    path: a checkpoint file, or the folder of a run. device: as PyTorch names it. averaged: with the
-    moving average of the weights, in place of the last ones.
-    Nothing in the file is run. Raises UserError when the checkpoint cannot be used.
+    path: a checkpoint file, or the folder of a run. device: as PyTorch names it.
+    averaged: with the moving average of the weights, in place of the last ones.
+    Nothing in the file is run. Raises UserError when checkpoint or device cannot be used.
 
     >>> import capsrun
     >>> trained = capsrun.load_checkpoint("results/capsnet-mnist.pt")
@@ -145,7 +154,7 @@ def load_checkpoint(
     >>> trained.model(batch.images_BCHW).lengths_BJ.argmax(1).equal(batch.labels_BT[:, 0])
     True
     """
-    file = checkpoint_file(path)
+    file, place = checkpoint_file(path), checked_device(device)
     checkpoint = read_checkpoint(file)
     weights = checkpoint.get("averaged") if averaged else checkpoint["model"]
     if weights is None:
@@ -159,7 +168,7 @@ def load_checkpoint(
     except UserError as error:
         raise UserError(f"checkpoint {file} cannot be used: {error}") from error
     model.load_state_dict(weights)
-    model.to(device).eval()
+    model.to(place).eval()
     finished = checkpoint["optimizer"] is None
     return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
 

@@ -33,6 +33,18 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device as PyTorch names it. Raises UserError for one that is not there."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(
+            f"device={device} cannot be used here; take 'cpu', or 'cuda' where there is a GPU"
+        ) from error
+    return found
+
+
 def heed_cpu_quota(group: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     """Use no more threads than a container may run at once, where it is limited by a quota.
 
