@@ -76,13 +76,14 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write indented JSON, with lists of numbers on one line; what is not finite becomes null."""
     text = json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[\d\s.,e+-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
-    write_text(path, text + "\n")
+    write_file(path, text + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write a text file, in UTF-8 whatever the locale; see `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        # It may name folders, whose names may be any bytes.
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
 
 
 def finite(values: Any) -> Any:

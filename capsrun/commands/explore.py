@@ -65,8 +65,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     text, reason = page_within_limit(
         config.explore, model, shown, dataset.class_names, title, run.dataset.standardise
     )
-    with disk.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    disk.write_file(path, text)
     refresh_run_page(path.parent)  # which links to what was made of the run
     searched = min(config.explore.search, len(dataset.test))
     wrong = int((shown.labels_NT != shown.predicted_NT).any(1).sum())

@@ -129,7 +129,7 @@ def write_tables(tables: Iterable[Table], results: Sequence[Result], out_dir: Pa
         for title, header, lines in tables
     ]
     head = "% Needs \\usepackage{booktabs}."
-    disk.write_text(out_dir / "report.tex", "\n\n".join([head, *parts, ""]))
+    disk.write_file(out_dir / "report.tex", "\n\n".join([head, *parts, ""]))
     tested = [result for result in results if result.command != "perturb"]
     tested.sort(key=lambda result: (result.values["name"], repr(result.settings), result.seed))
     flattened = [flat(result) for result in tested]
@@ -138,7 +138,7 @@ def write_tables(tables: Iterable[Table], results: Sequence[Result], out_dir: Pa
     writer = csv.DictWriter(table, list(keys))
     writer.writeheader()
     writer.writerows(flattened)
-    disk.write_text(out_dir / "report.csv", table.getvalue())
+    disk.write_file(out_dir / "report.csv", table.getvalue())
 
 
 def flat(result: Result) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
     rows = [make_row(name, experiments, results) for name in names]
     text = document(rows, results, experiments, Pictures(out_dir))
     for name, content in (("report.md", text), ("report.html", to_html(text, out_dir))):
-        disk.write_text(out_dir / name, content)
+        disk.write_file(out_dir / name, content)
     return rows
 
 
@@ -178,7 +178,7 @@ def update_tables(path: Path, tables: Mapping[str, str]) -> None:
             raise UserError(f"{path} has no <!-- end --> after <!-- {name} -->")
         if mark:
             text = before + start + content + end + rest.partition(end)[2]
-    disk.write_text(path, text)
+    disk.write_file(path, text)
 
 
 def keep(results: Sequence[Result], folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.disk import read_json, replacing
+from capsrun.disk import read_json, write_file
 from capsrun.errors import notice
 from capsrun.report import figures, plots
 from capsrun.report.page import embedded, render
@@ -43,9 +43,7 @@ def write_run_page(folder: Path) -> Path:
     if result.command == "train" and result.metrics:
         (folder / "pictures").mkdir(exist_ok=True)
         figures.save(plots.run_curves(result.metrics), folder / "pictures" / "curves.png")
-    with replacing(folder / NAME) as temporary:
-        # It names folders, whose names may be any bytes.
-        temporary.write_text(run_page(result), encoding="utf-8", errors="replace")
+    write_file(folder / NAME, run_page(result))
     if result.command != "train":
         refresh_run_page(folder.parent)
     return folder / NAME

@@ -120,8 +120,7 @@ class RunFolder:
         disk.make_folder(self.pictures)
         clean(self.path)
         if not (self.path / CONFIG).exists():
-            with disk.replacing(self.path / CONFIG) as temporary:
-                temporary.write_text(OmegaConf.to_yaml(self.config), encoding="utf-8")
+            disk.write_file(self.path / CONFIG, OmegaConf.to_yaml(self.config))
         if not self.checkpoint.exists():
             return None
         try:
