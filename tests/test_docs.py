@@ -19,6 +19,7 @@ from capsrun.errors import UserError
 
 MODULES = [
     "capsrun.library",
+    "capsrun.models.authors",
     "capsrun.models.capsnet",
     "capsrun.models.routing",
     "capsrun.runs.checkpoint",

@@ -75,6 +75,14 @@ def load_authors_weights(model: CapsNet, arrays: Mapping[str, Any]) -> None:
     The model is to be made with the authors' options (`digit_bias`, `primary_scale=authors`).
     A trailing `:0` is ignored, and so is training state (Adam's moments, the step).
     Raises ValueError, and changes nothing, when a weight is missing, unknown or of another shape.
+
+    >>> import capsrun
+    >>> config = capsrun.training_config("model=capsnet_small")
+    >>> model = capsrun.CapsNet(config.model, config.routing, config.dataset.image_px)
+    >>> arrays = to_authors_arrays(model)  # or those of a file
+    >>> arrays["conv1.weights"].shape
+    (9, 9, 1, 64)
+    >>> capsrun.load_authors_weights(model, arrays)
     """
     given = {}
     for full_name, array in arrays.items():
