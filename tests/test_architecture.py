@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 # The rooms from the bottom: a module imports from its own room and from those below it only.
 ROOMS = [
     "errors terminal",
-    "disk",
+    "disk yaml_files",
     "config",
     "settings",
     "compose",
@@ -23,7 +23,7 @@ ROOMS = [
     "bench",
     "explorer",
     "commands sweep",
-    "completion library",
+    "completion help library",
     "cli",
 ]
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names.split()}
