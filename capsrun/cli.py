@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from capsrun import __version__, completion, compose, errors
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, process_rank
 from capsrun.terminal import BOLD, RED, styled
+from capsrun.yaml_files import without_config_dir
 
 # So long other processes wait for the first one to say why all of them end.
 OTHERS_WAIT_SECONDS = 10.0
@@ -150,6 +151,7 @@ def answer(name: str, arguments: list[str]) -> None:
     elif name not in COMMANDS:
         raise UserError(compose.describe_unknown_command(name, list(ALL)))
     else:
+        arguments = without_config_dir(arguments)
         refuse_several_processes(name, arguments)
         if any(word in ("-h", "--help") for word in arguments):
             from capsrun.help import command_help
@@ -173,7 +175,7 @@ def run_command(name: str, cfg: Any, overrides: list[str]) -> Any:
     from capsrun.experiments import settings_for
 
     errors.begin_run()
-    config: Any = settings_for(compose.schema_of(name), cfg)
+    config: Any = settings_for(compose.schema_of(name), cfg, overrides)
     return importlib.import_module(f"capsrun.commands.{name}").main(config, overrides)
 
 

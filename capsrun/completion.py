@@ -4,6 +4,7 @@ argcomplete has the scripts for the shells and knows how each of them splits and
 scripts run capsrun itself with the line in environment variables.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 from capsrun.compose import FLAGS, OFFERED, OPTIONS, group_choices, setting_names, setting_values
 from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean
+from capsrun.yaml_files import without_config_dir
 
 SHELLS = ("bash", "zsh", "fish")
 ACTIONS = ("install", "uninstall", *SHELLS)
@@ -61,6 +63,10 @@ def answer_shell(commands: Sequence[str]) -> None:
 def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     """What the last of the words after `capsrun`, maybe empty, can become."""
     *before, word = words
+    if before and before[-1] in ("--config-dir", "-cd"):
+        return paths(word, ())
+    with contextlib.suppress(UserError):  # which the command itself will say
+        before = without_config_dir(before)
     if not before:
         possible = [*commands, "--help", "--version"]
     elif before[0] == "completion":

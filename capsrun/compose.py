@@ -9,10 +9,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from capsrun.errors import UserError, did_you_mean
+from capsrun.yaml_files import (
+    choices_of,
+    chosen_files,
+    configs_dir,
+    inherited_by,
+    own_dir,
+    with_place,
+)
 
 # What is missing where a plugin of Hydra is not installed, as an extra of this package.
 EXTRAS = {
@@ -47,7 +54,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-cp", "-cn", "-cd", "-i")
 # Those that are of use here.
-OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--info")
+OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--config-dir", "--info")
 # The groups that experiments are in, with their titles in the report.
 GROUPS = {
     "table1": "Table 1: MNIST",
@@ -56,16 +63,10 @@ GROUPS = {
     "section7": "Other data sets (§7)",
     "figures": "Figures",
     "ablations": "What the number depends on",
+    "own": "Experiments of your own",
 }
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
-
-
-def configs_dir() -> Path:
-    """The YAML files: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> Any:
@@ -78,6 +79,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Any:
     from yaml import YAMLError
 
     try:
+        chosen_files(overrides)
         return _compose(name, overrides)
     except (HydraException, OmegaConfBaseException, YAMLError, *UNREADABLE) as error:
         raise UserError(describe_hydra_error(error, name, overrides)) from error
@@ -120,6 +122,7 @@ def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) 
     saved_mode = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        chosen_files(arguments)
         start = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=name)
         start(job)()
     except (HydraException, OmegaConfBaseException, YAMLError, *UNREADABLE) as error:
@@ -145,6 +148,8 @@ def for_hydra(command: str, words: Sequence[str], several: bool) -> list[str]:
         for one, other in (*EITHER, *(pair[::-1] for pair in EITHER))
         if one in said and other not in said and f"{one}=null" not in words
     ]
+    if (folder := own_dir()) is not None:
+        implied.append(f"hydra.searchpath=[{in_quotes(f'file://{folder.absolute()}')}]")
     return [as_typed(command, word, several) for word in words] + implied
 
 
@@ -221,11 +226,7 @@ def group_choices(command: str) -> dict[str, list[str]]:
 
     defaults = OmegaConf.load(configs_dir() / f"{command}.yaml").defaults
     groups = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
-    return {
-        group: sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
-        for group in groups
-        if not group.startswith("override ")
-    }
+    return {group: choices_of(group) for group in groups if not group.startswith("override ")}
 
 
 def setting_names(command: str, choices: Sequence[str] = ()) -> list[str]:
@@ -250,7 +251,9 @@ def setting_values(command: str, key: str) -> list[str]:
     """What a setting may be, where that is not endless."""
     from capsrun.settings import allowed_values
 
-    return targets() if key == "targets" else allowed_values(schema_of(command), key)
+    if key == "targets":
+        return targets()
+    return setting_names("train") if key == "columns" else allowed_values(schema_of(command), key)
 
 
 def schema_of(command: str) -> type:
@@ -263,14 +266,10 @@ def schema_of(command: str) -> type:
     return getattr(importlib.import_module(f"capsrun.commands.{command}"), name)
 
 
-def experiment_names() -> list[str]:
-    """Those of `configs/experiment/`, in alphabetical order."""
-    return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
-
-
 def targets() -> list[str]:
     """What `capsrun reproduce targets=` takes."""
-    return ["all", *GROUPS, *experiment_names()]
+    groups = [group for group in GROUPS if group != "own" or own_dir() is not None]
+    return ["all", *groups, *choices_of("experiment")]
 
 
 def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str]) -> str:
@@ -284,30 +283,34 @@ def describe_hydra_error(error: Exception, command: str, arguments: Sequence[str
     from capsrun.settings import describe_config_error
 
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(error, MissingConfigException) and error.options:
-        return _describe_missing(str(error.missing_cfg_file), error.options)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _describe_missing(str(error.missing_cfg_file), error.options, arguments)
     if isinstance(error, OverrideParseException):
         return describe_unreadable(str(error.override), command)
     group = re.match(r"Could not override '(.*?)'\. No match in the defaults list", str(error))
     if group or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = group[1] if group else str(cause.full_key)  # type: ignore[attr-defined]
         return _describe_unknown_key(key, command, arguments)
+    if isinstance(error, RecursionError):
+        return f"one of {', '.join(map(str, chosen_files(arguments)))} inherits itself"
     if "Config group override must be" in str(error):
         return (
             f"dataset, model and the like take one of their choices; see `capsrun {command} --help`"
         )
     if isinstance(cause, OmegaConfBaseException):
-        return describe_config_error(cause)
+        return with_place(describe_config_error(cause), chosen_files(arguments), arguments)
     return " ".join(str(error).split()) or repr(error)
 
 
-def _describe_missing(file: str, options: Sequence[str]) -> str:
+def _describe_missing(file: str, options: Sequence[str] | None, arguments: Sequence[str]) -> str:
     folder, _, choice = file.rpartition("/")
+    options = options or choices_of(folder)
     if (extra := EXTRAS.get(f"{folder}/{choice}")) is not None:
         package = f"pip install 'capsrun[{extra}]'"
         return f"{folder}={choice} needs a package that is not installed: {package}"
     hint = did_you_mean(choice, options)
-    return f"there is no {folder}={choice}{hint}; there are: {', '.join(options)}"
+    where = inherited_by(folder, choice, arguments)
+    return f"{where}there is no {folder}={choice}{hint}; there are: {', '.join(options)}"
 
 
 def _describe_unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.compose import GROUPS, compose, configs_dir, experiment_names
+from capsrun.compose import GROUPS, compose
 from capsrun.config import EvalConfig, TrainConfig, setting
+from capsrun.errors import UserError, did_you_mean
 from capsrun.settings import Config, from_dict
+from capsrun.yaml_files import choices_of, chosen_files, keys_of, own_dir, path_of, with_place
 
 
 @dataclass(kw_only=True)
@@ -27,7 +29,7 @@ class Published:
 
 @dataclass(kw_only=True)
 class Experiment:
-    """What a file of `configs/experiment/` says beside the settings of a run."""
+    """What a file of `configs/experiment/`, or of one's own, says beside the settings of a run."""
 
     group: str = setting(choices=tuple(GROUPS))
     title: str
@@ -49,19 +51,24 @@ class Experiment:
     note: str | None = None
 
 
-def settings_for(schema: type[Config], cfg: Any) -> Config:
+def settings_for(schema: type[Config], cfg: Any, overrides: Sequence[str] = ()) -> Config:
     """The settings of a command, composed, without what a choice says for another purpose.
 
     That is what is told about an experiment, and when a recipe stops, where nothing is trained.
+    overrides: what they were composed of. Raises UserError, naming a file of one's own that has it,
+    for a mistake in them.
     """
     names = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     kept = [key for key in cfg if key in names or key not in ("experiment", "stop")]
-    return from_dict(schema, OmegaConf.masked_copy(cfg, kept))
+    try:
+        return from_dict(schema, OmegaConf.masked_copy(cfg, kept))
+    except UserError as error:
+        raise UserError(with_place(str(error), chosen_files(overrides), overrides)) from error
 
 
 def training_config(overrides: Sequence[str] = ()) -> TrainConfig:
     """The settings of `capsrun train` with these overrides. Raises UserError for a mistake."""
-    return settings_for(TrainConfig, compose("train", overrides))
+    return settings_for(TrainConfig, compose("train", overrides), overrides)
 
 
 class Experiments:
@@ -73,14 +80,37 @@ class Experiments:
 
     def names(self) -> list[str]:
         """Every experiment."""
-        return experiment_names()
+        return choices_of("experiment")
 
     def about(self, name: str) -> Experiment:
-        """What is told about one."""
+        """What is told about one; of one's own that need be nothing, not even its title.
+
+        Raises UserError for a mistake in its file.
+        """
         if name not in self._about:
-            file = OmegaConf.load(configs_dir() / "experiment" / f"{name}.yaml")
-            self._about[name] = from_dict(Experiment, file.experiment)
+            path = path_of("experiment", name)
+            keys_of(path)  # which raises what there is to say of the file as a whole
+            file: Any = OmegaConf.load(path)
+            said = (file.get("experiment") or {}).items()
+            said = {key: value for key, value in said if value is not None or key == "command"}
+            folder = own_dir()
+            is_own = folder is not None and path.is_relative_to(folder)
+            try:
+                values = {"title": name, **said, **({"group": "own"} if is_own else {})}
+                self._about[name] = from_dict(Experiment, OmegaConf.create(values))
+                self._check_uses(self._about[name])
+            except UserError as error:
+                raise UserError(with_place(str(error), [path])) from error
         return self._about[name]
+
+    def _check_uses(self, about: Experiment) -> None:
+        """Raise UserError for an experiment that uses none, or one that does not exist."""
+        if about.command != "train" and not about.uses:
+            raise UserError(f"experiment.uses names no run for experiment.command={about.command}")
+        for used in about.uses:
+            if used not in self.names():
+                hint = did_you_mean(used, self.names())
+                raise UserError(f"experiment.uses names {used!r}, which is no experiment{hint}")
 
     def training(self, overrides: Sequence[str]) -> TrainConfig:
         """The run that `capsrun train` makes of these overrides."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.compose import choices_made, compose, configs_dir, group_choices, schema_of
-from capsrun.disk import read_yaml
-from capsrun.settings import limits_of
+from capsrun.compose import choices_made, compose, group_choices, schema_of
+from capsrun.settings import limits_of, written
 from capsrun.terminal import BOLD, styled
+from capsrun.yaml_files import configs_dir, inherited, path_of
 
 WIDTH, FIRST_COLUMN = 100, 32
 KEY = re.compile(r"( *)\"?([\w]+)\"?:(?: (.*?))??(?:\s+# (.*))?")
@@ -40,7 +40,7 @@ def command_help(command: str, summary: str, example: str, words: Sequence[str])
         lines += row(group + now, ", ".join(choices))
     sections: dict[str, list[str]] = {"Settings:": []}
     for group, choice in chosen.items():
-        path = configs_dir() / group / f"{choice}.yaml"
+        path = path_of(group, choice)
         meanings |= comments_of(path, group)
         sections[f"Of {group}={choice}: {what_it_is(path)}"] = []
     titles = {title.partition("=")[0].removeprefix("Of "): title for title in sections}
@@ -53,7 +53,7 @@ def command_help(command: str, summary: str, example: str, words: Sequence[str])
             continue
         if not all(word in said for word in re.findall(r"\w+", limits)):
             said = f"{said} ({limits})" if said else limits
-        sections[title] += row(f"{key}={shown(value)}", said)
+        sections[title] += row(f"{key}={written(value)}", said)
     for title, rows in sections.items():
         lines += ["", styled(title, BOLD), *rows]
     lines += ["", "Several values, as in seed=0,1,2, and --multirun make a run of each."]
@@ -81,13 +81,6 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + key, value
 
 
-def shown(value: Any) -> str:
-    """A value as it is typed."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return f"[{','.join(map(shown, value))}]" if isinstance(value, list) else f"{value}"
-
-
 def what_it_is(path: Path) -> str:
     """The comment that a file begins with, to the end of its first sentence."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -98,9 +91,8 @@ def what_it_is(path: Path) -> str:
 def comments_of(path: Path, group: str) -> dict[str, str]:
     """The comments beside the settings of a file, by key with dots; what it inherits first."""
     found: dict[str, str] = {}
-    defaults = read_yaml(path).get("defaults", [])
-    for parent in (entry for entry in defaults if isinstance(entry, str)) if group else ():
-        file = path.with_name(f"{parent.partition('@')[0]}.yaml")
+    for parent in (choice for other, choice in inherited(path) if other == group):
+        file = path_of(group, parent)
         found |= comments_of(file, group) if file.exists() else {}
     text = path.read_text(encoding="utf-8")
     package = [] if "@package _global_" in text or not group else [group]

@@ -11,6 +11,7 @@ from capsrun.compose import EITHER, compose, group_choices, quoted
 from capsrun.config import CapsNetConfig, DatasetConfig, ModelConfig, TrainConfig
 from capsrun.data import known
 from capsrun.settings import differing_keys, from_dict, role
+from capsrun.yaml_files import own_option
 
 # These choices make the first part of a run's name.
 FIRST_IN_NAME = ("dataset", "model", "recipe")
@@ -23,10 +24,13 @@ def run_name(config: TrainConfig, overrides: Iterable[str]) -> str:
     Only characters that neither a shell, make nor Hydra takes for something else.
     """
     overrides = list(overrides)
-    experiment = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
-    base = f"{config.dataset.name}-{config.model.name}-{config.recipe.name}"
-    base, first = (experiment[-1], ()) if experiment else (base, FIRST_IN_NAME)
-    return with_choices(base, (w for w in overrides if w.partition("=")[0] not in first))
+    words = (word.lstrip("+").partition("=") for word in overrides)
+    chosen = {group: choice.strip("'\"").removesuffix(".yaml") for group, _, choice in words}
+    if "experiment" in chosen:
+        return with_choices(chosen["experiment"], overrides)
+    # A file of one's own may have the name that is in the one it inherits.
+    base = "-".join(chosen.get(group) or getattr(config, group).name for group in FIRST_IN_NAME)
+    return with_choices(base, (w for w in overrides if w.partition("=")[0] not in FIRST_IN_NAME))
 
 
 def with_choices(base: str, overrides: Iterable[str]) -> str:
@@ -131,8 +135,8 @@ def word(key: str, value: Any) -> str:
 
 
 def command(*words: str) -> str:
-    """A command of capsrun as it is typed into a shell."""
-    return shlex.join(["capsrun", *words])
+    """A command of capsrun as it is typed into a shell, for the same YAML files as this one."""
+    return shlex.join(["capsrun", *words, *own_option()])
 
 
 def uses_of_model(model: ModelConfig, words: Sequence[str]) -> list[list[str]]:

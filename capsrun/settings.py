@@ -277,6 +277,13 @@ def limits_of(schema: type, key: str) -> str:
     return f"{what} {limits}".rstrip()
 
 
+def written(value: Any) -> str:
+    """A value as it is typed."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{','.join(map(written, value))}]" if isinstance(value, list) else f"{value}"
+
+
 def is_text(schema: type, key: str) -> bool:
     """Whether a setting (its name with dots) is free text: a name or a path, or several of them."""
     return any(str in _types(f) and "choices" not in f.metadata for f in _fields(schema, key))

@@ -24,6 +24,7 @@ from capsrun.disk import read_json, write_json
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, handling
 from capsrun.names import with_choices
 from capsrun.terminal import BOLD, styled
+from capsrun.yaml_files import own_dir, use_own_dir
 
 # Checks the composed settings of a command, does its work, and returns what its `main` does.
 RunCommand = Callable[[str, Any, list[str]], Any]
@@ -47,11 +48,13 @@ class Sweep:
     """What Hydra calls, wherever that is, with the configuration of each job."""
 
     command: str
-    arguments: Sequence[str]
+    shared: Sequence[str]
+    """The words that all jobs have, among others."""
     run_command: RunCommand
     folder: Path
     """Absolute, on a file system that every machine sees; made when it is needed."""
     working_folder: str = field(default_factory=os.getcwd)
+    config_dir: Path | None = field(default_factory=own_dir)
     pid: int = field(default_factory=os.getpid)
 
     @property
@@ -68,9 +71,9 @@ class Sweep:
         if self.stop_file.exists():
             return None
         os.chdir(self.working_folder)
+        use_own_dir(self.config_dir)
         words, number = task_words(), HydraConfig.get().job.num
-        # What all jobs share need not be said of each.
-        own = [word for word in words if word not in self.arguments]
+        own = [word for word in words if word not in self.shared]
         outcome = Outcome(" ".join(own) or f"job {number}")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{number}.json", asdict(outcome))

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY, train_config, untrained, without_root
 
-from capsrun import cli, compose, names, terminal
+from capsrun import cli, compose, experiments, names, terminal, yaml_files
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.errors import UserError
 from capsrun.experiments import settings_for
@@ -98,7 +98,7 @@ def test_every_yaml_composes(choice):
         (["train", "~seed"], ["seed has no value"]),
         (["train", "runs_dir='${nope}'"], ["nope"]),
         (["train", "recipe.epochs=inf"], ["recipe.epochs is inf", "finite"]),
-        (["train", "seed=99999999999999999999"], ["seed is 99999999999999999999", "at most"]),
+        (["train", "seed=99999999999999999999"], ["seed is 99999999999999999999", "below 2^63"]),
         (["train", "dataset=mnits"], ["dataset=mnits", "did you mean 'mnist'", "fashion_mnist"]),
         (["train", "loss=none"], ["loss=none", "authors, cross_entropy, paper"]),
         (["train", "seed=zero"], ["seed", "'zero'"]),
@@ -107,8 +107,14 @@ def test_every_yaml_composes(choice):
         (["train", "routing.leaky=perhaps"], ["routing.leaky", "bool"]),
         (["train", "recipe.learning_rate=fast"], ["recipe.learning_rate", "fast"]),
         (["train", "routing.iterations=0"], ["routing.iterations is 0", "at least 1"]),
-        (["train", "recipe.steps=5"], ["exactly one of recipe.steps and recipe.epochs"]),
-        (["train", "recipe.decay_steps=5"], ["exactly one of recipe.decay_steps"]),
+        (
+            ["train", "recipe.steps=5", "recipe.epochs=1"],
+            ["exactly one of recipe.steps and recipe.epochs"],
+        ),
+        (
+            ["train", "recipe.decay_steps=5", "recipe.decay_periods=1"],
+            ["exactly one of recipe.decay_steps"],
+        ),
         (["train", "loss.margin_present=1.5"], ["loss.margin_present is 1.5", "at most 1"]),
         (["train", "model.decoder_widths=[512,0]"], ["model.decoder_widths is 0"]),
         (["train", "device=tpu"], ["device is 'tpu'", "auto, cpu, cuda"]),
@@ -265,14 +271,132 @@ def test_a_model_that_was_suggested_is_found_by_default_and_by_name(in_tmp, prin
     printed(*tested, f"checkpoint=runs/{name}/seed0")
 
 
-def test_a_folder_of_recipes_of_ones_own(in_tmp, printed):
+def own(folder: Path, **files: str) -> Path:
+    """A folder of YAML files of one's own: `recipe_mine` is the text of `recipe/mine.yaml`."""
+    for name, text in files.items():
+        path = folder.joinpath(*name.split("_", 1)).with_suffix(".yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("latin-1"))
+    return folder
+
+
+@pytest.fixture
+def no_own_folder():
+    """None counts when the test has ended."""
+    yield
+    yaml_files.use_own_dir(None)
+
+
+NARROW = "# @package _global_\ndefaults: [capsnet, _self_]\nmodel: {conv1_channels: 32}\n"
+
+
+@pytest.mark.parametrize(
+    "option", [["--config-dir", "."], ["--config-dir=."], ["-cd", "."], ["--config-di", "."]]
+)
+def test_a_folder_of_recipes_of_ones_own(in_tmp, printed, option):
     """Other YAML files in it, whatever they hold, are no hindrance."""
-    (in_tmp / "recipe").mkdir()
-    (in_tmp / "recipe" / "mine.yaml").write_text("defaults: [quick, _self_]\nname: mine\n")
+    own(in_tmp, recipe_mine="defaults: [quick, _self_]\nname: mine\n")
     (in_tmp / "compose.yaml").write_text("services: {web: {image: 'a:b'}}\n")
     (in_tmp / "odd.yaml").write_text("a: [\n&x *y {{ no yaml }}\n")
-    arguments = ["train", "--config-dir", ".", "recipe=mine", "--cfg", "job"]
-    assert "  name: mine" in printed(*arguments)
+    assert "  name: mine" in printed("train", *option, "recipe=mine", "--cfg", "job")
+    for words in (["train", "recipe=mine", *option, "--help"], ["help", "train", *option]):
+        assert any("mine, multimnist" in line for line in printed(*words))
+    assert not any("mine, multimnist" in line for line in printed("help", "train"))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_knows_the_folder_of_ones_own(in_tmp, command, no_own_folder, printed):
+    own(in_tmp / "own", dataset_mine="defaults: [mnist, _self_]\nshift_px: 1\n")
+    has_images = "dataset" in compose.group_choices(command)
+    words = ["dataset=mine"] if has_images else []
+    shown = printed(command, *words, "--cfg", "job", "--config-dir", "own")
+    assert ("  shift_px: 1" in shown) == has_images
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\nsteps: 3\nname: b\n", ", line 3: recipe.name is there a second time"),
+        ("# a list\n- a\n", ", line 2: settings are written as `key: value`"),
+        ("text\n", ", line 1: settings are written as `key: value`"),
+        ("a: [1\nb: 2\n", ", line 2: expected ',' or ']', but got ':'"),
+        ("a: 1\n\tb: 3\n", ", line 2: found character '\\t'"),
+        ("a: 1\nname: gr\xf6\xdfe\n", ", line 2: this is not UTF-8"),
+        ("name: !!python/name:os.x a\n", ", line 1: could not determine a constructor"),
+        ("a: \x01\n", ": unacceptable character"),
+        ("a: &a {b: *a}\n", ": a part of it holds itself"),
+        ("defaults: [quick, _self_]\nepocs: 3\n", ", line 2: there is no setting 'recipe.epocs'"),
+        (
+            "defaults: [quick, _self_]\nepochs: few\n",
+            ", line 2: setting recipe.epochs: Value 'few'",
+        ),
+        ("defaults: [quick, _self_]\n\nepochs: -1\n", ", line 3: recipe.epochs is -1.0"),
+        ("defaults: [quick, _self_]\nsteps: 4\n", ", line 2: set exactly one of recipe.steps"),
+        ("defaults: [quikc, _self_]\n", ", line 1: there is no recipe=quikc, did you mean 'quick'"),
+        ("defaults: [mine, _self_]\n", " inherits itself"),
+        ("", ": setting recipe.name has no value; `defaults: [OTHER, _self_]` takes"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_named_with_its_line(in_tmp, text, said, refused):
+    own(in_tmp / "own", recipe_mine=text, recipe_heir="defaults: [mine, _self_]\nbatch_size: 8\n")
+    for recipe in ("mine", "heir") if text else ("mine",):
+        message = refused("train", "--config-dir", "own", f"recipe={recipe}")
+        assert f"own/recipe/mine.yaml{said}" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config-dir"], "needs a folder"),
+        (["--config-dir="], "needs a folder"),
+        (["--config-dir", "nowhere"], "there is no folder nowhere"),
+        (["--config-dir", "own"], "own/model/capsnet.yaml: capsrun has a model=capsnet"),
+    ],
+)
+def test_a_folder_that_cannot_be_ones_own(in_tmp, words, said, refused):
+    own(in_tmp / "own", model_capsnet=NARROW)
+    assert said in refused("train", *words)
+
+
+def test_a_copy_of_a_file_of_capsrun_is_that_file(in_tmp, printed):
+    text = (REPOSITORY / "configs/recipe/quick.yaml").read_text()
+    own(in_tmp / "own", recipe_quick=text.encode().decode("latin-1"))
+    assert "  name: quick" in printed("train", "--config-dir", "own", "--cfg", "job")
+
+
+def test_a_run_is_named_after_the_files_of_ones_own(in_tmp, no_own_folder):
+    files = {"dataset_digits": "defaults: [mnist, _self_]\n"}
+    files |= {"recipe_mine": "defaults: [quick, _self_]\n", "model_narrow": NARROW}
+    files |= {"loss_mine": "defaults: [paper, _self_]\n"}
+    files |= {"experiment_mine": "# @package _global_\ndefaults: [override /model: narrow]\n"}
+    yaml_files.use_own_dir(own(in_tmp / "own", **files))
+
+    def name(*words):
+        # Not composed once for all tests: another one has other files of these names.
+        return names.run_name(experiments.training_config(words), words)
+
+    assert name("model=narrow") == "mnist-narrow-quick"
+    assert name("model='narrow'", "recipe=mine.yaml", "seed=1") == "mnist-narrow-mine"
+    assert name("dataset=digits", "loss=mine") == "digits-capsnet-quick+loss-mine"
+    assert name("model=narrow", "model=capsnet") == "mnist-capsnet-quick"
+    assert name("experiment=mine", "recipe=mine") == "mine+recipe-mine"
+    # What is suggested works with the same files.
+    assert names.command("eval").endswith("eval --config-dir " + str(in_tmp / "own"))
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs"),
+    [
+        (["recipe.steps=10"], 10, None),
+        (["recipe.steps=10", "recipe.epochs=null"], 10, None),
+        (["recipe=authors", "recipe.epochs=3"], None, 3),
+        (["experiment=table1_mnist_1", "recipe.epochs=3"], None, 3),
+        (["recipe=sixty", "recipe.epochs=null", "recipe.steps=5"], 5, None),
+    ],
+)
+def test_of_steps_and_epochs_one_is_enough(words, steps, epochs):
+    recipe = train_config(*words).recipe
+    assert (recipe.steps, recipe.epochs) == (steps, epochs)
 
 
 def test_an_option_may_stand_between_settings(printed):
@@ -324,7 +448,7 @@ def test_a_reader_that_has_seen_enough(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout == "capsrun train [key=value …]\n"
+    assert done.stdout.startswith("Usage: capsrun train [key=value …]: ")
     assert done.stderr == ""
 
 

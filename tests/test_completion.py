@@ -102,6 +102,15 @@ def test_every_group_and_setting_is_offered_and_nothing_else(command):
         assert (key in keys) == (key in settings)
 
 
+def test_a_folder_of_ones_own_and_its_files_are_offered(home):
+    (home / "own" / "recipe").mkdir(parents=True)
+    (home / "own" / "recipe" / "mine.yaml").write_text("defaults: [quick, _self_]\n")
+    assert offered("train --config-dir o") == ["own/"]
+    assert offered("train --config-dir own recipe=mi") == ["recipe=mine"]
+    assert offered("train recipe=mi") == []
+    assert offered("list columns=[routing.it") == ["columns=[routing.iterations]"]
+
+
 def test_paths_are_offered_where_a_setting_is_one(home):
     for name in ("runs/a b/seed0", "runs/.hidden", "runs/c=d", "data"):
         (home / name).mkdir(parents=True)

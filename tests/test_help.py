@@ -58,6 +58,10 @@ def test_it_shows_what_may_be_said_and_what_is_chosen(capsys):
     assert capsys.readouterr().out == text
 
 
+def test_a_file_with_anchors_and_aliases_is_shown_too(printed):
+    assert any("queue (cpu)" in line for line in printed("reproduce", "queue=cpu", "--help"))
+
+
 def test_mistakes_are_said_here_too(capsys):
     assert main(["train", "seeed=1", "--help"]) == 2
     assert "did you mean 'seed'?" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 import types
@@ -172,6 +173,81 @@ def test_json_is_for_programs(runs, capsys):
         "error_percent": 21.0,
         "count": 320_000,
     }
+
+
+def table(capsys, *arguments):
+    """The cells of the header and of each line, separated by bars."""
+    assert cli.main(["list", *arguments]) == 0
+    lines = capsys.readouterr().out.partition("\nnext: ")[0].splitlines()
+    return [re.sub(" {2,}", "|", line.strip()) for line in lines]
+
+
+def test_settings_that_are_asked_for_have_columns(runs, capsys):
+    finished(runs, "first", 30)
+    cnn = ["model=cnn_baseline", "recipe=authors", "model.channels=[8,16,8]"]
+    begun(runs, "cnn", 10, '{"step": 3}\n')
+    config = asdict(EXPERIMENTS.training(cnn))
+    (runs / "cnn" / "seed0" / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    aged(runs / "cnn" / "seed0", 10)
+    columns = "columns=[routing.iterations,model.channels,model.reconstruction,recipe.epochs]"
+    header, first, cnn_line = table(capsys, columns)
+    assert header == (
+        "error|steps|data set|model|routing.iterations|model.channels|model.reconstruction|"
+        "recipe.epochs|written|status|folder"
+    )
+    assert "|capsnet|3|true|null|30 s ago|" in first
+    assert "|cnn_baseline|[8,16,8]|null|10 s ago|" in cnn_line
+    assert cli.main(["list", columns, "json=true"]) == 0
+    shown = [run["settings"] for run in json.loads(capsys.readouterr().out)]
+    assert shown[0] == {
+        "routing.iterations": 3,
+        "model.reconstruction": True,
+        "recipe.epochs": None,
+    }
+    assert shown[1] == {"model.channels": [8, 16, 8], "recipe.epochs": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("iterations", "'iterations', did you mean 'routing.iterations'?"),
+        ("model", "no run has a setting 'model'"),
+        ("recipe.steps.x", "did you mean 'recipe.steps'"),
+    ],
+)
+def test_a_setting_that_no_run_has(runs, refused, key, said):
+    finished(runs, "first", 30)
+    assert said in refused("list", f"columns={key}")
+
+
+@pytest.mark.parametrize("flag", ["true", "yes"])
+def test_means_are_of_runs_that_differ_in_the_seed_only(runs, capsys, flag):
+    for seed, errors in enumerate((30, 34, 38)):
+        finished(runs, "three", 90 - 10 * seed, errors, seed)
+    other = train_result(runs / "one" / "seed0", 50, 0, *TINY, "routing.iterations=1", name="one")
+    aged(other, 20)
+    begun(runs, "begun", 9, '{"step": 3}\n')
+    assert table(capsys, f"means={flag}", "columns=routing.iterations") == [
+        "error|steps|data set|model|routing.iterations|seeds|written|run",
+        "0.34 ± 0.04 %|12|mnist5k|capsnet|3|0 1 2|1 min ago|three",
+        "0.50 %|12|mnist5k|capsnet|1|0|20 s ago|one",
+        "not finished, and not shown: 1",
+    ]
+    words = ["means=true", "json=true", "name=three", "columns=[routing.iterations]"]
+    assert cli.main(["list", *words]) == 0
+    (mean,) = json.loads(capsys.readouterr().out)
+    assert mean["seeds"] == [0, 1, 2]
+    assert mean["errors_percent"] == [0.3, 0.34, 0.38]
+    assert mean["error_percent"] == pytest.approx(0.34)
+    assert mean["standard_deviation"] == pytest.approx(0.04)
+    assert mean["settings"] == {"routing.iterations": 3}
+
+
+def test_means_of_nothing(runs, capsys):
+    begun(runs, "begun", 9, '{"step": 3}\n')
+    assert table(capsys, "means=true")[0] == "there is no finished run in runs"
+    assert cli.main(["list", "means=true", "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_real_runs(in_tmp, tiny_run, capsys):

@@ -1,5 +1,6 @@
 """The paper's experiments as data, as jobs, and run."""
 
+import copy
 import datetime
 import os
 import shutil
@@ -15,9 +16,9 @@ import torch
 from conftest import REPOSITORY, TINY, has_logged, train_config
 from recorded import EXPERIMENTS, train_result
 
-from capsrun import cli, compose, names
+from capsrun import cli, compose, names, yaml_files
 from capsrun.bench import estimate
-from capsrun.commands import reproduce
+from capsrun.commands import report, reproduce, train
 from capsrun.commands.reproduce import Outcome
 from capsrun.data import load_dataset, sizes
 from capsrun.errors import UserError
@@ -215,6 +216,36 @@ def test_jobs_are_timed(capfd):
     assert capfd.readouterr().err.count("timing") == 1  # one network, two jobs
 
 
+def test_a_network_that_was_trained_here_is_not_timed(in_tmp, monkeypatch, capfd):
+    monkeypatch.setattr(estimate, "timed_apart", lambda *_: (1.0, 1.0))
+    words = ["budget=smoke", train_words("recipe.steps=1000000"), "device=cpu", "seeds=[0]"]
+    (job,) = jobs_of(*words, "targets=table1_mnist_3_reconstruction")
+    here = estimate.describe_device(torch.device("cpu"))
+    precision = estimate.resolve_precision("auto", torch.device("cpu"))
+    values = {"device": here, "precision": precision, "processes": 1}
+    values |= {"images_per_second": 1280.0, "memory_gb": 2.5, "train_seconds": 60.0}
+
+    def cost(folder: str, *settings: str, **changes: object) -> Cost:
+        train_result(Path("runs", folder, "a", "seed0"), 77, 0, *settings, **values | changes)
+        return estimate.job_costs([job], EXPERIMENTS, "cpu")[job]
+
+    others = [
+        cost("other", "dataset=mnist5k", "routing.iterations=1"),
+        cost("batch", "dataset=mnist5k", "recipe.batch_size=64"),
+        cost("short", "dataset=mnist5k", train_seconds=2.0),
+        cost("elsewhere", "dataset=mnist5k", device="Some CPU, 2 threads"),
+        cost("precision", "dataset=mnist5k", precision="fp8"),
+    ]
+    assert len(set(others)) == 1
+    assert others[0].memory_gb == 1.5
+    assert "timing the network" in capfd.readouterr().err
+    # The length and the recipe may be any; a step of 128 images takes a tenth of a second.
+    same = cost("same", "dataset=mnist5k", "recipe=quick")
+    assert same.memory_gb == 2.5
+    assert same.seconds - 8 == pytest.approx(0.1 * (others[0].seconds - 8))
+    assert "as fast as runs/same/a/seed0" in capfd.readouterr().err
+
+
 def test_a_run_that_stops_early_is_expected_to_end_where_other_seeds_did(in_tmp, monkeypatch):
     """Until one has, its time is an upper bound."""
     monkeypatch.setattr(estimate, "timed_apart", lambda *_: (0.01, 1.0))
@@ -323,7 +354,7 @@ def in_process(monkeypatch):
     """Jobs in this process, one after the other."""
 
     def start(job: Job, beside: int, quiet: bool) -> types.SimpleNamespace:
-        code = cli.main(list(job.arguments))
+        code = cli.main([*job.arguments, *yaml_files.own_option()])
         return types.SimpleNamespace(poll=lambda: code, returncode=code)
 
     monkeypatch.setattr(reproduce, "start", start)
@@ -545,8 +576,9 @@ def test_the_minutes_are_those_of_the_whole_command(in_tmp, monkeypatch):
     monkeypatch.setattr(estimate, "job_costs", lambda *_: time.sleep(1) or {})
     monkeypatch.setattr(reproduce, "run", lambda *words: seen.append(words) or Outcome())
     words = ["targets=[table1_mnist_3]", "seeds=[0]", "minutes=1"]
+    config = config_of(*words)
     began = time.monotonic()
-    reproduce.reproduce(config_of(*words), EXPERIMENTS)
+    reproduce.reproduce(config, EXPERIMENTS)
     assert seen[0][2] - began == pytest.approx(60, abs=0.5)
 
 
@@ -620,3 +652,88 @@ def test_an_experiment_is_a_choice_of_train():
     assert names.run_name(config, overrides) == "table1_mnist_1+loss-paper+recipe-quick"
     assert config.routing.iterations == 1
     assert not config.model.reconstruction
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("table1_mnist_1", []),
+        (
+            "figure_4",
+            [
+                "trained is table1_mnist_3_reconstruction, the model for `capsrun perturb "
+                "dataset=mnist`; all that it needs: capsrun reproduce targets=figure_4"
+            ],
+        ),
+        (
+            "figure_a1",
+            [
+                "trained is table1_mnist_3_reconstruction; all that it needs: capsrun reproduce "
+                "targets=figure_a1"
+            ],
+        ),
+    ],
+)
+def test_train_says_what_an_experiment_trains(name, said, capsys):
+    train.say_experiment(["seed=1", f"experiment={name}"])
+    head, *rest = capsys.readouterr().out.splitlines()
+    assert head == f"experiment {name}: {EXPERIMENTS.about(name).title}"
+    assert rest == said
+    train.say_experiment(["seed=1"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def own(in_tmp, monkeypatch):
+    """Experiments of one's own, one with and one without anything said about it."""
+    for command in (reproduce, report):  # most of it is composed already
+        monkeypatch.setattr(command, "Experiments", lambda: copy.deepcopy(EXPERIMENTS))
+    folder = in_tmp / "own" / "experiment"
+    folder.mkdir(parents=True)
+    defaults = "# @package _global_\ndefaults: [override /dataset: mnist5k]\n"
+    small = "model: {conv1_channels: 8, primary_types: 2, decoder_widths: [16, 16]}\n"
+    steps = "recipe: {epochs: null, steps: 2, batch_size: 16}\n"
+    about = "experiment: {group: ablations, title: my own digits, public: null}\n"
+    (folder / "mine.yaml").write_text(f"{defaults}{small}{steps}")
+    (folder / "titled.yaml").write_text(
+        f"{defaults}{small}{steps}routing: {{leaky: true}}\n{about}"
+    )
+    yield folder
+    yaml_files.use_own_dir(None)
+
+
+def test_experiments_of_ones_own_are_run_and_stand_in_the_report(own, in_process, printed):
+    words = ["reproduce", "--config-dir", "own", "budget=full", "timing=false", "seeds=[0]"]
+    plan = printed(*words, "targets=[own]", "only_plan=true")
+    assert [line.split()[0] for line in plan[2:4]] == ["full/mine", "full/titled"]
+    assert plan[-1].endswith("--config-dir own")
+    assert "1 finished" in printed(*words, "targets=[titled]")
+    shown = printed("report", "--config-dir", "own")
+    assert any(line.startswith("my own digits") for line in shown)
+    text = Path("runs/report/report.md").read_text()
+    section = text.partition("\n## Experiments of your own\n")[2].partition("\n## ")[0]
+    assert "| my own digits | – |" in section
+    assert "| mine | – | – | – | – | not run yet |" in section
+    assert "`capsrun reproduce targets=[mine] budget=full --config-dir own`" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("experiment: {titel: mine}", ", line 3: there is no setting 'titel'"),
+        ("experiment: {title: mine, order: first}", ", line 3: setting order"),
+        ("experiment: {uses: [tabel1_mnist_1]}", "did you mean 'table1_mnist_1'"),
+        ("experiment: {command: null}", "experiment.uses names no run"),
+        ("routing: {itrations: 2}", ", line 3: there is no setting 'routing.itrations'"),
+        ("dataset: {shift_px: -2}", ", line 3: dataset.shift_px is -2"),
+    ],
+)
+def test_a_mistake_in_an_experiment_of_ones_own(own, refused, line, said):
+    (own / "mine.yaml").write_text(
+        f"# @package _global_\ndefaults: [override /loss: paper]\n{line}\n"
+    )
+    is_about = line.startswith("experiment")
+    words = ["reproduce", "only_plan=true", "timing=false"] if is_about else ["train"]
+    message = refused(*words, *([] if is_about else ["experiment=mine"]), "--config-dir", "own")
+    assert "own/experiment/mine.yaml" in message
+    assert said in message

@@ -51,7 +51,7 @@ def working(**ends):
             raise end
         if callable(end):
             return end()
-        return {"scores": {"validation": {"error_percent": end}}} if end else {}
+        return {"error_percent": 10 - end, "scores": {"validation": {"error_percent": end}}}
 
     return work
 
@@ -70,13 +70,33 @@ def test_a_failing_job_stops_no_other(in_tmp, capsys, launcher):
         run_sweep("train", ["--multirun", *launcher, "seed=0,1,2,3", "recipe.steps=9"], work)
     captured = capsys.readouterr()
     assert captured.out.endswith(
-        "  validation error (%)  job\n"
-        "                  1.50  seed=2\n"
-        "                  2.50  seed=0\n"
+        "  validation error (%)    test error (%)  job\n"
+        "                  0.00             10.00  seed=3\n"
+        "                  1.50              8.50  seed=2\n"
+        "                  2.50              7.50  seed=0\n"
         "\nsweep: 3 finished, 1 not\n"
     )
     assert captured.err.endswith("seed=1: failed: seed is wrong\n")
     assert not list(in_tmp.glob("runs/.multirun/*-*"))
+
+
+def test_what_is_swept_is_in_the_names_and_the_table_has_the_test_errors(in_tmp, capsys):
+    """Also of runs with a name, and not what the command says without being told."""
+    made = []
+
+    def work(name, cfg, words):
+        made.append((cfg.name, cfg.recipe.steps, cfg.recipe.epochs))
+        return {"error_percent": 30.0 / cfg.recipe.steps}
+
+    words = ["runs_dir=my runs", "dataset=mnist5k", "name=mine", "recipe.steps=10,20"]
+    run_sweep("train", ["-m", *words], work)
+    assert made == [("mine+recipe.steps-10", 10, None), ("mine+recipe.steps-20", 20, None)]
+    assert capsys.readouterr().out.endswith(
+        "  test error (%)  job\n"
+        "            3.00  recipe.steps=10\n"
+        "            1.50  recipe.steps=20\n"
+        "\nsweep: 2 finished\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
-"""How long the paper's experiments will take on this machine, from a few timed training steps."""
+"""How long the paper's experiments will take on this machine.
+
+From finished runs of the same networks here, and of others from a few timed training steps.
+"""
 
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
@@ -18,7 +22,13 @@ from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.models import build_model
 from capsrun.runs.jobs import Cost, Job, threads_each
-from capsrun.training.device import memory_gb, resolve_device, resolve_precision
+from capsrun.runs.reader import Result, find_results
+from capsrun.training.device import (
+    describe_device,
+    memory_gb,
+    resolve_device,
+    resolve_precision,
+)
 from capsrun.training.schedule import total_steps
 from capsrun.training.step import Trainer
 
@@ -28,27 +38,43 @@ START_SECONDS = 8.0
 TEST_SHARE = 1 / 3
 # A whole run holds more than a few steps: all images, what it tests, what it saves.
 MEMORY_SHARE = 1.5
+# Shorter training says little about a longer one: to build and to warm up takes its part.
+FEWEST_SECONDS = 30.0
+# What of the images decides how long a step takes.
+IMAGES = ("image_px", "channels", "classes", "digits")
 
 
 def job_costs(
-    jobs: Iterable[Job], experiments: Experiments, device: str, parallel: int = 1
+    jobs: Sequence[Job], experiments: Experiments, device: str, parallel: int = 1
 ) -> dict[Job, Cost]:
-    """About what each job takes: a few steps of each network are made, in a process of its own.
+    """About what each job takes: as finished runs of its network did on this device.
 
+    Where there is none, a few steps of the network are made, in a process of its own.
     parallel: how many share the cores or, each so much slower, the GPU.
     Raises UserError where such a process does not come to its end.
     """
     place = resolve_device(device)
-    timed: dict[str, tuple[float, float]] = {}
+    if parallel > 1:
+        torch.set_num_threads(threads_each(parallel))  # as each of them will have
+    finished = find_results({job.folder.parents[2] for job in jobs})
+    known: dict[str, tuple[float, float]] = {}
     found = {}
     for job in jobs:
         trained = job if job.trains else job.needs[0]
         training = experiments.training(trained.arguments[1:])
-        network = repr((training.model, training.routing, training.dataset.image_px))
-        if network not in timed:
-            print(f"timing the network of {trained.name} …", file=sys.stderr)
-            timed[network] = timed_apart(training, place, threads_each(parallel))
-        seconds, step_gb = timed[network]
+        network = repr(network_of(dataclasses.asdict(training)))
+        if network not in known:
+            run = latest_run(training, place, finished)
+            # Of a GPU a result says how much of its memory was held, not of the machine's.
+            if run is None or (place.type == "cuda" and parallel > 1):
+                print(f"timing the network of {trained.name} …", file=sys.stderr)
+                seconds, gb = timed_apart(training, place, threads_each(parallel))
+                known[network] = seconds, MEMORY_SHARE * gb
+            else:
+                print(f"the network of {trained.name}: as fast as {run.folder}", file=sys.stderr)
+                seconds = training.recipe.batch_size / run.values["images_per_second"]
+                known[network] = seconds, run.values["memory_gb"]
+        seconds, gb = known[network]
         seconds *= parallel if place.type == "cuda" else 1
         may_stop_early = False
         if job.trains:
@@ -62,8 +88,37 @@ def job_costs(
             images = 0 if test is None else sizes(test.dataset)[1]
             images = min(images, (test and test.images) or images) * len(job.needs)
             seconds = START_SECONDS + seconds * TEST_SHARE * images / training.recipe.batch_size
-        found[job] = Cost(seconds, MEMORY_SHARE * step_gb, may_stop_early)
+        found[job] = Cost(seconds, gb, may_stop_early)
     return found
+
+
+def network_of(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that decide how long a step takes."""
+    images = {key: training["dataset"][key] for key in IMAGES}
+    parts = {key: training[key] for key in ("model", "routing", "compile")}
+    return {**parts, **images, "batch_size": training["recipe"]["batch_size"]}
+
+
+def latest_run(
+    training: TrainConfig, device: torch.device, finished: Iterable[Result]
+) -> Result | None:
+    """The last run of a network on this device that was long enough to tell how fast it is."""
+    wanted = {
+        "command": "train",
+        "device": describe_device(device),
+        "precision": resolve_precision(training.precision, device),
+        "processes": 1,
+    }
+    network = network_of(dataclasses.asdict(training))
+    alike = [
+        result
+        for result in finished
+        if {key: result.values.get(key) for key in wanted} == wanted
+        and {"images_per_second", "memory_gb"} <= result.values.keys()
+        and result.values["train_seconds"] >= FEWEST_SECONDS
+        and network_of(result.training) == network
+    ]
+    return max(alike, key=lambda result: result.written, default=None)
 
 
 def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> tuple[float, float]:

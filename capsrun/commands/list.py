@@ -1,10 +1,14 @@
 """`capsrun list`: the training runs that there are, and what they were tested on."""
 
+import contextlib
 import fnmatch
+import functools
 import json
+import operator
 import re
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,19 @@ from capsrun.config import TrainConfig, setting
 from capsrun.disk import finite
 from capsrun.errors import UserError, did_you_mean
 from capsrun.names import folder_words, model_words, suggest
+from capsrun.report.rows import Group, grouped
+from capsrun.report.tables import mean_and_spread, span
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
-from capsrun.settings import from_dict
+from capsrun.settings import flattened, from_dict, written
 from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
 
-HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
-SIDES = ("right", "right", "left", "left", "right", "left", "left")
+# Between both stand the columns that are asked for.
+HEADER = (("error", "steps", "data set", "model"), ("written", "status", "folder"))
+SIDES = (("right", "right", "left", "left"), ("right", "left", "left"))
+MEANS, SIDES_OF_MEANS = (
+    (HEADER[0], ("seeds", "written", "run")),
+    (SIDES[0], ("left", "right", "left")),
+)
 STYLES = {FINISHED: GREEN, RUNNING: YELLOW, INTERRUPTED: YELLOW, DAMAGED: RED}
 
 
@@ -31,6 +42,10 @@ class ListConfig:
     runs_dir: str = setting(path=True)
     name: str | None
     """Only runs whose folder has this in its name; None: all."""
+    columns: list[str]
+    """Settings that are shown of each."""
+    means: bool
+    """Whether finished runs that differ in nothing but the seed have one line."""
     json: bool
 
 
@@ -57,7 +72,8 @@ def main(config: ListConfig, overrides: Sequence[str]) -> None:
 def list_runs(config: ListConfig) -> list[Run]:
     """Print a line for each run, the latest last, and beneath it one for each of its tests.
 
-    Raises UserError for a name that no run has.
+    Or, where means are asked for, one for each group of runs. Raises UserError for a name, or a
+    setting, that no run has.
     """
     found = find_runs(Path(config.runs_dir))
     pattern = f"*{config.name or ''}*"
@@ -69,46 +85,145 @@ def list_runs(config: ListConfig) -> list[Run]:
             f"of {len(found):,} runs in {config.runs_dir} none has {config.name!r} in its name"
             f"{hint}; without name=… all are listed"
         )
+    refuse_unknown(config.columns, runs)
+    groups = means(runs) if config.means else []
     if config.json:
-        print(json.dumps(finite([as_plain(run) for run in runs]), indent=2, ensure_ascii=False))
-    elif runs:
-        print_table(runs)
+        plain = [mean_as_plain(group, config.columns) for group in groups]
+        plain = plain if config.means else [as_plain(run, config.columns) for run in runs]
+        print(json.dumps(finite(plain), indent=2, ensure_ascii=False))
+    elif groups:
+        print_means(groups, config.columns)
+        if left := sum(run.result is None for run in runs):
+            print(f"not finished, and not shown: {left}")
+    elif runs and not config.means:
+        print_table(runs, config.columns)
     else:
-        print(f"there is no run in {config.runs_dir}")
+        print(f"there is no {'finished ' if runs else ''}run in {config.runs_dir}")
     return runs
 
 
-def print_table(runs: Sequence[Run]) -> None:
-    """Print the runs and their tests, the header and the states in colour."""
+def refuse_unknown(columns: Sequence[str], runs: Sequence[Run]) -> None:
+    """Raise UserError for a setting that no run has."""
+    known = {key for run in runs for key, _ in flattened(run.config)}
+    for key in columns:
+        if runs and key not in known:
+            hint = did_you_mean(key, known)
+            raise UserError(
+                f"no run has a setting {key!r}{hint}; `capsrun train --help` lists them"
+            )
+
+
+def settings_of(config: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The settings that are asked for, by their names with dots, but for those that there are not.
+
+    A CNN, say, has no `routing.iterations`.
+    """
+    found = {}
+    for key in columns:
+        with contextlib.suppress(LookupError, TypeError):
+            found[key] = functools.reduce(operator.getitem, key.split("."), config)
+    return found
+
+
+def cells(config: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """The same as they are typed."""
+    found = settings_of(config, columns)
+    return [written(found[key]) if key in found else "" for key in columns]
+
+
+def print_columns(
+    lines: Sequence[list[str]],
+    header: tuple[Sequence[str], Sequence[str]],
+    sides: tuple[Sequence[str], Sequence[str]],
+    columns: Sequence[str],
+) -> None:
+    """Print a table, its header in colour, with the settings that are asked for in the middle."""
+    titles = [styled(title, BOLD) for title in (*header[0], *columns, *header[1])]
+    align = (*sides[0], *["right"] * len(columns), *sides[1])
+    as_they_are: dict[str, Any] = {"disable_numparse": True, "preserve_whitespace": True}
+    print(tabulate(lines, titles, tablefmt="plain", colalign=align, **as_they_are))
+
+
+def print_table(runs: Sequence[Run], columns: Sequence[str]) -> None:
+    """Print the runs and their tests."""
+    now = time.time()
+    lines = []
+    for run in runs:
+        lines.append(run_line(run, columns, now))
+        lines += [test_line(test, run, columns, now) for test in run.tests]
+    print_columns(lines, HEADER, SIDES, columns)
+
+
+def means(runs: Sequence[Run]) -> list[Group]:
+    """The finished runs, together where they differ in the seed only; the latest last."""
+    groups = grouped(run.result for run in runs if run.result is not None)
+    return sorted(groups, key=last_written)
+
+
+def last_written(group: Group) -> float:
+    """When its latest run was, in seconds since 1970."""
+    return max(result.written for result in group.results)
+
+
+def names_of(group: Group) -> list[str]:
+    """The names of its runs, each once."""
+    return list(dict.fromkeys(result.values["name"] for result in group.results))
+
+
+def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
+    """Print a line for each group of runs: the mean of their errors ± its standard deviation."""
     now = time.time()
     lines = [
-        line
-        for run in runs
-        for line in (run_line(run, now), *(test_line(test, run, now) for test in run.tests))
+        [
+            f"{mean_and_spread(group.errors)} %",
+            span(group.steps, ","),
+            group.first.training["dataset"]["name"],
+            group.first.values["model"],
+            *cells(group.first.training, columns),
+            " ".join(str(result.seed) for result in group.results),
+            ago(now - last_written(group)),
+            ", ".join(names_of(group)),
+        ]
+        for group in groups
     ]
-    header = [styled(title, BOLD) for title in HEADER]
-    as_they_are: dict[str, Any] = {"disable_numparse": True, "preserve_whitespace": True}
-    print(tabulate(lines, header, tablefmt="plain", colalign=SIDES, **as_they_are))
+    print_columns(lines, MEANS, SIDES_OF_MEANS, columns)
 
 
-def run_line(run: Run, now: float) -> list[str]:
+def mean_as_plain(group: Group, columns: Sequence[str]) -> dict[str, object]:
+    """A group of runs as JSON can hold it."""
+    spread = statistics.stdev(group.errors) if len(group.errors) > 1 else None
+    return {
+        "names": names_of(group),
+        "dataset": group.first.training["dataset"]["name"],
+        "model": group.first.values["model"],
+        "settings": settings_of(group.first.training, columns),
+        "seeds": [result.seed for result in group.results],
+        "steps": group.steps,
+        "errors_percent": group.errors,
+        "error_percent": group.mean,
+        "standard_deviation": spread,
+    }
+
+
+def run_line(run: Run, columns: Sequence[str], now: float) -> list[str]:
     """The cells of a run."""
     steps = "" if run.steps is None else f"{run.steps:,}"
     if run.steps is not None and run.status != FINISHED:
         steps += f" of {run.total_steps:,}" if run.total_steps else " of ?"
     folder = f"{run.folder} ({run.problem})" if run.problem else str(run.folder)
     status = styled(run.status, STYLES[run.status])
-    written = ago(now - run.written)
-    return [percent(run.error_percent), steps, run.dataset, run.model, written, status, folder]
+    head = [percent(run.error_percent), steps, run.dataset, run.model]
+    return [*head, *cells(run.config, columns), ago(now - run.written), status, folder]
 
 
-def test_line(test: Result, run: Run, now: float) -> list[str]:
+def test_line(test: Result, run: Run, columns: Sequence[str], now: float) -> list[str]:
     """The cells of a test."""
     inside = test.folder.is_relative_to(run.folder)
     place = test.folder.relative_to(run.folder) if inside else test.folder
     error = percent(test.error_percent) if test.command == "eval" else ""
     command = styled(test.command, DIM)
-    return [error, "", tested_on(test), "", ago(now - test.written), command, f"  {place}"]
+    head = [error, "", tested_on(test), "", *[""] * len(columns)]
+    return [*head, ago(now - test.written), command, f"  {place}"]
 
 
 def tested_on(test: Result) -> str:
@@ -119,10 +234,11 @@ def percent(error_percent: float | None) -> str:
     return "–" if error_percent is None else f"{error_percent:.2f} %"
 
 
-def as_plain(run: Run) -> dict[str, object]:
-    """A run as JSON can hold it, without its settings, which are in config.yaml in its folder."""
+def as_plain(run: Run, columns: Sequence[str]) -> dict[str, object]:
+    """A run as JSON can hold it, with the settings that are asked for; all are in config.yaml."""
     values = {**vars(run), "folder": str(run.folder)}
-    del values["config"]
+    del values["config"], values["result"]
+    values["settings"] = settings_of(run.config, columns)
     values["tests"] = [
         {
             "folder": str(test.folder),

@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -20,10 +19,11 @@ from tabulate import tabulate
 
 from capsrun.errors import Stopped, Unfinished, UserError, notice
 from capsrun.experiments import Experiments
-from capsrun.names import folder_words, suggest
+from capsrun.names import command, folder_words, suggest
 from capsrun.runs.jobs import THREADS, Cost, Job, ReproduceConfig, make_jobs, threads_each
 from capsrun.runs.progress import StopRequest, stop_requests
 from capsrun.terminal import duration
+from capsrun.yaml_files import own_option
 
 POLL_SECONDS = 0.2
 # How long a job may take to save when the time is over: until its step, or batch of a test, ends.
@@ -203,8 +203,8 @@ def start(job: Job, beside: int, quiet: bool) -> subprocess.Popen:
     It has a process group of its own, so that Ctrl-C does not reach it: it is told once, by `run`,
     as a second signal would end it at once.
     """
-    print(f"\n{job}: capsrun {shlex.join(job.arguments)}", flush=True)
-    words = [sys.executable, "-m", "capsrun", *job.arguments]
+    print(f"\n{job}: {command(*job.arguments)}", flush=True)
+    words = [sys.executable, "-m", "capsrun", *job.arguments, *own_option()]
     shared = {THREADS: str(threads_each(beside))} if beside > 1 else {}
     begin = partial(subprocess.Popen, words, process_group=0)
     if not quiet:

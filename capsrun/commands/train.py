@@ -16,8 +16,9 @@ from capsrun.config import TrainConfig
 from capsrun.data import known, load_dataset
 from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.errors import Stopped, UserError
+from capsrun.experiments import Experiments
 from capsrun.models import build_model
-from capsrun.names import model_words, run_name, suggest, uses_of_model
+from capsrun.names import command, model_words, run_name, suggest, uses_of_model
 from capsrun.report import run_page
 from capsrun.report.pictures import almost_line, answer
 from capsrun.runs.checkpoint import load_weights
@@ -39,6 +40,7 @@ from capsrun.training.stopping import stopped_line
 
 def main(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """`capsrun train`: name the run, make what is left of it, and say what came out."""
+    say_experiment(overrides)
     config.name = config.name or run_name(config, overrides)
     out_dir = Path(config.runs_dir) / config.name / f"seed{config.seed}"
     result = train(config, out_dir)
@@ -50,6 +52,19 @@ def main(config: TrainConfig, overrides: Sequence[str]) -> dict[str, Any]:
     suggest(["eval", *words], *uses_of_model(config.model, words))
     print(styled(answer("test", result["errors"], result["count"]), BOLD))
     return result
+
+
+def say_experiment(overrides: Sequence[str]) -> None:
+    """Print what an experiment is, and what is trained where it is something else."""
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    if not chosen or errors.process_rank()[0]:
+        return
+    about = Experiments().about(chosen[-1])
+    print(f"experiment {chosen[-1]}" + (f": {about.title}" if about.title != chosen[-1] else ""))
+    if about.command != "train":
+        used_by = f", the model for `capsrun {about.command}`" if about.command else ""
+        whole = command("reproduce", f"targets={chosen[-1]}")
+        print(f"trained is {about.uses[-1]}{used_by}; all that it needs: {whole}")
 
 
 def train(config: TrainConfig, out_dir: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from capsrun.report.rows import Group, Row, grouped, of_group
 from capsrun.report.tables import TABLES, table
 from capsrun.runs.reader import Result
 from capsrun.terminal import duration
+from capsrun.yaml_files import own_option
 
 # What is said of the test images where a group has a table for each set of them.
 IMAGES = {
@@ -38,6 +39,8 @@ def document(
     sections = []
     for group in TABLES:
         group_rows, title = of_group(group, rows), GROUPS[group]
+        if not group_rows:  # none of one's own
+            continue
         drawn = curves(group, title, group_rows, pictures)
         sections.append((title, [*group_tables(group_rows), *drawn]))
     dates = [result.values["date"] for result in results]
@@ -110,11 +113,12 @@ def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> 
 
 def missing(rows: Sequence[Row]) -> str:
     """The experiments that have too few seeds at full length, and what makes them; maybe none."""
+    option = "".join(f" {word}" for word in own_option())
     found = [
         [
             row.label,
             f"{row.missing} of {row.asked}",
-            f"`capsrun reproduce targets={row.name} budget=full`",
+            f"`capsrun reproduce targets={row.name} budget=full{option}`",
         ]
         for group in (*TABLES, "ablations", "figures")
         for row in of_group(group, rows)

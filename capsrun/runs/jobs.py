@@ -180,12 +180,13 @@ def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
     names = experiments.names()
     meant = {name: [name] for name in names}
     meant |= {g: [n for n in names if experiments.about(n).group == g] for g in GROUPS}
-    meant["all"] = [name for group in GROUPS for name in meant[group]]
+    meant = {name: those for name, those in meant.items() if those}  # none need be of one's own
+    meant["all"] = [name for group in GROUPS for name in meant.get(group, [])]
     for target in targets:
         if target not in meant:
             raise UserError(
                 f"there is no experiment {target!r}{did_you_mean(target, meant)}; there are all, "
-                f"{', '.join(GROUPS)} and {', '.join(names)}"
+                f"{', '.join(group for group in GROUPS if group in meant)} and {', '.join(names)}"
             )
     return list(dict.fromkeys(name for target in targets for name in meant[target]))
 

@@ -142,6 +142,8 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the run; empty where they cannot be read."""
     problem: str = ""
+    result: Result | None = None
+    """What came out, of a finished run."""
     tests: list[Result] = field(default_factory=list)
     """What `eval` and `perturb` found out about it, the latest last."""
 
@@ -298,7 +300,7 @@ def read_run(folder: Path, result: Result | None) -> Run:
     run = Run(folder, last_written(folder))
     if result is not None:
         add_settings(run, result.training)
-        run.name, run.status = result.values["name"], FINISHED
+        run.name, run.status, run.result = result.values["name"], FINISHED, result
         run.error_percent = result.error_percent
         run.steps = run.total_steps = result.values["steps"]
     elif (folder / RESULT).exists():
