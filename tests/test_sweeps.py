@@ -51,7 +51,8 @@ def working(**ends):
             raise end
         if callable(end):
             return end()
-        return {"scores": {"validation": {"error_percent": end}}} if end else {}
+        scores = {"validation": {"error_percent": end}}
+        return {"error_percent": end + 1, "scores": scores} if end else {}
 
     return work
 
@@ -70,9 +71,9 @@ def test_a_failing_job_stops_no_other(in_tmp, capsys, launcher):
         run_sweep("train", ["--multirun", *launcher, "seed=0,1,2,3", "recipe.steps=9"], work)
     captured = capsys.readouterr()
     assert captured.out.endswith(
-        "  validation error (%)  job\n"
-        "                  1.50  seed=2\n"
-        "                  2.50  seed=0\n"
+        "  validation error (%)    test error (%)  job\n"
+        "                  1.50              2.50  seed=2\n"
+        "                  2.50              3.50  seed=0\n"
         "\nsweep: 3 finished, 1 not\n"
     )
     assert captured.err.endswith("seed=1: failed: seed is wrong\n")

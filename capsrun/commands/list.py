@@ -17,7 +17,7 @@ from capsrun.errors import UserError, did_you_mean
 from capsrun.names import folder_words, model_words, suggest
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
 from capsrun.settings import from_dict
-from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
+from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, counted, styled
 
 HEADER = ("error", "steps", "data set", "model", "written", "status", "folder")
 SIDES = ("right", "right", "left", "left", "right", "left", "left")
@@ -66,8 +66,8 @@ def list_runs(config: ListConfig) -> list[Run]:
         parts = [part for run in found for part in (run.name, *re.split(r"[-+/]", run.name))]
         hint = did_you_mean(str(config.name), parts)
         raise UserError(
-            f"of {len(found):,} runs in {config.runs_dir} none has {config.name!r} in its name"
-            f"{hint}; without name=… all are listed"
+            f"of {counted(len(found), 'run')} in {config.runs_dir} none has {config.name!r} in its "
+            f"name{hint}; without name=… all are listed"
         )
     if config.json:
         print(json.dumps(finite([as_plain(run) for run in runs]), indent=2, ensure_ascii=False))

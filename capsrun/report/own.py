@@ -7,6 +7,7 @@ from capsrun.report.gallery import CURVES, Pictures
 from capsrun.report.rows import Group, Row, grouped, whole_test
 from capsrun.report.tables import HOW, how, mean_and_spread, shown, table
 from capsrun.runs.reader import Result
+from capsrun.terminal import counted
 
 HEADER = ("run", "in what they differ", "tested on", "test error %", *HOW)
 MOST_CURVES = 7  # as many colours as can be told apart
@@ -62,7 +63,7 @@ def lines(groups: Sequence[Group]) -> list[list[str]]:
         [
             group.first.values["name"],
             difference,
-            f"{group.first.tested_on} ({group.first.values['count']:,} images)",
+            f"{group.first.tested_on} ({counted(group.first.values['count'], 'image')})",
             mean_and_spread(group.errors),
             *how(None, group),
         ]
