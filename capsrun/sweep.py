@@ -23,7 +23,7 @@ from capsrun.compose import compose, for_hydra, start_hydra, task_words
 from capsrun.disk import read_json, write_json
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, handling
 from capsrun.names import with_choices
-from capsrun.terminal import BOLD, styled
+from capsrun.terminal import BOLD, counted, styled
 from capsrun.yaml_files import own_dir, use_own_dir
 
 # Checks the composed settings of a command, does its work, and returns what its `main` does.
@@ -195,6 +195,6 @@ def run_sweep(name: str, arguments: Sequence[str], run_command: RunCommand) -> N
     if early is not None:
         raise early
     if failed := [outcome.code for outcome in outcomes if outcome.code != 0]:
-        jobs = "1 job" if len(failed) == 1 else f"{len(failed)} jobs"
         kind = UserError if set(failed) == {2} else Unfinished
+        jobs = counted(len(failed), "job")
         raise kind(f"{jobs} of the sweep failed; the same command runs what is not finished")

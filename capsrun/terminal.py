@@ -37,6 +37,11 @@ def ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s ago"
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something: `1 step`, `1,000 steps`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """A number of bytes: `512 bytes`, `11.6 MB`; a megabyte is 10⁶ bytes."""
     if count < 1_000:

@@ -468,6 +468,13 @@ def test_times_and_sizes_are_in_the_units_that_suit_them(said, table):
     assert {number: said(float(number)) for number in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (12_345, "12,345 steps")]
+)
+def test_one_of_something_is_no_plural(count, said):
+    assert terminal.counted(count, "step") == said
+
+
 def on_a_terminal(*arguments, cwd) -> str:
     """What a command shows in a terminal of 100 columns, with its control sequences."""
     main, side = pty.openpty()

@@ -228,7 +228,7 @@ def test_a_mistake_is_said_once(tmp_path, monkeypatch, capsys):
     words = ["dataset=mnist5k", "recipe.batch_size=1"]
     code, _, errors = ended(torchrun(2, *TRAIN, *words, cwd=tmp_path))
     assert code != 0
-    assert said_by_the_first(errors, "a step has 1 images, too few for 2 processes") == 1, errors
+    assert said_by_the_first(errors, "a step has 1 image, too few for 2 processes") == 1, errors
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("WORLD_SIZE", "2")

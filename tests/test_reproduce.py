@@ -164,7 +164,7 @@ def test_targets_are_experiments_and_groups(in_tmp, printed):
     assert set(chosen(["all"], EXPERIMENTS)) == set(NAMES)
     words = ["reproduce", "budget=smoke", "only_plan=true", "timing=false"]
 
-    assert "1 jobs, 0 of them finished" in printed(*words, "targets=table1_mnist_1", "seeds=4")
+    assert "1 job, 0 of them finished" in printed(*words, "targets=table1_mnist_1", "seeds=4")
 
     # Smoke has one seed of its own accord.
     assert "2 jobs, 0 of them finished" in printed(*words, "targets=figure_4")

@@ -19,6 +19,7 @@ from capsrun.models.fast.native import cpu_features
 from capsrun.names import suggest
 from capsrun.report import figures
 from capsrun.runs.progress import bar
+from capsrun.terminal import counted
 from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
 
 # Features of a CPU that decide how fast its matrix products can be.
@@ -200,7 +201,7 @@ def print_figures(result: Mapping[str, Any]) -> None:
     ]
     copies = quoted(result, "copy", "gb_per_second", ",.0f")
     print(f"\nthis machine: {', '.join(rates)} in large matrix products; copies {copies} GB/s")
-    print(f"a step of {result['batch_size']} images: {result['step_gflop']:.3g} GFLOP\n")
+    print(f"a step of {counted(result['batch_size'], 'image')}: {result['step_gflop']:.3g} GFLOP\n")
     for part, head, columns in (("steps", "training step", COLUMNS), ("others", "", COLUMNS[:2])):
         rows = [
             [name, *(quoted(result, name, key, form) for _, key, form in columns)]

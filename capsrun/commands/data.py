@@ -20,7 +20,7 @@ from capsrun.names import dataset_words, suggest
 from capsrun.report import figures
 from capsrun.report.pictures import displayed, in_colours
 from capsrun.runs.progress import bar
-from capsrun.terminal import duration
+from capsrun.terminal import counted, duration
 
 AT_ONCE = 2000
 # Test images among which those of each class are looked for.
@@ -114,9 +114,10 @@ def print_statistics(name: str, found: dict[str, Any]) -> None:
     """Say what `split_statistics` found."""
     first = "the first " if found["images"] < found["of"] else ""
     print(
-        f"{name}: {first}{found['images']:,} images in {duration(found['seconds'])}; pixels in "
-        f"[0, 1]: mean {found['mean']:.4f}, standard deviation {found['standard_deviation']:.4f}, "
-        f"{found['ink_percent']:.1f} % not black, brightest {found['brightest']:.3f}"
+        f"{name}: {first}{counted(found['images'], 'image')} in {duration(found['seconds'])}; "
+        f"pixels in [0, 1]: mean {found['mean']:.4f}, standard deviation "
+        f"{found['standard_deviation']:.4f}, {found['ink_percent']:.1f} % not black, "
+        f"brightest {found['brightest']:.3f}"
     )
     if "frame_overlap_percent" in found:
         print(

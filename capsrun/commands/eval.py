@@ -27,7 +27,7 @@ from capsrun.report.routing_maps import routed, routing_figure
 from capsrun.runs import checkpoint as checkpoints
 from capsrun.runs.checkpoint import Trained
 from capsrun.runs.progress import bar
-from capsrun.terminal import BOLD, duration, styled
+from capsrun.terminal import BOLD, counted, duration, styled
 from capsrun.training.device import describe_device, provenance, resolve_device, resolve_precision
 from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import to_device
@@ -88,7 +88,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         page = write_result(folder, result, {"eval": drawn})
     if len(ensemble) > 1:
         print(f"scores: means over {len(ensemble)} models; pictures: of {checkpoint}")
-    print(f"tested: {score.count:,} images in {duration(seconds)}")
+    print(f"tested: {counted(score.count, 'image')} in {duration(seconds)}")
     print(f"page: {page}")
     if split.digits > 1:
         print(almost_line(score.almost_correct, score.count))

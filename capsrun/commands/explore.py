@@ -23,7 +23,7 @@ from capsrun.names import model_words, suggest
 from capsrun.report.run_page import refresh_run_page
 from capsrun.runs.checkpoint import find_model, load_drawing_model, output_folder
 from capsrun.runs.progress import bar
-from capsrun.terminal import size
+from capsrun.terminal import counted, size
 from capsrun.training.device import resolve_device
 from capsrun.training.metrics import score_split
 from capsrun.training.step import to_device
@@ -57,9 +57,9 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     shown = choose(config.explore, model, dataset.test)
     run, iterations = trained.config, model.routing.iterations
     title = (
-        f"{run.name or 'CapsNet'}, seed {run.seed}: {iterations} routing iteration"
-        f"{'s' if iterations > 1 else ''}, trained for {trained.step:,} steps on "
-        f"{run.dataset.name}{'' if trained.finished else ', not finished'}; test images of "
+        f"{run.name or 'CapsNet'}, seed {run.seed}: "
+        f"{counted(iterations, 'routing iteration')}, trained for {counted(trained.step, 'step')} "
+        f"on {run.dataset.name}{'' if trained.finished else ', not finished'}; test images of "
         f"{dataset.name}"
     )
     text, reason = page_within_limit(

@@ -23,7 +23,7 @@ from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import mean_and_spread, span
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
 from capsrun.settings import flattened, from_dict, written
-from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, styled
+from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, counted, styled
 
 # Between both stand the columns that are asked for.
 HEADER = (("error", "steps", "data set", "model"), ("written", "status", "folder"))
@@ -82,8 +82,8 @@ def list_runs(config: ListConfig) -> list[Run]:
         parts = [part for run in found for part in (run.name, *re.split(r"[-+/]", run.name))]
         hint = did_you_mean(str(config.name), parts)
         raise UserError(
-            f"of {len(found):,} runs in {config.runs_dir} none has {config.name!r} in its name"
-            f"{hint}; without name=… all are listed"
+            f"of {counted(len(found), 'run')} in {config.runs_dir} none has {config.name!r} in its "
+            f"name{hint}; without name=… all are listed"
         )
     refuse_unknown(config.columns, runs)
     groups = means(runs) if config.means else []

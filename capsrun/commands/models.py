@@ -17,13 +17,16 @@ from capsrun.report.run_page import write_run_page
 from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
 from capsrun.runs.folder import output
 from capsrun.runs.recorder import show_in_tensorboard
+from capsrun.terminal import counted
 
 
 def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
     """Say which model is used, and whether its run is unfinished. done: what is done with it."""
     print(f"{checkpoint}: {text}")
     if not trained.finished:
-        print(f"this run is not finished: its model after {trained.step:,} steps is {done}")
+        print(
+            f"this run is not finished: its model after {counted(trained.step, 'step')} is {done}"
+        )
 
 
 def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.device) -> Dataset:

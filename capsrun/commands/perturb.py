@@ -27,6 +27,7 @@ from capsrun.report import figures
 from capsrun.report.pictures import displayed
 from capsrun.runs.checkpoint import find_model, load_drawing_model
 from capsrun.runs.progress import bar
+from capsrun.terminal import counted
 from capsrun.training.device import provenance, resolve_device
 from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import to_device
@@ -208,7 +209,7 @@ def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[
         if sweep.index is not None and sweep.index >= len(members):
             raise UserError(
                 f"perturb.index is {sweep.index}, but class {names[label]} has only "
-                f"{len(members)} test images (from 0)"
+                f"{counted(len(members), 'test image')} (from 0)"
             )
         if not len(members):
             raise UserError(f"{dataset.name} has no test image of class {names[label]}")

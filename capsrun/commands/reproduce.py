@@ -22,7 +22,7 @@ from capsrun.experiments import Experiments
 from capsrun.names import command, folder_words, suggest
 from capsrun.runs.jobs import THREADS, Cost, Job, ReproduceConfig, make_jobs, threads_each
 from capsrun.runs.progress import StopRequest, stop_requests
-from capsrun.terminal import duration
+from capsrun.terminal import counted, duration
 from capsrun.yaml_files import own_option
 
 POLL_SECONDS = 0.2
@@ -251,7 +251,7 @@ def show_plan(
             rows[-1] += [bound + takes, f"{at:%a %d %b %Y %H:%M}{latest}"]
     heads = ["experiment", "seeds", "state", *(["takes", "finished by"] if costs else [])]
     print(tabulate(rows, heads, "plain", disable_numparse=True))
-    line = f"{len(jobs)} jobs, {sum(job.finished for job in jobs)} of them finished"
+    line = f"{counted(len(jobs), 'job')}, {sum(job.finished for job in jobs)} of them finished"
     if costs:
         total = duration(max(ends.values()))
         line += f"; the rest takes {'at most' if latest else 'about'} {total}"

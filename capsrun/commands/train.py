@@ -24,7 +24,7 @@ from capsrun.report.pictures import almost_line, answer
 from capsrun.runs.checkpoint import load_weights
 from capsrun.runs.folder import RunFolder
 from capsrun.runs.progress import StopRequest, Stopwatch, stop_requests
-from capsrun.terminal import BOLD, duration, styled
+from capsrun.terminal import BOLD, counted, duration, styled
 from capsrun.training.device import (
     begin_memory_count,
     resolve_device,
@@ -112,7 +112,8 @@ def train_to_the_end(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> di
         except OSError as error:
             raise OSError(cannot_be_written(folder, error)) from error
     speed = f"{result['images_per_second']:,.0f} images/s"
-    print(f"trained: {result['steps']:,} steps in {duration(result['train_seconds'])} ({speed})")
+    took = duration(result["train_seconds"])
+    print(f"trained: {counted(result['steps'], 'step')} in {took} ({speed})")
     print(f"page: {folder.path / run_page.NAME}")
     print(f"curves: tensorboard --logdir {folder.path}")
     return result
@@ -177,8 +178,8 @@ def open_run(
         )
     if config.recipe.batch_size < ranks.count:
         raise UserError(
-            f"a step has {config.recipe.batch_size} images, too few for {ranks.count} processes; "
-            "start fewer, or set a larger recipe.batch_size"
+            f"a step has {counted(config.recipe.batch_size, 'image')}, too few for {ranks.count} "
+            "processes; start fewer, or set a larger recipe.batch_size"
         )
     set_deterministic(config.deterministic)
     device = ranks.together(lambda: resolve_device(config.device))

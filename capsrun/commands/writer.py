@@ -26,6 +26,7 @@ from capsrun.runs.folder import RunFolder
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stoppable
 from capsrun.runs.reader import best_on_test, read_metrics
 from capsrun.runs.recorder import Recorder, is_shown
+from capsrun.terminal import counted
 from capsrun.training.device import autocast, describe_device, memory_gb, provenance
 from capsrun.training.distributed import Ranks
 from capsrun.training.losses import class_presence
@@ -180,7 +181,7 @@ class Writer:
         scores = self.test(stop, None if on_test else run.config.record.evaluate_images)
         if reaches_target(target, scores):
             reached = f"{target.on} accuracy {100 - scores[target.on].error_percent:.2f} % reached"
-            self.progress.say(f"{reached} after {run.step:,} steps")
+            self.progress.say(f"{reached} after {counted(run.step, 'step')}")
             self.tested = scores if on_test else None
             return True
         rows = [*read_metrics(self.folder.path), error_percents(scores)]
@@ -223,7 +224,7 @@ class Writer:
             self.recorder.picture(run.step, "reconstructions", grid)
         self.recorder.flush()
         said = [pictures.answer(name, s.errors, s.count) for name, s in scores.items()]
-        self.progress.say(f"after {run.step:,} steps: {', '.join(said).replace('_', ' ')}")
+        self.progress.say(f"after {counted(run.step, 'step')}: {', '.join(said).replace('_', ' ')}")
 
     def save(self, finished: bool = False) -> None:
         """Write the checkpoint; when finished, without the optimiser's state, twice the weights.

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from capsrun.disk import replacing
+from capsrun.terminal import counted
 
 # Pictures are the same for everyone, whatever style is set in a matplotlibrc.
 matplotlib.rcdefaults()
@@ -181,7 +182,9 @@ def step_times(result: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.tick_params(labelsize=FONT_SIZE)
     axes.set_xlim(0, 1.2 * max(times))
-    axes.set_xlabel(f"ms for a training step of {result['batch_size']} images", fontsize=FONT_SIZE)
+    axes.set_xlabel(
+        f"ms for a training step of {counted(result['batch_size'], 'image')}", fontsize=FONT_SIZE
+    )
     title = (
         f"{result['device']}, torch {result['versions']['torch']}, {result['date']}\n"
         f"{result['step_gflop']:.3g} GFLOP a step, {result['dataset']}; × the speed of the textbook"

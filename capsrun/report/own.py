@@ -13,6 +13,7 @@ from capsrun.report.rows import Group, Row, grouped, whole_test
 from capsrun.report.tables import HOW, how, mean_and_spread, shown, table
 from capsrun.runs.reader import Result
 from capsrun.settings import deciding
+from capsrun.terminal import counted
 
 HEADER = ("run", "settings", "tested on", "test error %", *HOW)
 MOST_CURVES = 7  # as many colours as can be told apart
@@ -85,7 +86,7 @@ def lines(groups: Sequence[Group], experiments: Experiments) -> list[list[str]]:
         [
             group.first.values["name"],
             words(group, experiments),
-            f"{group.first.tested_on} ({group.first.values['count']:,} images)",
+            f"{group.first.tested_on} ({counted(group.first.values['count'], 'image')})",
             mean_and_spread(group.errors),
             *how(None, group),
         ]

@@ -8,6 +8,8 @@ from typing import Any
 import markdown
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from capsrun.terminal import counted
+
 # What is put into a template whose name ends in .html is escaped.
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -16,6 +18,8 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+
+TEMPLATES.filters["counted"] = counted
 
 
 def render(template: str, **values: Any) -> str:

@@ -78,7 +78,8 @@ def length(row: Row | None, group: Group) -> str:
     """How long a group was trained, and whether that is the paper's length."""
     training = group.first.training
     epochs = span([steps * epochs_of_a_step(training) for steps in group.steps], ".3g")
-    text = f"{span(group.steps, ',')} steps ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
+    steps = f"{span(group.steps, ',')} {'step' if max(group.steps) == 1 else 'steps'}"
+    text = f"{steps} ({epochs} {'epoch' if epochs == '1' else 'epochs'})"
     stop = training["stop"]
     if stop["accuracy_percent"] is not None:
         reached = all(result.reached_target for result in group.results)

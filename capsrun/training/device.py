@@ -18,6 +18,7 @@ import torch
 import capsrun
 from capsrun.errors import UserError
 from capsrun.models.fast.native import cpu_features
+from capsrun.terminal import counted
 
 
 def resolve_device(name: str) -> torch.device:
@@ -142,8 +143,7 @@ def describe_device(device: torch.device) -> str:
         facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^model name\s*: (.+)", facts, re.MULTILINE)
         name = found[1].strip() if found else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def provenance(device: torch.device, precision: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capsrun.config import StopConfig
+from capsrun.terminal import counted
 from capsrun.training.metrics import Score
 
 
@@ -49,9 +50,10 @@ def how_it_stopped(
 
 def stopped_line(stopped: Mapping[str, Any]) -> str:
     """What `result.json` says about it, as a sentence."""
-    length = f"{stopped['steps']:,} steps ({stopped['epochs']:.2f} epochs)"
+    length = f"{counted(stopped['steps'], 'step')} ({stopped['epochs']:.2f} epochs)"
     if "patience" in stopped:
-        better = f"{stopped['patience']} evaluations in a row erred no less on held-out images"
+        tests = counted(stopped["patience"], "evaluation")
+        better = f"{tests} in a row erred no less on held-out images"
         return f"stopped after {length}: {better}" if stopped["reached"] else f"made all {length}"
     target = f"{stopped['accuracy_percent']:g} % on the {stopped['on']} images"
     if stopped["reached"]:
