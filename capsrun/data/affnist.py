@@ -41,7 +41,7 @@ def load(config: DatasetConfig) -> RawData:
     refuse_changes(config, "shift_px", "validation")
     if (config.image_px, config.channels, config.classes) != (SIDE_PX, 1, 10):
         raise UserError("affnist has images of 1×40×40 in 10 classes; leave the dataset's sizes")
-    folder = Path(config.data_dir).expanduser() / "affNIST"
+    folder = Path(config.data_dir) / "affNIST"
     files = find(folder) or [obtain(folder / "test.mat.zip", [URL], None, "affNIST", INSTEAD)]
     pieces, sources = [], []
     for path in tqdm(files, "reading affNIST", unit=" file", leave=False, disable=None):

@@ -56,7 +56,7 @@ def mnist(config: DatasetConfig) -> RawData:
     Raises UserError when it cannot be had or is damaged.
     """
     dataset = IDX_SETS[config.source or config.name]
-    folder = Path(config.data_dir).expanduser() / dataset.folder / "raw"
+    folder = Path(config.data_dir) / dataset.folder / "raw"
     published = _torchvision(dataset.folder)
     instead = (
         f"put its four .gz files there, or set CAPSRUN_DATA to the folder that holds "
@@ -192,7 +192,7 @@ def cifar10(config: DatasetConfig) -> RawData:
 
     Raises UserError when it cannot be had or is damaged.
     """
-    data_dir = Path(config.data_dir).expanduser()
+    data_dir = Path(config.data_dir)
     folder = data_dir / CIFAR_FOLDER
     if all((folder / name).is_file() for name in CIFAR_FILES):
         contents = [files.read_file(folder / name) for name in CIFAR_FILES]
@@ -225,7 +225,7 @@ def svhn(config: DatasetConfig) -> RawData:
 
     Raises UserError when they cannot be had or are damaged.
     """
-    folder = Path(config.data_dir).expanduser() / "SVHN"
+    folder = Path(config.data_dir) / "SVHN"
     instead = "put train_32x32.mat and test_32x32.mat there"
     parts, sources = {}, []
     for split in ("train", "test"):

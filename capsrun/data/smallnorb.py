@@ -39,7 +39,7 @@ def load(config: DatasetConfig) -> RawData:
 
     The images are resized to 48×48. Raises UserError when they cannot be had or are damaged.
     """
-    folder = Path(config.data_dir).expanduser() / "smallNORB"
+    folder = Path(config.data_dir) / "smallNORB"
     arrays, sources = [], []
     for name, (md5, gzip_md5) in MD5.items():
         urls = [f"{URL}{name}.gz"]

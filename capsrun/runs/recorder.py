@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+from capsrun.disk import refuse_unless_plain
 from capsrun.runs.reader import METRICS, read_metrics
 
 
@@ -20,7 +21,9 @@ class Recorder:
         """Open the records of a run of `steps`, after `step` of them; what came later is dropped.
 
         metrics_bytes: what `metrics_bytes` gave when that step was saved.
+        Raises UserError where `metrics.jsonl` is a link, which could be to any file.
         """
+        refuse_unless_plain(folder / METRICS)
         # A line is written as a whole, so who reads it meanwhile sees no half.
         self.stream = open(folder / METRICS, "a", buffering=1)
         self.stream.truncate(min(metrics_bytes, self.stream.tell()))
