@@ -149,7 +149,7 @@ def install(shell: str) -> None:
     file, startup = places(shell)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        temporary.write_text(script(shell))
+        temporary.write_text(script(shell), encoding="utf-8")
     print(f"written: {file}")
     path = shlex.quote(str(file))
     if startup is not None:

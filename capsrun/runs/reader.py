@@ -5,10 +5,10 @@ Nothing here imports PyTorch when it is imported, so that a list of runs is ther
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from capsrun import disk
 from capsrun.config import DatasetConfig, RecipeConfig, StopConfig
@@ -204,19 +204,36 @@ def is_finished_run(folder: Path) -> bool:
 
 
 def check_training(config: Any) -> None:
-    """Raise LookupError or TypeError where settings of a training run are missing or unknown."""
-    DatasetConfig(**config["dataset"])
-    RecipeConfig(**config["recipe"])
-    StopConfig(**config["stop"])
-    _ = config["seed"], config["model"]["name"], config["record"]["evaluate_images"]
+    """Raise LookupError or TypeError where settings of a training run are not as they should be."""
+    facts = [(config["model"]["name"], str), (config.get("name"), str | None)]
+    facts += [(config["seed"], int), (config["record"]["evaluate_images"], int)]
+    for key, schema in {
+        "dataset": DatasetConfig,
+        "recipe": RecipeConfig,
+        "stop": StopConfig,
+    }.items():
+        section = schema(**config[key])
+        facts += [(getattr(section, f.name), f.type) for f in fields(schema)]
+    for value, kind in facts:
+        numbers = int if float in (kind, *get_args(kind)) else kind  # 1 for 1.0
+        if not isinstance(value, kind | numbers):
+            raise TypeError(f"{value!r} is not of type {kind}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged."""
+    """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged.
+
+    Each has its `step`, a whole number, and other numbers by their names.
+    """
     rows: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError):
         for line in disk.read_bytes(folder / METRICS, disk.MOST_TEXT_BYTES).splitlines():
-            rows.append(disk.parse_json(line))
+            row = disk.parse_json(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            if not all(isinstance(value, int | float) for value in row.values()):
+                break
+            rows.append(row)
     return rows
 
 
