@@ -130,7 +130,10 @@ def run(arguments: Sequence[str], signals: Sequence[int]) -> int:
     except OSError as error:
         # The machine's fault, a full disk say; what is finished or saved is whole.
         return fail(where, f"{error.filename}: {error.strerror}" if error.filename else error, 1)
-    except Exception:
+    except Exception as error:
+        if errors.is_out_of_memory(error):
+            less = "in training, a smaller recipe.batch_size takes less"
+            return fail(where, f"there is not enough memory, here or on the GPU; {less}", 1)
         if not signals:
             raise
         # Libraries that are being imported turn Ctrl-C into faults of their own.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capsrun.compose import FLAGS, OFFERED, OPTIONS, group_choices, setting_names, setting_values
-from capsrun.disk import replacing
+from capsrun.disk import MOST_TEXT_BYTES, read_bytes, replacing, write_file
 from capsrun.errors import UserError, did_you_mean
 from capsrun.yaml_files import without_config_dir
 
@@ -116,7 +116,7 @@ def paths(start: str, endings: tuple[str, ...]) -> list[str]:
     """The folders, and files with these endings, whose paths begin so."""
     folder, slash, name = start.rpartition("/")
     found = []
-    for entry in sorted(Path(folder + slash or ".").expanduser().iterdir()):
+    for entry in sorted(Path(os.path.expanduser(folder + slash) or ".").iterdir()):
         hidden = entry.name.startswith(".") and not name.startswith(".")
         if entry.name.startswith(name) and not hidden and PLAIN_NAME.fullmatch(entry.name):
             if entry.is_dir():
@@ -154,7 +154,7 @@ def install(shell: str) -> None:
     """Write a shell's script and see that the shell loads it; doing it again changes nothing."""
     file, startup = places(shell)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(script(shell), encoding="utf-8")
+    write_file(file, script(shell))
     print(f"written: {file}")
     path = shlex.quote(str(file))
     if startup is not None:
@@ -186,17 +186,24 @@ def uninstall(shells: Sequence[str]) -> None:
 def change_line(file: Path, line: str | None) -> bool:
     """Put our line at the end of a shell's file, or take it out; returns whether that changed it.
 
-    The file is never half-written, keeps its permissions, and may be a link to another place.
+    The file is never half-written, keeps its owner, its permissions and every byte of its other
+    lines, and may be a link to another place. Raises OSError where it cannot be read or written.
     """
-    content = file.read_bytes() if file.exists() else b""  # whatever its encoding is
-    lines = content.splitlines()
-    kept = [each for each in lines if not each.rstrip().endswith(MARK.encode())]
-    new = b"".join(each + b"\n" for each in [*kept, *([os.fsencode(line)] if line else [])])
-    if new == content or (line is None and kept == lines):
+    try:
+        before = read_bytes(file, MOST_TEXT_BYTES) if file.exists() else b""
+    except ValueError as error:
+        raise OSError(f"{file} {error}") from error
+    new = re.sub(rb"(?m)^.*%b[ \t\r]*(\n|\Z)" % MARK.encode(), b"", before)
+    if line is not None:
+        new += b"\n" if new and not new.endswith(b"\n") else b""
+        new += os.fsencode(line) + b"\n"
+    if new == before:
         return False
     with replacing(file.resolve()) as temporary:
         temporary.write_bytes(new)
         if file.exists():
+            status = file.stat()
+            os.chown(temporary, status.st_uid, status.st_gid)
             shutil.copymode(file, temporary)
     return True
 
@@ -222,7 +229,7 @@ def main(arguments: Sequence[str]) -> None:
                 install(shell)
             else:
                 uninstall([shell] if rest else SHELLS)
-        except (OSError, UnicodeError) as error:
+        except (OSError, RuntimeError) as error:  # the last where there is no home
             raise UserError(
                 f"the completion cannot be written or removed: {error}; `capsrun completion "
                 "bash|zsh|fish` prints it, to be put where you like"

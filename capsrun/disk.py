@@ -31,7 +31,13 @@ MOST_TEXT_BYTES, MOST_YAML_BYTES, MOST_OWNER_BYTES = 50_000_000, 100_000, 1_000
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, then rename it to `path`, which is never half-written."""
+    """Give a temporary path to write to, then rename it to `path`, which is never half-written.
+
+    An OSError names `path`, where the system does not say which file it is about. Raises UserError
+    for what is no file: root would rename over a device, which all other programs use too.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there, and is no file that could be replaced")
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         yield temporary
@@ -44,6 +50,10 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+    except OSError as error:
+        if error.errno is not None:  # it is of the system, and not of a network, say
+            error.filename = error.filename or str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):  # what went wrong before is what the user is to hear of
             temporary.unlink(missing_ok=True)
@@ -116,10 +126,13 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     Raises OSError for one that cannot be opened, and ValueError, with the end of a sentence that
     begins with its name, for what is no regular file or is larger than `most_bytes`.
     """
-    # A pipe would else be waited for until somebody writes to it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
+
+    def at_once(name: str, flags: int) -> int:
+        """A pipe would else be waited for until somebody writes to it."""
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=at_once) as stream:
+        status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("is no regular file")
         if status.st_size > most_bytes:
@@ -170,8 +183,7 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
     so. Else raises Busy, naming the owner, if it is taken; and UserError where something else than
     a plain file is there, a link say.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise UserError(f"{path} is no plain file, as capsrun's locks are; delete it")
+    refuse_unless_plain(path)
     lock = FileLock(path, poll_interval=PAUSE_SECONDS, thread_local=False)
     try:
         try:
@@ -200,6 +212,12 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
             if _identity(path) in (mine, None):
                 _owner(path).unlink(missing_ok=True)
             lock.release()
+
+
+def refuse_unless_plain(path: Path) -> None:
+    """Raise UserError for a link, a pipe or the like: what is written there would go elsewhere."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(f"{path} is no plain file, as those of capsrun are; delete it")
 
 
 def refuse_if_locked(path: Path) -> None:

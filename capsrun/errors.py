@@ -57,6 +57,12 @@ def process_rank() -> tuple[int, int]:
     return (rank, count) if rank < count else (0, 1)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that there is not enough memory; PyTorch has no class for that on the CPU."""
+    said = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 # What the user was told during this run: its result repeats it.
 notices: list[str] = []
 

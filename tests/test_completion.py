@@ -271,13 +271,48 @@ def test_installing_adds_one_line_once_and_uninstalling_takes_it_out(home, capsy
     assert capsys.readouterr().out == "no completion is installed\n"
 
 
-def test_a_shells_own_file_keeps_its_bytes(home):
-    before = "# Björk, in Latin-1: \x85\x0c\n".encode("latin-1") + "# É\u2028…\n".encode()
-    (home / ".bashrc").write_bytes(before)
+ODD = b"export NAME=J\xfcrgen\x0c\r\nalias \xe2\x80\xa8a=b\n\nlast"
+
+
+def test_other_lines_of_a_shells_file_stay_as_they_are_and_whose_they_are(home, monkeypatch):
+    """Whatever their encoding and line ends; also where root installs it for somebody."""
+    owners = []
+    monkeypatch.setattr("os.chown", lambda _, *owner: owners.append(owner))
+    file = home / ".bashrc"
+    file.write_bytes(ODD)
     completion.install("bash")
-    assert (home / ".bashrc").read_bytes().startswith(before)
+    assert file.read_bytes().startswith(ODD + b"\n[ -r ")
     completion.uninstall(["bash"])
-    assert (home / ".bashrc").read_bytes() == before
+    assert file.read_bytes() == ODD + b"\n"
+    assert owners == 2 * [(file.stat().st_uid, file.stat().st_gid)]
+
+
+@pytest.mark.parametrize("file", [".bashrc", ".local/share/bash-completion/completions/capsrun"])
+def test_a_full_disk_leaves_what_there_was(home, monkeypatch, refused, file):
+    completion.install("bash")
+    (home / file).write_text("mine")
+
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    said = refused("completion", "install", "bash")
+    assert "cannot be written or removed: [Errno 28] No space left on device: '" in said
+    assert (home / file).read_text() == "mine"
+    assert not list(home.rglob("*.capsrun-part"))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "{} is no regular file"),
+        (os.mkdir, "Is a directory: '{}'"),
+        (lambda file: file.symlink_to("/dev/zero"), "{} is no regular file"),
+    ],
+)
+def test_a_shells_file_that_is_none_is_refused(home, refused, make, said):
+    make(home / ".bashrc")
+    assert said.format(home / ".bashrc") in refused("completion", "install", "bash")
 
 
 def test_the_line_does_no_harm_where_the_script_is_gone(home):

@@ -268,6 +268,14 @@ def test_processes_that_torchrun_did_not_start_and_other_commands_are_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["", "x", "99999999"])
+def test_an_address_that_is_none_is_one_sentence(monkeypatch, in_tmp, refused, port):
+    said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**said, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    assert "the 2 processes of this job cannot meet (" in refused("train", *TINY, "device=cpu")
+
+
 @pytest.mark.parametrize(
     "error", [Stopped("saved", 15), UserError("wrong"), Busy("used"), OSError(28, "full")]
 )

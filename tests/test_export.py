@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import resource
 import shutil
 import sys
 import warnings
@@ -109,6 +110,21 @@ def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
     outputs = export_program(model).module()(model.example(9))
     for name, tensor in plain.items():
         assert torch.allclose(outputs[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("onnx", marks=needs_onnx)])
+def test_a_disk_that_takes_no_more_ends_in_an_error(exported, name, tmp_path):
+    """And not the whole program, as in PyTorch's own writer."""
+    model, program = exported("cnn")
+    kind = resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(kind)
+    try:
+        resource.setrlimit(kind, (1_000, hard))
+        with pytest.raises(OSError, match=f"File too large: .*{FILES[name]}"):
+            write_checked(name, program, model, tmp_path / FILES[name])
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_wrong_or_too_large_are_not_kept(exported, tmp_path, monkeypatch):

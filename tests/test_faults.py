@@ -126,6 +126,13 @@ def test_a_quota(in_tmp, monkeypatch, capsys):
     assert cli.main(["train", *ARGUMENTS]) == 0
 
 
+def test_too_little_memory(in_tmp, monkeypatch, capsys):
+    said = said_of(lambda: torch.empty(10**15), monkeypatch, capsys)
+    assert "there is not enough memory, here or on the GPU" in said
+    folder = in_tmp / "runs" / "run" / "seed0"
+    assert read_checkpoint(folder / "checkpoint.pt")["step"] == 5
+
+
 def test_a_folder_that_is_deleted_and_begun_anew_is_left_to_who_did_that(
     in_tmp, monkeypatch, capsys
 ):

@@ -147,6 +147,32 @@ def test_damaged_folders_do_not_hide_the_others(runs, capsys):
     assert sum("finished runs/whole/seed0" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "5",
+        "null",
+        '{"step": "x"}',
+        '{"step": 1.5}',
+        '{"stop": 1}',
+        '{"step": 3, "total_steps": "x"}',
+        '{"step": 3, "error_percent/test": [1]}',
+    ],
+)
+def test_numbers_of_a_run_are_read_up_to_what_is_none(runs, capsys, row):
+    begun(runs, "run", 5, f'{{"step": 2, "error_percent/test": 4.5}}\n{row}\n{{"step": 9}}\n')
+    assert listed(capsys) == ["4.50 % 2 of 12 mnist5k capsnet 5 s ago interrupted runs/run/seed0"]
+
+
+@pytest.mark.parametrize("key", ["name", "seed", "dataset.classes", "recipe.steps", "stop.on"])
+def test_settings_of_another_type_are_said_to_be_damaged(runs, capsys, key):
+    folder = begun(runs, "run", 5, "")
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(config, key, ["x"])
+    OmegaConf.save(config, folder / "config.yaml")
+    assert listed(capsys)[0].endswith("damaged runs/run/seed0 (config.yaml cannot be read)")
+
+
 def test_only_those_of_a_name(runs, capsys):
     for name in ("mnist-capsnet-quick", "affnist-capsnet-quick", "smoke/table1"):
         finished(runs, name, 5)

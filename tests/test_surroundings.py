@@ -12,6 +12,7 @@ from conftest import run_python
 from capsrun import disk
 from capsrun.cli import main
 from capsrun.errors import Busy, UserError, process_rank
+from capsrun.runs.recorder import Recorder
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "shift_jis"])
@@ -72,6 +73,27 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_nothing_is_written(tmp_path
     (tmp_path / ".lock-owner").symlink_to(precious)
     with disk.locked(tmp_path / ".lock"):
         assert "process" in (tmp_path / ".lock-owner").read_text()
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    """As root one could rename over a device."""
+    path = tmp_path / "page.html"
+    make(path)
+    before = os.lstat(path)
+    with pytest.raises(UserError, match="is there, and is no file"), disk.replacing(path):
+        pass
+    assert os.path.samestat(os.lstat(path), before)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_records_are_not_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to(precious)
+    with pytest.raises(UserError, match="is no plain file"):
+        Recorder(tmp_path, steps=3)
     assert precious.read_text() == "mine"
 
 

@@ -140,7 +140,9 @@ def keep_transforms(split: TransformedDigits, path: Path) -> dict[str, dict[str,
         name = field.removesuffix("_B")
         found[name] = {"min": low, "max": high, "mean": mean}
         print(f"{name:>17}: {low:7.3f} to {high:6.3f}, mean {mean:6.3f}")
-    np.savez_compressed(path, **{field: values.numpy() for field, values in transforms.items()})
+    arrays = {field: values.numpy() for field, values in transforms.items()}
+    with disk.replacing(path) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
     print(f"how each image was made: {path}")
     return found
 

@@ -7,6 +7,7 @@ one image.
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import textwrap
 import warnings
@@ -181,8 +182,11 @@ def write_checked(name: str, program: ExportedProgram, model: Exportable, path: 
 def write_file(name: str, program: ExportedProgram, path: Path) -> None:
     """Write a program with all its weights. Raises UserError for what no ONNX file holds."""
     if name == "torch":
-        with open(path, "wb") as stream:  # to a stream, as it wants a path that ends in .pt2
-            return torch.export.save(program, stream)
+        # To memory first: where the disk is full, PyTorch's own writer ends the program.
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
+        return
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
     if weights > MOST_ONNX_BYTES:
         raise UserError(

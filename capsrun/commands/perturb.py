@@ -245,7 +245,7 @@ def own_image(
     assert sweep.image is not None
     if sweep.index is not None:
         raise UserError("perturb.index chooses a test image; leave it out with perturb.image")
-    path = Path(sweep.image).expanduser()
+    path = Path(sweep.image)
     pixels, remarks = read_image(path, dataset, sweep.invert)
     for remark in remarks:
         print(f"{path}: {remark}")

@@ -114,7 +114,7 @@ def find_checkpoint(path: str, train_command: str | None = None) -> Path:
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     """The file that is meant by a file or a run's folder, whether or not it is there."""
-    meant = Path(path).expanduser()
+    meant = Path(os.path.expanduser(path))
     if not meant.exists() and Path(f"{meant}.index").is_file():  # as TensorFlow's are named
         return Path(f"{meant}.index")
     return meant / FILE_NAME if meant.is_dir() else meant

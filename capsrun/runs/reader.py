@@ -5,10 +5,10 @@ Nothing here imports PyTorch when it is imported, so that a list of runs is ther
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from capsrun import disk
 from capsrun.config import DatasetConfig, RecipeConfig, StopConfig, TrainConfig
@@ -243,15 +243,23 @@ def is_finished_run(folder: Path) -> bool:
 
 
 def check_training(config: Any) -> None:
-    """Raise LookupError or TypeError where settings of a training run are missing or unknown."""
-    DatasetConfig(**config["dataset"])
-    RecipeConfig(**config["recipe"])
-    StopConfig(**config["stop"])
-    _ = config["seed"], config["model"]["name"], config["record"]["evaluate_images"]
+    """Raise LookupError, TypeError or ValueError where a run's settings are not of their types."""
+    named = {"model": {"name": str}, "record": {"evaluate_images": int}}
+    check_shape(config, {"seed": int, "name?": str, **named})
+    for key, schema in (("dataset", DatasetConfig), ("recipe", RecipeConfig), ("stop", StopConfig)):
+        section: Any = schema(**config[key])
+        for setting in fields(section):
+            kind: Any = setting.type
+            number = float in (kind, *get_args(kind))  # for which 1 does as well as 1.0
+            if not isinstance(getattr(section, setting.name), kind | int if number else kind):
+                raise TypeError(f"{key}.{setting.name} is not of type {kind}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged."""
+    """The rows of a run's `metrics.jsonl`, up to one that is half written or damaged.
+
+    Each has its `step`, a whole number, and other numbers by their names.
+    """
     rows: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError):
         for line in disk.read_bytes(folder / METRICS, disk.MOST_TEXT_BYTES).splitlines():

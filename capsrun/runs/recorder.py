@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from capsrun.disk import refuse_unless_plain
 from capsrun.runs.reader import METRICS, read_metrics
 from capsrun.settings import deciding
 
@@ -25,7 +26,9 @@ class Recorder:
         """Open the records of a run of `steps`, after `step` of them; what came later is dropped.
 
         metrics_bytes: what `metrics_bytes` gave when that step was saved.
+        Raises UserError where `metrics.jsonl` is a link, which could be to any file.
         """
+        refuse_unless_plain(folder / METRICS)
         # A line is written as a whole, so who reads it meanwhile sees no half.
         self.stream = open(folder / METRICS, "a", encoding="utf-8", buffering=1)
         self.stream.truncate(min(metrics_bytes, self.stream.tell()))

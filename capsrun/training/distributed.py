@@ -131,6 +131,16 @@ def peers() -> Iterator[None]:
         ) from error
 
 
+def take_gpu(local_rank: int) -> None:
+    """Use this one of the GPUs of this machine. Raises UserError where there are fewer."""
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"there are {torch.cuda.device_count()} GPUs here, but torchrun starts more "
+            "processes: say as many with --nproc-per-node, or device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def join_ranks(use_gpu: bool) -> Ranks:
     """Meet the other processes that `torchrun` started; alone without it.
 
@@ -145,18 +155,18 @@ def join_ranks(use_gpu: bool) -> Ranks:
             f"RANK and WORLD_SIZE say that this is one of {count} processes, but not where the "
             "others are: start them with torchrun, or unset the two"
         )
-    if use_gpu:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"there are {torch.cuda.device_count()} GPUs here, but torchrun starts more "
-                "processes: say as many with --nproc-per-node, or device=cpu"
-            )
-        torch.cuda.set_device(local_rank)
-    if not distributed.is_initialized():
-        # Decisions are made on the CPU in any case.
-        backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
-        distributed.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        if use_gpu:
+            take_gpu(int(os.environ["LOCAL_RANK"]))
+        if not distributed.is_initialized():
+            # Decisions are made on the CPU in any case.
+            backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+            distributed.init_process_group(backend, timeout=TIMEOUT)
+    except (ValueError, distributed.DistError) as error:  # of variables that are no addresses
+        raise UserError(
+            f"the {count} processes of this job cannot meet ({str(error).splitlines()[0]}): start "
+            "them with torchrun, or unset RANK and WORLD_SIZE"
+        ) from error
     if rank:  # the first one talks
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return Ranks(rank, count)
