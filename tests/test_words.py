@@ -62,6 +62,7 @@ def test_a_number_of_steps_alone_is_enough():
 def test_a_run_of_such_a_name_goes_into_its_folder(in_tmp, capsys):
     assert main(["train", *TINY, "recipe.steps=1", "name=12e4567", "runs_dir=~é=1"]) == 0
     assert Path("~é=1/12e4567/seed0/result.json").exists()
+    assert "curves: tensorboard --logdir '~é=1/12e4567/seed0'\n" in capsys.readouterr().out
     assert main(["list", "runs_dir=~é=1", "name=12e"]) == 0
     assert "12e4567" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -115,7 +116,7 @@ def train_to_the_end(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> di
     took = duration(result["train_seconds"])
     print(f"trained: {counted(result['steps'], 'step')} in {took} ({speed})")
     print(f"page: {folder.path / run_page.NAME}")
-    print(f"curves: tensorboard --logdir {folder.path}")
+    print(f"curves: {shlex.join(['tensorboard', '--logdir', str(folder.path)])}")
     return result
 
 
