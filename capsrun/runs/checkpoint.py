@@ -60,8 +60,8 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]
     holds anything but tensors and plain types is refused before any of it is run.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError("too large")
+        if path.stat().st_size > MOST_BYTES or not path.is_file():  # a pipe is waited for
+            raise ValueError("too large, or no file")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
