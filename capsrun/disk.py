@@ -4,6 +4,7 @@ Nothing here imports PyTorch.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -180,8 +181,8 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
     Gives a function that tells whether it is still held: who deletes the file lets others take it.
 
     doing: what its owner does meanwhile: then whoever holds it now is waited for, and a line says
-    so. Else raises Busy, naming the owner, if it is taken; and UserError where something else than
-    a plain file is there, a link say.
+    so. Else raises Busy, naming the owner, if it is taken; UserError where something else than a
+    plain file is there, a link say; and OSError for a lock that this user may not take.
     """
     refuse_unless_plain(path)
     lock = FileLock(path, poll_interval=PAUSE_SECONDS, thread_local=False)
@@ -194,6 +195,8 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
             print(f"{_taken(path)}, which is {doing}; waiting for it", flush=True)
             lock.acquire(timeout=-1)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # who may not take it cannot know that no other process is at work there
         notice(
             f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps two "
             "processes from writing there at once"

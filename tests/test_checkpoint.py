@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import os
 import pickle
 import re
 import struct
@@ -35,6 +36,13 @@ def saved(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict(), **REST)
     return path, model, config
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="is not a capsrun checkpoint"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_what_is_saved_comes_back(saved):

@@ -133,7 +133,7 @@ def test_forward_and_gradients(name, fast):
     ):
         assert_close(ours, theirs, 2e-5, what)
     predicted = predicted_classes(output.lengths_BJ, case.targets)
-    score = Score(batch.labels_BT.sort(1).values, predicted, None, None, None)
+    score = Score(batch.labels_BT.sort(1).values, predicted, None, None, None, None)
     correct = score.count - score.errors
     assert (correct, score.almost_correct) == (golden["correct"], golden["almost_correct"])
 

@@ -65,6 +65,13 @@ def test_nothing_is_there(in_tmp, capsys):
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["list", "report"])
+def test_a_folder_that_cannot_be_looked_into_is_not_an_empty_one(in_tmp, capsys, command):
+    (in_tmp / "runs").touch()
+    assert cli.main([command]) == 1
+    assert capsys.readouterr().err == f"capsrun {command}: runs: Not a directory\n"
+
+
 def test_each_run_has_a_line_and_the_latest_is_the_last(runs, capsys):
     rows = [
         {"step": 0, "total_steps": 9375},

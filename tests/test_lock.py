@@ -1,5 +1,6 @@
 """Two processes at once: locks, and that what two do at the same place does not collide."""
 
+import errno
 import json
 import os
 import shutil
@@ -110,6 +111,19 @@ def test_without_locks_in_the_file_system_it_goes_on_and_says_so(tmp_path, monke
     with locked(tmp_path / ".lock"):
         assert holder(tmp_path / ".lock") is None
     assert "has no locks (No locks available)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_lock_that_this_user_may_not_take_is_not_gone_on_without(tmp_path, monkeypatch, number):
+    """Whoever may take it could be at work there."""
+
+    def refuse(*args, **options):
+        raise OSError(number, os.strerror(number), str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(disk.FileLock, "acquire", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)), locked(tmp_path / ".lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_killed_processes_left_is_deleted_but_not_what_others_write(tmp_path):

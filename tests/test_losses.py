@@ -63,7 +63,7 @@ def test_total_is_margin_plus_weighted_reconstruction():
 
 def score_of(labels_NT, predicted_NT, classes, surplus_N=None):
     counted = confusion_matrix(labels_NT, predicted_NT, classes)
-    return Score(labels_NT, predicted_NT, counted, None, surplus_N)
+    return Score(labels_NT, predicted_NT, counted, None, surplus_N, torch.zeros(0, classes))
 
 
 def test_no_half_credit_for_one_of_two_digits():

@@ -113,7 +113,9 @@ CASES = {
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_breaks_the_numbers(name, precision, fast):
+def test_nothing_breaks_the_numbers(name, precision, fast, monkeypatch):
+    # Pixels that a network refuses make numbers that others could make on the way.
+    monkeypatch.setattr("capsrun.models.capsnet.check_images", lambda *_: None)
     images_BCHW, settings = CASES[name]
     train_on(images_BCHW, fast, precision, **settings)
 

@@ -449,7 +449,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def poison(batches, step):
         batch = original(batches, step)
         if step == 6:
-            batch.images_BCHW[0, 0, 5, 5] = float("nan")
+            batch.targets_BTCHW[0, 0, 0, 5, 5] = float("nan")
         return batch
 
     monkeypatch.setattr(TrainingBatches, "batch", poison)

@@ -63,8 +63,8 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]
     holds anything but tensors and plain types is refused before any of it is run.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError("too large")
+        if path.stat().st_size > MOST_BYTES or not path.is_file():  # a pipe is waited for
+            raise ValueError("too large, or no file")
         with warnings.catch_warnings(action="ignore"):  # of PyTorch, about other files
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

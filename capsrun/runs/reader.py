@@ -4,6 +4,7 @@ Nothing here imports PyTorch when it is imported, so that a list of runs is ther
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -185,7 +186,12 @@ def find_runs(runs_dir: Path) -> list[Run]:
 
 
 def visible(folder: Path, name: str) -> Iterator[Path]:
-    """The files of a name below a folder, but for those in hidden folders."""
+    """The files of a name below a folder, but for those in hidden folders.
+
+    Raises OSError for a folder that cannot be looked into, as there may be some.
+    """
+    if folder.exists():
+        os.listdir(folder)
     for path in sorted(folder.rglob(name)):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
