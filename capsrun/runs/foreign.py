@@ -46,6 +46,8 @@ def kind_of_file(path: Path) -> str | None:
 
     None where nothing tells, and for an archive that is damaged. Raises OSError.
     """
+    if not path.is_file():  # a pipe would be waited for
+        return "a folder, a pipe or a device"
     if re.fullmatch(TENSORFLOW, path.name):
         return f"a checkpoint of TensorFlow{AUTHORS}"
     with path.open("rb") as stream:
