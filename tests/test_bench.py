@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from capsrun.bench import tasks
 from capsrun.bench.textbook import ShiftedImages, TextbookCapsNet
 from capsrun.bench.timing import Task, ratio, time_in_turns
 from capsrun.config import BenchConfig
+from capsrun.errors import UserError
 from capsrun.settings import from_dict
 
 CPU = torch.device("cpu")
@@ -47,6 +49,16 @@ def few_images(monkeypatch):
     monkeypatch.setattr(tasks, "TRAINING_IMAGES", 100)
     monkeypatch.setattr(tasks, "TEST_IMAGES", 50)
     monkeypatch.setattr(tasks, "OwnProcess", InThisProcess)
+
+
+def test_a_process_that_is_killed_is_one_sentence(monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(tasks.ProcessPoolExecutor, "submit", killed)
+    steps = tasks.OwnProcess(bench_config(), "plain fp32")
+    with pytest.raises(UserError, match="the process of plain fp32 was ended from outside"):
+        steps(1)
 
 
 def test_tasks_take_turns():

@@ -5,6 +5,7 @@ Shapes: B batch, I input capsules, K input dimension.
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,6 +19,7 @@ from capsrun.config import BenchConfig, DatasetConfig
 from capsrun.data import known, make_dataset
 from capsrun.data.files import Part, RawData
 from capsrun.data.splits import TrainingBatches, TrainingSplit
+from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.training.device import memory_gb, resolve_device
@@ -226,8 +228,14 @@ class OwnProcess:
         """See `steps_here`, in that process."""
 
     def __call__(self, count: int) -> None:
-        """Make so many steps, and wait for them."""
-        self.found = self._pool.submit(steps_here, *self._variant, count).result()
+        """Make so many steps, and wait for them. Raises UserError where its process was killed."""
+        try:
+            self.found = self._pool.submit(steps_here, *self._variant, count).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"the process of {self._variant[1]} was ended from outside, as happens where "
+                "memory is short; take a smaller recipe.batch_size"
+            ) from None
 
 
 _here: dict[str, Any] = {}  # what was built in this process, if it is that of a variant
