@@ -41,7 +41,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match="is not a capsrun checkpoint"):
+    with pytest.raises(UserError, match="but a folder, a pipe or a device"):
         read_checkpoint(tmp_path / "checkpoint.pt")
 
 
