@@ -4,13 +4,11 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 
 import torch
 
-from capsrun.bench.tasks import STEPS, random_split, wait_for
+from capsrun.bench.tasks import STEPS, own_process, random_split, wait_for
 from capsrun.config import TrainConfig
 from capsrun.data import sizes
 from capsrun.data.splits import TrainingBatches
@@ -69,7 +67,7 @@ def job_costs(
 def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> tuple[float, float]:
     """What a step takes in a process of its own, whose memory is that of this network alone."""
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with own_process() as process:
             return process.submit(step_cost, training, device, threads).result()
     except BrokenProcessPool:
         raise UserError(
