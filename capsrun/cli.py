@@ -4,6 +4,7 @@ PyTorch is imported by a command's own file only, once that command's settings a
 checked: so `--help` and `--cfg job` answer at once.
 """
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -98,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(arguments, signals)
         except KeyboardInterrupt:  # while it is said why the program ends
             return 128 + (signals[-1] if signals else signal.SIGINT)
+        finally:  # one that comes while Python itself ends has no traceback either
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def run(arguments: Sequence[str], signals: Sequence[int]) -> int:
@@ -129,7 +132,8 @@ def run(arguments: Sequence[str], signals: Sequence[int]) -> int:
         return fail(where, error, 1)
     except OSError as error:
         # The machine's fault, a full disk say; what is finished or saved is whole.
-        return fail(where, f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+        file = f"{error.filename}: " if error.filename else ""
+        return fail(where, f"{file}{error.strerror or error}", 1)
     except Exception as error:
         if errors.is_out_of_memory(error):
             less = "in training, a smaller recipe.batch_size takes less"
@@ -156,6 +160,7 @@ def answer(name: str, arguments: list[str]) -> None:
     else:
         arguments = without_config_dir(arguments)
         refuse_several_processes(name, arguments)
+        refuse_a_folder_that_is_gone()
         if any(word in ("-h", "--help") for word in arguments):
             from capsrun.help import command_help
 
@@ -248,6 +253,17 @@ def refuse_several_processes(name: str, arguments: Iterable[str]) -> None:
     if process_rank()[1] > 1 and (name != "train" or compose.is_sweep(arguments)):
         what = f"{name} is one process" if name != "train" else "a sweep starts its own processes"
         raise UserError(f"{what}: start it without torchrun")
+
+
+def refuse_a_folder_that_is_gone() -> None:
+    """Raise UserError where the working folder was deleted: every path would lead nowhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the folder that you are in cannot be used ({error.strerror}): it was deleted, maybe, "
+            "and made again; cd to it, or to another one"
+        ) from error
 
 
 def usage() -> str:

@@ -230,8 +230,9 @@ def main(arguments: Sequence[str]) -> None:
             else:
                 uninstall([shell] if rest else SHELLS)
         except (OSError, RuntimeError) as error:  # the last where there is no home
+            why = str(error).rstrip(".")
             raise UserError(
-                f"the completion cannot be written or removed: {error}; `capsrun completion "
+                f"the completion cannot be written or removed: {why}; `capsrun completion "
                 "bash|zsh|fish` prints it, to be put where you like"
             ) from error
     else:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
 
@@ -59,6 +60,11 @@ def test_a_process_that_is_killed_is_one_sentence(monkeypatch):
     steps = tasks.OwnProcess(bench_config(), "plain fp32")
     with pytest.raises(UserError, match="the process of plain fp32 was ended from outside"):
         steps(1)
+
+
+def test_ctrl_c_ends_a_process_without_a_word():
+    with tasks.own_process() as process:
+        assert process.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
 def test_tasks_take_turns():

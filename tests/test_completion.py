@@ -16,6 +16,7 @@ import pytest
 from conftest import REPOSITORY, run_python
 
 from capsrun import cli, completion, compose
+from capsrun.models.fast import native
 
 # A program of the name that the shells look for.
 PROGRAM = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m capsrun "$@"\n'
@@ -338,6 +339,19 @@ def test_the_shell_is_that_of_the_user_and_fish_needs_no_line(home, monkeypatch,
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     assert cli.main(["completion", "install"]) == 2
     assert "capsrun completion install bash|zsh|fish" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home(home, monkeypatch, refused):
+    """As in a container that runs under the number of a user that it does not know."""
+
+    def nobody(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert "determine home directory; `capsrun" in refused("completion", "install", "bash")
+    assert native._cache_dir() is None
 
 
 def test_a_home_that_cannot_be_written(home, capsys):

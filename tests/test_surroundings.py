@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -60,6 +61,26 @@ def test_variables_of_launchers_count_as_a_pair_of_numbers(monkeypatch, rank, co
         if value is not None:
             monkeypatch.setenv(name, value)
     assert process_rank() == found
+
+
+def test_ctrl_c_while_python_ends_has_no_traceback():
+    """What libraries do then takes a moment."""
+    script = """
+import atexit, os, signal
+from capsrun.cli import main
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+main(["--version"])
+"""
+    done = run_python("-c", script)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("words", [["list"], ["train", "--help"], ["report"], ["train", "-m"]])
+def test_a_working_folder_that_was_deleted_is_said(in_tmp, refused, words):
+    (in_tmp / "gone").mkdir()
+    os.chdir(in_tmp / "gone")
+    (in_tmp / "gone").rmdir()
+    assert "the folder that you are in cannot be used (No such file or" in refused(*words)
 
 
 def test_a_lock_that_is_no_plain_file_is_refused_and_nothing_is_written(tmp_path):

@@ -7,14 +7,12 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from capsrun.bench.tasks import STEPS, random_split, wait_for
+from capsrun.bench.tasks import STEPS, own_process, random_split, wait_for
 from capsrun.config import TrainConfig
 from capsrun.data import sizes
 from capsrun.data.splits import TrainingBatches
@@ -124,7 +122,7 @@ def latest_run(
 def timed_apart(training: TrainConfig, device: torch.device, threads: int) -> tuple[float, float]:
     """What a step takes in a process of its own, whose memory is that of this network alone."""
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with own_process() as process:
             return process.submit(step_cost, training, device, threads).result()
     except BrokenProcessPool:
         raise UserError(

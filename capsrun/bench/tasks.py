@@ -3,6 +3,7 @@
 Shapes: B batch, I input capsules, K input dimension.
 """
 
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -214,6 +215,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def own_process() -> ProcessPoolExecutor:
+    """A process to compute in, which Ctrl-C ends without a word."""
+    silently = signal.SIGINT, signal.SIG_DFL
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, silently)
+
+
 class OwnProcess:
     """Training steps of a variant in a process of its own.
 
@@ -223,7 +230,7 @@ class OwnProcess:
 
     def __init__(self, config: BenchConfig, name: str) -> None:
         self._variant = config, name
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._pool = own_process()
         self.found: dict[str, Any] = {}
         """See `steps_here`, in that process."""
 
