@@ -447,10 +447,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     original = TrainingBatches.batch
 
     def poison(batches, step):
-        batch = original(batches, step)
-        if step == 6:
-            batch.targets_BTCHW[0, 0, 0, 5, 5] = float("nan")
-        return batch
+        batch, nan = original(batches, step), float("nan")
+        return batch._replace(targets_BTCHW=batch.targets_BTCHW * (nan if step == 6 else 1.0))
 
     monkeypatch.setattr(TrainingBatches, "batch", poison)
     with pytest.raises(UserError, match=r"after step 6: the loss is nan.*not_finite\.pt"):
