@@ -33,9 +33,10 @@ def command_help(command: str, summary: str, example: str, words: Sequence[str])
     chosen = choices_made(command, words)
     meanings = comments_of(configs_dir() / f"{command}.yaml", "")
     meanings |= comments_of(configs_dir() / "common.yaml", "")
-    lines = [f"Usage: capsrun {command} [key=value …]: {summary}", f"  {example}", ""]
-    lines += [styled("Choices:", BOLD)]
-    for group, choices in group_choices(command).items():
+    groups = group_choices(command)
+    lines = [f"Usage: capsrun {command} [key=value …]: {summary}", f"  {example}"]
+    lines += ["", styled("Choices:", BOLD)] if groups else []
+    for group, choices in groups.items():
         now = f" ({chosen[group]})" if chosen.get(group) else ""
         lines += row(group + now, ", ".join(choices))
     sections: dict[str, list[str]] = {"Settings:": []}
