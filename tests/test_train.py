@@ -538,6 +538,19 @@ def test_records_are_cut_where_the_checkpoint_was_made(tmp_path):
     assert curves(tmp_path) == {"a": [(1, 1.0), (2, 2.0), (3, 4.0)]}
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_shows_its_settings_once(tiny_run, tmp_path):
+    config = read_checkpoint(tiny_run / "checkpoint.pt")["config"]
+    for _ in range(2):
+        recorder = Recorder(tmp_path, steps=9)
+        recorder.settings(config)
+        recorder.numbers(1, {"a": 1.0})
+        recorder.finished()
+        recorder.close()
+        time.sleep(1)  # as above
+    settings_shown(tmp_path)
+    assert curves(tmp_path) == {"a": [(1, 1.0)]}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_held_back(number):
     before = signal.getsignal(number)

@@ -35,6 +35,9 @@ class Recorder:
         self.stream.seek(0, os.SEEK_END)
         if step == 0:  # `capsrun list` shows how long the run is to be while it goes on
             self.stream.write(json.dumps({"step": 0, "total_steps": steps}) + "\n")
+            # An end before the first checkpoint left records: TensorBoard would purge its numbers
+            # and pictures as below, but show the texts of both.
+            remove_events(folder)
         # TensorBoard forgets what it has of `step` and of later ones: of `step` too, as a test may
         # have been made after it was saved. What was saved of it is written again.
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -110,8 +113,13 @@ def is_shown(step: int, every: int, steps: int, most: int) -> bool:
 def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> None:
     """Put figures into `folder/tensorboard` by name, in place of earlier ones of the same key."""
     suffix = f".capsrun-{key}"
-    for old in (folder / "tensorboard").glob(f"events.out.tfevents.*{glob.escape(suffix)}"):
-        old.unlink()
+    remove_events(folder, suffix)
     with SummaryWriter(str(folder / "tensorboard"), filename_suffix=suffix) as board:
         for name, figure in drawn.items():
             board.add_figure(name, figure)
+
+
+def remove_events(folder: Path, suffix: str = "") -> None:
+    """Remove TensorBoard's files in `folder/tensorboard` whose names end with the suffix."""
+    for old in (folder / "tensorboard").glob(f"events.out.tfevents.*{glob.escape(suffix)}"):
+        old.unlink()
