@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from capsrun import __version__, completion, compose, errors
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, process_rank
-from capsrun.terminal import BOLD, RED, styled
+from capsrun.terminal import BOLD, RED, printable_lines, styled
 from capsrun.yaml_files import without_config_dir
 
 # So long other processes wait for the first one to say why all of them end.
@@ -231,7 +231,7 @@ def without_told_twice(failure: threading.ExceptHookArgs) -> None:
 
 def fail(where: str, error: object, code: int) -> int:
     """Say why a command ended, and return the exit code."""
-    say(f"{styled(f'{where}:', RED, sys.stderr)} {error}")
+    say(f"{styled(f'{where}:', RED, sys.stderr)} {printable_lines(str(error))}")
     return code
 
 

@@ -24,6 +24,7 @@ from capsrun.terminal import size
 
 PART = ".capsrun-part"
 LOCK = ".lock"
+ELSEWHERE = "choose another out_dir=…"
 # `holder` takes a lock for a moment, to see whether it can; whoever wants it then tries again.
 RETRY_SECONDS, PAUSE_SECONDS = 0.5, 0.02
 # The largest text that capsrun writes is the metrics.jsonl of a long run, with a few MB.
@@ -215,6 +216,30 @@ def locked(path: Path, doing: str | None = None) -> Iterator[Callable[[], bool]]
             if _identity(path) in (mine, None):
                 _owner(path).unlink(missing_ok=True)
             lock.release()
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, *made: str, command: str | None = None) -> Iterator[None]:
+    """Make a folder for what a command writes, and be the only process to write to it.
+
+    made: patterns of the files that it writes. Where such are there, but not the lock that every
+    folder has that capsrun made, they are somebody else's, and a UserError says so. command: where
+    the first of them, which is JSON, has this `command`, they were only copied without their lock.
+    Raises Busy while another process writes to the folder.
+    """
+    make_folder(folder)
+    found = [path for pattern in made for path in folder.glob(pattern)]
+    if found and not (folder / LOCK).exists() and not _is_of(folder / made[0], command):
+        raise UserError(f"{min(found)} is there already, and capsrun did not make it; {ELSEWHERE}")
+    with locked(folder / LOCK):
+        yield
+
+
+def _is_of(file: Path, command: str | None) -> bool:
+    try:
+        return command is not None and read_json(file)["command"] == command
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def refuse_unless_plain(path: Path) -> None:

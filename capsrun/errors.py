@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from capsrun.terminal import YELLOW, styled
+from capsrun.terminal import YELLOW, printable_lines, styled
 
 
 class UserError(Exception):
@@ -82,7 +82,7 @@ def notice(message: str) -> None:
 
 def remark(message: str) -> None:
     """Tell the user something about one run, which is not kept for others of this process."""
-    print(f"{styled('note:', YELLOW, sys.stderr)} {message}", file=sys.stderr)
+    print(f"{styled('note:', YELLOW, sys.stderr)} {printable_lines(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager

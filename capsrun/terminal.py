@@ -6,7 +6,7 @@ Colours are for a terminal only: what goes into a pipe or a file has none, nor h
 
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
 
@@ -56,6 +56,24 @@ def size(count: float) -> str:
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     """The text in a style, if the stream (standard output where none is said) shows styles."""
     return f"\x1b[{style}m{text}\x1b[0m" if shows_styles(stream or sys.stdout) else text
+
+
+def printable(values: Any) -> Any:
+    """Plain data, somebody else's say, whose texts have no line ends and nothing that a terminal
+    obeys.
+    """
+    if isinstance(values, dict):
+        return {printable(key): printable(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [printable(value) for value in values]
+    if not isinstance(values, str) or values.isprintable():
+        return values
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in values)
+
+
+def printable_lines(text: str) -> str:
+    """A text of several lines, in which a file or a name may be quoted, without what is more."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def shows_styles(stream: TextIO) -> bool:

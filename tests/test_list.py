@@ -304,3 +304,37 @@ assert not {"torch", "matplotlib", "numpy"} & set(sys.modules)
 """
     done = run_python("-c", script)
     assert done.returncode == 0, done.stderr
+
+
+# Clears the screen, in two ways; ends the line; writes from right to left.
+HOSTILE = "x\x1b[2J\x9b2J\rfinished\n\u202ey"
+
+
+@pytest.mark.parametrize("words", [[], ["means=true"], ["columns=[loss.name,recipe.name]"]])
+def test_what_others_wrote_is_nothing_that_a_terminal_obeys(runs, capsys, words):
+    """Neither of a finished run, nor of one that goes on, a damaged one, or a folder's name."""
+    config = asdict(EXPERIMENTS.training(TINY))
+    for part in ("dataset", "model", "loss", "recipe"):
+        config[part] = config[part] | {"name": HOSTILE}
+    train_result(runs / "a/seed0", 25, 0, name=HOSTILE, model=HOSTILE, config=config)
+    eval_result(runs / "a/seed0/eval\x1b[2J", "dataset=affnist", 5, dataset=HOSTILE)
+    for name in ("b", "c\x1b[2J"):
+        begun(runs, name, 60, "")
+        (runs / name / "seed0/config.yaml").write_text(OmegaConf.to_yaml(config))
+    (runs / "d\nx/seed0").mkdir(parents=True)
+    (runs / "d\nx/seed0/config.yaml").write_text("")
+    assert cli.main(["list", *words]) == 0
+    said = capsys.readouterr()
+    table, _, following = said.out.partition("\nnext: ")
+    lines = table.splitlines()
+    assert len(lines) == (1 + 1 + 1 if "means=true" in words else 1 + 4 + 1)
+    assert all(line.isprintable() for line in (*lines, *said.err.splitlines()))
+    assert following == "capsrun report\n"  # with its data set nobody can go on
+
+
+def test_a_name_of_a_file_that_is_left_out_is_nothing_that_a_terminal_obeys(runs, capsys):
+    train_result(runs / "a\x1b[2Jb/seed0", 25, 0, steps="\x1b[2J")
+    assert cli.main(["report"]) == 2
+    said = capsys.readouterr().err
+    assert "is left out" in said
+    assert "\x1b" not in said

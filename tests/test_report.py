@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import runpy
 import shutil
@@ -15,7 +16,7 @@ from conftest import MNIST_DIR, REPOSITORY, TINY, train_config
 from recorded import EXPERIMENTS, eval_result, train_result
 
 from capsrun import cli
-from capsrun.commands.report import ReportConfig, keep, report, update_tables
+from capsrun.commands.report import ReportConfig, report, update_tables
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.report import plots, questions
@@ -408,25 +409,6 @@ def test_markup_in_results_stays_text(tmp_path, capsys):
     assert "\x1b" not in text + page + printed
 
 
-def test_keep_copies_what_is_small(tmp_path, tiny_run):
-    """What was kept is a source like any other: keeping again changes nothing."""
-    kept = tmp_path / "kept"
-    for _ in range(2):
-        (found,) = find_results([kept, tiny_run.parent])
-        keep([found], kept)
-    names = {p.name for p in (kept / "run/seed0").iterdir()}
-    assert names == {"result.json", "config.yaml", "metrics.jsonl", "pictures"}
-
-
-def test_evals_of_one_run_are_kept_apart(tmp_path):
-    names = ["affnist_capsnet", "eval-affnist-test", "eval-affnist-test-first1000"]
-    for number, name in enumerate(names):
-        place = tmp_path / "runs/a" / (name if number else f"{name}/seed0")
-        eval_result(place, "dataset=affnist", number, PADDED)
-    keep(find_results([tmp_path / "runs"]), tmp_path / "kept")
-    assert sorted(path.parent.name for path in (tmp_path / "kept").rglob("result.json")) == names
-
-
 # What is committed.
 
 needs_results = pytest.mark.skipif(not RESULTS.is_dir(), reason="results/ is not here")
@@ -499,6 +481,29 @@ def test_tables_of_other_pages_are_written_anew(tmp_path):
     with pytest.raises(UserError, match=r"no <!-- end --> after <!-- summary -->"):
         update_tables(page, {"summary": "| new |"})
     assert page.read_text() == "<!-- summary -->\n| old |\n\nThe end.\n"
+
+
+def test_pages_that_cannot_be_updated_are_said_before_anything_is_written(in_tmp, refused):
+    train_result(in_tmp / "runs/a", 25, 0)
+    latin, pipe = in_tmp / "latin.md", in_tmp / "pipe.md"
+    latin.write_bytes("Müller\n<!-- summary -->\n<!-- end -->\n".encode("latin-1"))
+    os.mkfifo(pipe)
+    for name in ("latin.md", "pipe.md", "missing.md", "runs"):
+        message = refused("report", "keep=kept", f"update=[{name}]")
+        assert f"{name} cannot be updated: " in message
+    assert not (in_tmp / "runs/report").exists()
+    assert not (in_tmp / "kept").exists()
+    assert latin.read_bytes().startswith(b"M\xfcller")
+
+
+def test_an_updated_page_keeps_its_line_ends_and_its_place(tmp_path):
+    page, link = tmp_path / "page.md", tmp_path / "link.md"
+    page.write_bytes(b"Ours\r\n<!-- summary -->\r\n| old |\r\n<!-- end -->\r\n")
+    link.symlink_to(page)
+    update_tables(link, {"summary": "| new |\n| 1 |"})
+    assert link.is_symlink()
+    new = b"Ours\r\n<!-- summary -->\r\n| new |\r\n| 1 |\r\n<!-- end -->\r\n"
+    assert page.read_bytes() == new
 
 
 def test_own_runs_are_on_the_screen_and_in_tables_for_other_programs(tmp_path, capsys):

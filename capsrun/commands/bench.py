@@ -26,6 +26,7 @@ from capsrun.training.device import describe_device, provenance, resolve_device,
 MATRIX_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 MOST_OPERATIONS = 12
 TEXTBOOK = "textbook fp32"
+FILES = RESULT, CHART = "bench.json", "bench.png"
 # Columns: heading, key of a row, form.
 COLUMNS = (
     ("ms", "median_ms", ",.2f"),
@@ -54,7 +55,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     out_dir = Path(config.out_dir or Path(config.runs_dir) / f"bench-{config.dataset.name}")
-    disk.make_folder(out_dir)
+    with disk.own_folder(out_dir, *FILES, command="bench"):
+        return finish(measure(config, device, precision), out_dir)
+
+
+def measure(config: BenchConfig, device: torch.device, precision: str) -> dict[str, Any]:
+    """Time everything in turns; returns what `bench.json` holds."""
     load_before = os.getloadavg()[0]
     variants = tasks.variant_names(precision)
     print(f"{config.rounds} turns each on {describe_device(device)}: {', '.join(variants)}")
@@ -91,7 +97,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.profile:
         result["profile"] = profile(config, device, precision)
     result["config"] = dataclasses.asdict(config)
-    return finish(result, out_dir)
+    return result
 
 
 def refuse_untimed(config: BenchConfig) -> None:
@@ -165,17 +171,17 @@ def finish(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     noisy = [name for name in decisive if is_noisy(result, name)]
     result["refused"] = noisy
     print_figures(result)
-    disk.write_json(out_dir / "bench.json", result)
+    disk.write_json(out_dir / RESULT, result)
     if noisy:
-        (out_dir / "bench.png").unlink(missing_ok=True)
+        (out_dir / CHART).unlink(missing_ok=True)
         limit = result["config"]["spread_percent"]
         raise Noisy(
             f"too noisy to be quoted: {', '.join(noisy)} (the middle half of the turns spans more "
             f"than {limit:g} %); stop other programs and run it again, or with a longer "
-            f"turn_seconds=…; all turns are in {out_dir / 'bench.json'}, and no chart is drawn"
+            f"turn_seconds=…; all turns are in {out_dir / RESULT}, and no chart is drawn"
         )
-    figures.save(figures.step_times(result), out_dir / "bench.png")
-    print(f"written: {out_dir / 'bench.json'}, {out_dir / 'bench.png'}")
+    figures.save(figures.step_times(result), out_dir / CHART)
+    print(f"written: {out_dir / RESULT}, {out_dir / CHART}")
     return result
 
 

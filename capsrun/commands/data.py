@@ -22,6 +22,7 @@ from capsrun.report.pictures import displayed, in_colours
 from capsrun.runs.progress import bar
 from capsrun.terminal import counted, duration
 
+FILES = STATISTICS, SHEET, TRANSFORMS = "statistics.json", "contact_sheet.png", "transforms.npz"
 AT_ONCE = 2000
 # Test images among which those of each class are looked for.
 LOOKED_THROUGH = 10_000
@@ -34,24 +35,28 @@ def main(config: DataConfig, overrides: Sequence[str]) -> None:
     """
     dataset = load_dataset(config.dataset, torch.device("cpu"))
     folder = Path(config.out_dir or Path(config.runs_dir) / f"data-{dataset.name}")
-    disk.make_folder(folder)
+    with disk.own_folder(folder, *FILES, command="data"):
+        show(config, dataset, folder)
+    use = "eval" if known(config.dataset.name).for_testing else "train"
+    suggest([use, *dataset_words(config.dataset)])
+
+
+def show(config: DataConfig, dataset: Dataset, folder: Path) -> None:
+    """Print what a data set is like, and leave that and a contact sheet in a folder."""
     for source in dataset.sources:
         state = "verified" if source.verified else "not verified: no published checksum for it"
         print(f"{source.name}: MD5 {source.md5} ({state})")
     print_counts(dataset)
-    statistics = {}
+    statistics: dict[str, Any] = {"command": "data", "dataset": dataset.name}
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         if len(split):
             statistics[name] = split_statistics(split, config.statistics_images)
             print_statistics(name, statistics[name])
     if isinstance(dataset.test, TransformedDigits):
-        statistics["transforms"] = keep_transforms(dataset.test, folder / "transforms.npz")
-    disk.write_json(folder / "statistics.json", statistics)
-    sheet = folder / "contact_sheet.png"
-    figures.save(contact_sheet(dataset, config.samples), sheet)
-    print(f"contact sheet: {sheet}")
-    use = "eval" if known(config.dataset.name).for_testing else "train"
-    suggest([use, *dataset_words(config.dataset)])
+        statistics["transforms"] = keep_transforms(dataset.test, folder / TRANSFORMS)
+    disk.write_json(folder / STATISTICS, statistics)
+    figures.save(contact_sheet(dataset, config.samples), folder / SHEET)
+    print(f"contact sheet: {folder / SHEET}")
 
 
 def print_counts(dataset: Dataset) -> None:

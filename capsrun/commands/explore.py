@@ -50,8 +50,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     dataset = load_test_images(config, trained, device)
     folder = output_folder(checkpoint, config.runs_dir)
     path = Path(config.out or folder / f"explore-{dataset.name}.html")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; out= is the file to write")
+    refuse_foreign(path)
     disk.make_folder(path.parent)
     to_device(model, device, fast=False)
     shown = choose(config.explore, model, dataset.test)
@@ -77,6 +76,17 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     print(f"digits {drawing}")
     print(f"{path}: {size(len(text.encode()))}; open it in any browser")
     return path
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise UserError where something is that capsrun did not write."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; out= is the file to write")
+    if path.is_file():
+        with open(path, "rb") as stream:
+            head = stream.read(1_000)
+        if head and b"<title>Inside a capsule: " not in head:
+            raise UserError(f"{path} is no page of capsrun; choose another out=…")
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import io
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from capsrun.training.metrics import predicted_classes
 
 # Of each format the file, and how it is used: its `{path}`, and the `{names}` of its outputs.
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+RECORD = "export.json"
 SNIPPETS = {
     "onnx": """\
 import onnxruntime
@@ -118,9 +119,18 @@ def main(config: ExportConfig, overrides: Sequence[str]) -> None:
     dataset = trained.config.dataset
     model = Exportable(trained.model, dataset.digits, dataset.standardise).requires_grad_(False)
     folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / "export")
-    disk.make_folder(folder)
     text = f"{trained.config.model.name}, trained on {dataset.name}"
-    announce(checkpoint, trained, text, "exported")
+    with disk.own_folder(folder, RECORD, *FILES.values(), command="export"):
+        announce(checkpoint, trained, text, "exported")
+        files = write_formats(formats, model, folder)
+        result = {**describe(model, trained, checkpoint), "files": files}
+        result["versions"] |= {package: importlib.metadata.version(package) for package in packages}
+        disk.write_json(folder / RECORD, result)
+    print_usage(result, folder, formats)
+
+
+def write_formats(formats: Iterable[str], model: Exportable, folder: Path) -> dict[str, Any]:
+    """Write the files, and say of each how large it is and how far it is from the checkpoint."""
     program = export_program(model)
     files = {}
     for name in formats:
@@ -129,10 +139,7 @@ def main(config: ExportConfig, overrides: Sequence[str]) -> None:
         length = path.stat().st_size
         files[path.name] = {"bytes": length, "largest_difference": difference}
         print(f"{path}: {size(length)}, gives what the checkpoint gives to {difference:.1e}")
-    result = {**describe(model, trained, checkpoint), "files": files}
-    result["versions"] |= {package: importlib.metadata.version(package) for package in packages}
-    disk.write_json(folder / "export.json", result)
-    print_usage(result, folder, formats)
+    return files
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import mean_and_spread, span
 from capsrun.runs.reader import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Result, Run, find_runs
 from capsrun.settings import flattened, from_dict, written
-from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, counted, styled
+from capsrun.terminal import BOLD, DIM, GREEN, RED, YELLOW, ago, counted, printable, styled
 
 # Between both stand the columns that are asked for.
 HEADER = (("error", "steps", "data set", "model"), ("written", "status", "folder"))
@@ -60,10 +60,10 @@ def main(config: ListConfig, overrides: Sequence[str]) -> None:
     elif finished:  # the latest is the last
         try:
             trained = from_dict(TrainConfig, finished[-1].config)
+            trained.runs_dir = config.runs_dir  # the folder may have been moved
+            words = model_words(trained, finished[-1].folder)
         except UserError:  # it is of another version
             return suggest(["report", *folder_words(config)])
-        trained.runs_dir = config.runs_dir  # the folder may have been moved
-        words = model_words(trained, finished[-1].folder)
         suggest(["eval", *words], ["report", *folder_words(config)])
     elif any(run.status == INTERRUPTED for run in runs):
         print("next: the command that began a run goes on with it where it was interrupted")
@@ -210,7 +210,7 @@ def run_line(run: Run, columns: Sequence[str], now: float) -> list[str]:
     steps = "" if run.steps is None else f"{run.steps:,}"
     if run.steps is not None and run.status != FINISHED:
         steps += f" of {run.total_steps:,}" if run.total_steps else " of ?"
-    folder = f"{run.folder} ({run.problem})" if run.problem else str(run.folder)
+    folder = printable(f"{run.folder} ({run.problem})" if run.problem else str(run.folder))
     status = styled(run.status, STYLES[run.status])
     head = [percent(run.error_percent), steps, run.dataset, run.model]
     return [*head, *cells(run.config, columns), ago(now - run.written), status, folder]
@@ -223,7 +223,7 @@ def test_line(test: Result, run: Run, columns: Sequence[str], now: float) -> lis
     error = percent(test.error_percent) if test.command == "eval" else ""
     command = styled(test.command, DIM)
     head = [error, "", tested_on(test), "", *[""] * len(columns)]
-    return [*head, ago(now - test.written), command, f"  {place}"]
+    return [*head, ago(now - test.written), command, f"  {printable(str(place))}"]
 
 
 def tested_on(test: Result) -> str:

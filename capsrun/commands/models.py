@@ -17,12 +17,12 @@ from capsrun.report.run_page import write_run_page
 from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
 from capsrun.runs.folder import output
 from capsrun.runs.recorder import show_in_tensorboard
-from capsrun.terminal import counted
+from capsrun.terminal import counted, printable
 
 
 def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
     """Say which model is used, and whether its run is unfinished. done: what is done with it."""
-    print(f"{checkpoint}: {text}")
+    print(printable(f"{checkpoint}: {text}"))
     if not trained.finished:
         print(
             f"this run is not finished: its model after {counted(trained.step, 'step')} is {done}"

@@ -4,7 +4,6 @@ import csv
 import html
 import io
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +13,22 @@ from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import setting
-from capsrun.disk import LOCK, locked
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.names import folder_words, suggest
 from capsrun.report import own
 from capsrun.report.document import document, main_tables, own_runs, trainings
 from capsrun.report.gallery import Pictures
+from capsrun.report.keep import keep
 from capsrun.report.page import plain, to_html
 from capsrun.report.questions import questions_and_answers
 from capsrun.report.rows import Row, make_row
-from capsrun.report.run_page import FORMATS
 from capsrun.report.tables import NOT_RUN, SUMMARY, shown, summary_lines
 from capsrun.runs.progress import bar
-from capsrun.runs.reader import RESULT, Result, find_results, read_result
+from capsrun.runs.reader import Result, find_results
 
-# What `keep` copies of a run; of metrics.jsonl only what is not larger than this.
-KEPT = ("result.json", "config.yaml", "metrics.jsonl")
-KEPT_BYTES = 500_000
+# What it leaves in its folder.
+FILES = PAGE, HTML, TEX, CSV = "report.md", "report.html", "report.tex", "report.csv"
 # What `report.csv` has of a result before its settings.
 COLUMNS = ["name", "seed", "command", "error_percent", "errors", "count", "steps", "train_seconds"]
 COLUMNS += ["parameters", "device", "date", "git_commit"]
@@ -58,9 +55,11 @@ def main(config: ReportConfig, overrides: Sequence[str]) -> None:
 def report(config: ReportConfig, experiments: Experiments) -> Path:
     """Write `report.md`, `report.html` and the pictures; returns the page's path.
 
-    Raises UserError where there is no finished run, or for a folder that cannot be written or
-    belongs to a run.
+    Raises UserError where there is no finished run, for a folder that cannot be written or is
+    somebody else's, and, before anything is written, for a page that cannot be updated.
     """
+    for path in config.update:
+        read_page(Path(path))
     results = find_results(config.sources)
     if not results:
         raise UserError(
@@ -69,20 +68,25 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
         )
     out_dir = Path(config.out_dir)
     if any((out_dir / name).exists() for name in ("config.yaml", "result.json")):
-        raise UserError(f"{out_dir} is the folder of a run; choose another out_dir=…")
-    disk.make_folder(out_dir / "pictures")
+        raise UserError(f"{out_dir} is the folder of a run; {disk.ELSEWHERE}")
     as_text = [Result(result.folder, plain(result.values)) for result in results]
-    with locked(out_dir / LOCK):
+    # A report that was committed is without its lock.
+    with disk.own_folder(out_dir, *(() if is_report(out_dir / PAGE) else (*FILES, "pictures/*"))):
         rows = write_report(as_text, experiments, out_dir)
         tables = measured(rows, as_text, experiments)
         write_tables(tables, results, out_dir)
-    for path in config.update:
-        update_tables(Path(path), main_tables(rows, as_text))
     if config.keep is not None:
         keep(results, Path(config.keep))
+    for path in config.update:
+        update_tables(Path(path), main_tables(rows, as_text))
     print_tables(tables, rows)
-    print(f"the whole report: {out_dir / 'report.html'}")
-    return out_dir / "report.html"
+    print(f"the whole report: {out_dir / HTML}")
+    return out_dir / HTML
+
+
+def is_report(page: Path) -> bool:
+    """Whether a file is the Markdown of a report, as `write_report` writes it."""
+    return page.is_file() and page.read_bytes().startswith(b"# capsrun")
 
 
 class Table(NamedTuple):
@@ -129,7 +133,7 @@ def write_tables(tables: Iterable[Table], results: Sequence[Result], out_dir: Pa
         for title, header, lines in tables
     ]
     head = "% Needs \\usepackage{booktabs}."
-    disk.write_file(out_dir / "report.tex", "\n\n".join([head, *parts, ""]))
+    disk.write_file(out_dir / TEX, "\n\n".join([head, *parts, ""]))
     tested = [result for result in results if result.command != "perturb"]
     tested.sort(key=lambda result: (result.values["name"], repr(result.settings), result.seed))
     flattened = [flat(result) for result in tested]
@@ -138,7 +142,7 @@ def write_tables(tables: Iterable[Table], results: Sequence[Result], out_dir: Pa
     writer = csv.DictWriter(table, list(keys))
     writer.writeheader()
     writer.writerows(flattened)
-    disk.write_file(out_dir / "report.csv", table.getvalue())
+    disk.write_file(out_dir / CSV, table.getvalue())
 
 
 def flat(result: Result) -> dict[str, Any]:
@@ -151,16 +155,15 @@ def flat(result: Result) -> dict[str, Any]:
 
 def write_report(results: Sequence[Result], experiments: Experiments, out_dir: Path) -> list[Row]:
     """Write the files of the report into a folder, and return the rows of its tables."""
-    if (out_dir / "report.md").exists():  # its pictures may have no place in the new one
-        before = (out_dir / "report.md").read_text(encoding="utf-8", errors="replace")
-        if not before.startswith("# capsrun"):
-            raise UserError(f"{out_dir / 'report.md'} is somebody else's; choose another out_dir=…")
+    disk.make_folder(out_dir / "pictures")
+    if (out_dir / PAGE).exists():  # its pictures may have no place in the new one
+        before = (out_dir / PAGE).read_text(encoding="utf-8", errors="replace")
         for name in re.findall(r"\((pictures/[\w.-]+)\)", before):
             (out_dir / name).unlink(missing_ok=True)
     names = bar(experiments.names(), "experiment", "results")
     rows = [make_row(name, experiments, results) for name in names]
     text = document(rows, results, experiments, Pictures(out_dir))
-    for name, content in (("report.md", text), ("report.html", to_html(text, out_dir))):
+    for name, content in ((PAGE, text), (HTML, to_html(text, out_dir))):
         disk.write_file(out_dir / name, content)
     return rows
 
@@ -168,9 +171,10 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
 def update_tables(path: Path, tables: Mapping[str, str]) -> None:
     """Put tables, by name, between `<!-- name -->` and `<!-- end -->` in a file.
 
-    Raises UserError where the second is missing, as all that follows would be lost.
+    Raises UserError where the second is missing, as all that follows would be lost, and as
+    `read_page` does.
     """
-    text = path.read_text(encoding="utf-8")
+    text, line_end = read_page(path)
     for name, content in tables.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, mark, rest = text.partition(start)
@@ -178,41 +182,16 @@ def update_tables(path: Path, tables: Mapping[str, str]) -> None:
             raise UserError(f"{path} has no <!-- end --> after <!-- {name} -->")
         if mark:
             text = before + start + content + end + rest.partition(end)[2]
-    disk.write_file(path, text)
+    # In place of the file that a link is to, not of the link.
+    disk.write_file(path.resolve(), text.replace("\n", line_end))
 
 
-def keep(results: Sequence[Result], folder: Path) -> None:
-    """Copy results, metrics and the pictures of the first seed of each run, to be kept.
-
-    A run's folder is named as the run, and what was made of it lies inside: an `eval` has the name
-    that it has beside its run, or that of its experiment. Links in a run's folder are not followed.
-    Raises UserError where two different results would have one place.
-    """
-    first: dict[str, int] = {}
-    for result in results:
-        name = result.values["name"]
-        first[name] = min(result.seed, first.get(name, result.seed))
-    for result in results:
-        name, source = result.values["name"], result.folder
-        target = folder / name / f"seed{result.seed}"
-        if result.command != "train":
-            beside = source.name.startswith(("eval-", "perturb-"))
-            target /= source.name if beside else source.parent.name
-        if target.resolve() == source.resolve():  # kept before
-            continue
-        before = read_result(target / RESULT)
-        if before is not None and before.settings != result.settings:
-            raise UserError(
-                f"{source} and {target}, which is kept already, are different runs of one name and "
-                "seed; rename one of them"
-            )
-        disk.make_folder(target)
-        for file in KEPT:
-            if disk.is_plain(source / file) and (source / file).stat().st_size <= KEPT_BYTES:
-                shutil.copyfile(source / file, target / file)
-        pictures = source / "pictures"
-        if result.seed == first[name] and pictures.is_dir() and not pictures.is_symlink():
-            disk.make_folder(target / "pictures")
-            for path in pictures.iterdir():
-                if disk.is_plain(path) and path.suffix in FORMATS:
-                    shutil.copyfile(path, target / "pictures" / path.name)
+def read_page(path: Path) -> tuple[str, str]:
+    """The text of a file, and how its lines end. Raises UserError where it has none in UTF-8."""
+    try:
+        text = disk.read_bytes(path, disk.MOST_TEXT_BYTES).decode()
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be updated: {said}") from error
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    return text.replace(line_end, "\n"), line_end

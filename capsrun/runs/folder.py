@@ -14,6 +14,8 @@ from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
 from capsrun.runs.reader import CONFIG, RESULT, read_result
 from capsrun.settings import differing_keys, role
 
+# What a command leaves of what it finds out about a run.
+OUTPUT = (RESULT, "index.html", "predictions.csv", "pictures/*")
 # What a checkpoint holds of an unfinished run beside what makes a model of it.
 TO_GO_ON = {"precision": str, "metrics_bytes": int, "parts": list}
 
@@ -24,14 +26,12 @@ def output(folder: Path) -> Iterator[None]:
 
     Raises UserError for a run's own folder, and Busy while another process writes to this one.
     """
-    if (folder / CONFIG).exists():
-        raise UserError(f"{folder} is the folder of a training run; choose another out_dir=…")
-    if (folder / "index.html").exists() and not (folder / RESULT).exists():
-        raise UserError(
-            f"{folder} holds an index.html that capsrun did not make; choose another out_dir=…"
-        )
-    disk.make_folder(folder / "pictures")
-    with disk.locked(folder / disk.LOCK):
+    found = read_result(folder / RESULT)
+    if (folder / CONFIG).exists() or (found is not None and found.command == "train"):
+        raise UserError(f"{folder} is the folder of a training run; {disk.ELSEWHERE}")
+    # A result that was copied is without its lock.
+    with disk.own_folder(folder, *(OUTPUT if found is None else ())):
+        disk.make_folder(folder / "pictures")
         clean(folder)
         yield
 

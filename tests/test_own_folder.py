@@ -1,0 +1,89 @@
+"""Folders that commands write to: what somebody else has there stays as it is."""
+
+import json
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+
+from capsrun import disk
+from capsrun.errors import UserError
+
+FILES = {
+    "eval": ["result.json", "index.html", "predictions.csv", "pictures/holiday.png"],
+    "perturb": ["result.json", "index.html", "pictures/digit_5.gif"],
+    "data": ["statistics.json", "contact_sheet.png"],
+    "export": ["export.json", "model.onnx", "model.pt2"],
+    "bench": ["bench.json", "bench.png"],
+    "report": ["report.md", "report.html", "report.csv", "report.tex", "pictures/holiday.png"],
+}
+CASES = [(command, file) for command, files in FILES.items() for file in files]
+
+
+def words(command, run):
+    if command == "report":
+        return [command, f"sources={run}"]
+    return [
+        command,
+        "dataset=mnist5k",
+        *([] if command in ("data", "bench") else [f"checkpoint={run}"]),
+    ]
+
+
+@pytest.mark.parametrize(("command", "file"), CASES)
+def test_files_of_others_are_left_alone(command, file, in_tmp, tiny_run, refused):
+    mine = in_tmp / "mine" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    message = refused(*words(command, tiny_run), "out_dir=mine")
+    assert f"mine/{file} is there already, and capsrun did not make it; choose another" in message
+    assert [path for path in (in_tmp / "mine").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "{}"
+
+
+@pytest.mark.parametrize("command", ["eval", "perturb", "data", "export", "report"])
+def test_what_capsrun_made_is_made_again(command, in_tmp, tiny_run, printed):
+    """Also where it was copied or committed without its lock; and other files may be there."""
+    quick = {"eval": ["images=50"], "export": ["format=torch"], "perturb": ["perturb.digit=5"]}
+    line = [*words(command, tiny_run), "out_dir=out", *quick.get(command, [])]
+    (in_tmp / "out").mkdir()
+    (in_tmp / "out/notes.txt").write_text("mine")
+    printed(*line)
+    (in_tmp / "out/.lock").unlink()
+    printed(*line)
+    assert (in_tmp / "out/notes.txt").read_text() == "mine"
+
+
+def test_a_committed_benchmark_is_made_again(in_tmp):
+    """As of all, its record says which command made it."""
+    committed = next((REPOSITORY / "benchmarks").glob("*/bench.json"))
+    shutil.copy(committed, in_tmp)
+    with disk.own_folder(in_tmp, "bench.json", "bench.png", command="bench"):
+        pass
+    (in_tmp / ".lock").unlink()
+    (in_tmp / "bench.json").write_text(json.dumps({"command": "sing"}))
+    with (
+        pytest.raises(UserError, match="capsrun did not make it"),
+        disk.own_folder(in_tmp, "bench.json", command="bench"),
+    ):
+        pass
+
+
+def test_a_run_whose_settings_are_gone_is_no_place_for_a_test(in_tmp, tiny_run, refused):
+    shutil.copytree(tiny_run, in_tmp / "run")
+    (in_tmp / "run/config.yaml").unlink()
+    line = ["eval", "dataset=mnist5k", f"checkpoint={tiny_run}", "out_dir=run"]
+    assert "run is the folder of a training run" in refused(*line)
+
+
+def test_explore_replaces_its_own_pages_only(in_tmp, tiny_run, refused, printed):
+    line = ["explore", "dataset=mnist5k", f"checkpoint={tiny_run}", "out=page.html"]
+    line += ["explore.images=1", "explore.search=100"]
+    page = in_tmp / "page.html"
+    page.write_text("<h1>My page of capsrun</h1>")
+    assert "page.html is no page of capsrun; choose another out=" in refused(*line)
+    assert page.read_text() == "<h1>My page of capsrun</h1>"
+    page.write_text("")  # as mktemp leaves it
+    for _ in range(2):
+        printed(*line)
+    assert "Inside a capsule" in page.read_text()
