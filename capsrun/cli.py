@@ -151,7 +151,7 @@ def answer(name: str, arguments: list[str]) -> None:
         name, arguments = arguments[0], [*arguments[1:], "--help"]
     if name in ("-h", "--help", "help"):
         print(usage(), flush=True)
-    elif name == "--version":
+    elif "--version" in (name, *arguments):
         print(f"capsrun {__version__}")
     elif name == "completion":
         completion.main(arguments)

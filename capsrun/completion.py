@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from capsrun.compose import FLAGS, OFFERED, OPTIONS, group_choices, setting_names, setting_values
+from capsrun.compose import FLAGS, OPTIONS, group_choices, setting_names, setting_values
 from capsrun.disk import MOST_TEXT_BYTES, read_bytes, replacing, write_file
 from capsrun.errors import UserError, did_you_mean
 from capsrun.yaml_files import without_config_dir
@@ -77,7 +77,7 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     elif before[-1] in ("--cfg", "-c", "--info", "-i"):
         possible = list(OPTIONS["--cfg" if before[-1] in ("--cfg", "-c") else "--info"])
     elif word.startswith("-"):
-        possible = [*OFFERED, *FLAGS.get(before[0], ())]
+        possible = [*OPTIONS, *FLAGS.get(before[0], ())]
     elif "=" in word:
         possible = values(before[0], word)
     else:

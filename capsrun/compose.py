@@ -37,24 +37,16 @@ FLAG_WORDS = {"yes": "true", "no": "false", "true": "true", "false": "false"}
 PLAIN = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_/][a-z_0-9/.-]*", re.ASCII | re.IGNORECASE)
 # What Hydra and OmegaConf let through where words or files are not what they expect.
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
-# Options of Hydra, with the values that some have.
+# The options of Hydra that are of use here, with the values that some have.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "--help": (),
-    "--hydra-help": (),
-    "--version": (),
     "--cfg": ("job", "hydra", "all"),
     "--resolve": (),
-    "--package": (),
-    "--run": (),
     "--multirun": (),
-    "--config-path": (),
-    "--config-name": (),
     "--config-dir": (),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
-SHORT_OPTIONS = ("-h", "-c", "-p", "-r", "-m", "-cp", "-cn", "-cd", "-i")
-# Those that are of use here.
-OFFERED = ("--help", "--cfg", "--resolve", "--multirun", "--config-dir", "--info")
+SHORT_OPTIONS = {"-c": "--cfg", "-i": "--info", "-m": "--multirun"}
 # The groups that experiments are in, with their titles in the report.
 GROUPS = {
     "table1": "Table 1: MNIST",
@@ -352,25 +344,43 @@ def describe_unknown_command(word: str, commands: Sequence[str]) -> str:
 
 
 def refuse_unknown_options(command: str, arguments: Sequence[str]) -> None:
-    """Raise UserError for an option that Hydra does not have: a setting with dashes, mostly."""
-    for number, word in enumerate(arguments):
-        option, _, value = word.partition("=")
-        values = (*OPTIONS["--cfg"], *OPTIONS["--info"])
-        known = option in SHORT_OPTIONS or (option[:2] in ("-c", "-i") and option[2:] in values)
-        if not word.startswith("-") or known:
+    """Raise UserError for an option that there is not, a setting with dashes mostly, and for a
+    value that an option does not have.
+
+    `--help` and `--config-dir` are answered before.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        if not word.startswith("-"):
             continue
-        if option != "--" and any(full.startswith(option) for full in OPTIONS):
-            continue  # Hydra takes shortened ones too
-        key = option.lstrip("-").replace("-", "_")
-        names = (*group_choices(command), *setting_names(command))
-        meant = next((n for n in names if n == key or n.endswith("." + key)), None)
-        if meant is not None:
-            follows = arguments[number + 1 : number + 2]
-            value = value or (follows[0] if follows and "=" not in follows[0] else "…")
+        option, given, value = word.partition("=")
+        if (full := option_of(option)) is None:
             raise UserError(
-                f"there is no option {option}; settings are written without dashes: {meant}={value}"
+                f"there is no option {option}{meant(command, option, value, following)}"
             )
-        hint = did_you_mean(option, (*OFFERED, *FLAGS.get(command, ())))
-        raise UserError(
-            f"there is no option {option}{hint}; `capsrun {command} --help` shows what there is"
-        )
+        values = OPTIONS[full]
+        value = value if given else option[2:] if option[:2] in SHORT_OPTIONS else ""
+        value = value or following
+        # Alone, --info tells all.
+        if values and value not in values and not (full == "--info" and value == ""):
+            raise UserError(f"{full} is followed by one of {', '.join(values)}: {full} {values[0]}")
+
+
+def option_of(word: str) -> str | None:
+    """The option that a word means: Hydra takes shortened ones, and values without a space."""
+    if word[:2] in SHORT_OPTIONS:
+        full = SHORT_OPTIONS[word[:2]]
+        return full if word[2:] in ("", *OPTIONS[full]) else None
+    found = [full for full in OPTIONS if full.startswith(word) and full != "--config-dir"]
+    return found[0] if len(word) > len("--x") and found else None
+
+
+def meant(command: str, option: str, value: str, following: str) -> str:
+    """What somebody may have meant by an option that there is not."""
+    key = option.lstrip("-").replace("-", "_")
+    names = (*group_choices(command), *setting_names(command))
+    setting = next((name for name in names if name == key or name.endswith("." + key)), None)
+    if setting is not None:
+        value = value or (following if following and "=" not in following else "…")
+        return f"; settings are written without dashes: {setting}={value}"
+    hint = did_you_mean(option, (*OPTIONS, *FLAGS.get(command, ())))
+    return f"{hint}; `capsrun {command} --help` shows what there is"

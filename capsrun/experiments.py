@@ -82,6 +82,18 @@ class Experiments:
         """Every experiment."""
         return choices_of("experiment")
 
+    def is_own(self, name: str) -> bool:
+        """Whether it is one of one's own; its file need not be right for that."""
+        folder = own_dir()
+        return folder is not None and path_of("experiment", name).is_relative_to(folder)
+
+    def of_group(self, group: str) -> list[str]:
+        """The experiments of a group, in alphabetical order."""
+        if group == "own":
+            return [name for name in self.names() if self.is_own(name)]
+        known = [name for name in self.names() if not self.is_own(name)]
+        return [name for name in known if self.about(name).group == group]
+
     def about(self, name: str) -> Experiment:
         """What is told about one; of one's own that need be nothing, not even its title.
 
@@ -93,10 +105,10 @@ class Experiments:
             file: Any = OmegaConf.load(path)
             said = (file.get("experiment") or {}).items()
             said = {key: value for key, value in said if value is not None or key == "command"}
-            folder = own_dir()
-            is_own = folder is not None and path.is_relative_to(folder)
+            # It is none of the paper's, whatever it says.
+            own = {"group": "own", "summary": False} if self.is_own(name) else {}
             try:
-                values = {"title": name, **said, **({"group": "own"} if is_own else {})}
+                values = {"title": name, **said, **own}
                 self._about[name] = from_dict(Experiment, OmegaConf.create(values))
                 self._check_uses(self._about[name])
             except UserError as error:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from capsrun.disk import MOST_YAML_BYTES
 from capsrun.errors import UserError
 
 OPTION = re.compile(r"(?:--config-d(?:ir?)?|-cd)(?:=(.*))?", re.DOTALL)
@@ -43,6 +44,8 @@ def use_own_dir(folder: Path | None) -> None:
     if not folder.is_dir():
         raise UserError(f"--config-dir: there is no folder {folder}")
     for path in sorted(folder.glob("*/*.yaml")):
+        if not path.is_file() or path.stat().st_size > MOST_YAML_BYTES:
+            raise UserError(f"{path} is no file of settings")  # but a pipe, say
         ours = configs_dir() / path.relative_to(folder)
         if ours.exists() and ours.read_bytes() != path.read_bytes():
             group, name = path.parent.name, path.stem

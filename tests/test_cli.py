@@ -59,6 +59,7 @@ def test_help_and_version(printed):
         assert any(f"capsrun {name}" in line for line in text)
     assert printed() == text
     assert printed("--version")[0].startswith("capsrun 0.")
+    assert printed("train", "--version") == printed("--version")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -179,13 +180,45 @@ def test_the_options_are_those_of_hydra():
     from hydra._internal.utils import get_args_parser
 
     found = [option for action in get_args_parser()._actions for option in action.option_strings]
-    not_here = {"--shell-completion", "-sc", "--experimental-rerun"}
-    assert {*compose.OPTIONS, *compose.SHORT_OPTIONS} == set(found) - not_here
+    not_here = {"--shell-completion", "--experimental-rerun", "--hydra-help", "--version"}
+    not_here |= {"--package", "--run", "--config-path", "--config-name"}
+    elsewhere = {"-sc", "-p", "-r", "-cp", "-cn"} | {"-h", "-cd"}  # and what is answered before
+    assert {*compose.OPTIONS, *compose.SHORT_OPTIONS} == set(found) - not_here - elsewhere
 
 
-@pytest.mark.parametrize("option", ["--cfg=job", "-c", "--conf", "-cjob", "--mul", "--info"])
-def test_options_of_hydra_are_let_through(option):
-    compose.refuse_unknown_options("train", [option, "job", "seed=-1"])
+@pytest.mark.parametrize(
+    "words", ["--cfg=job", "-c job", "-cjob", "--cf all", "--mul", "-m", "--info", "-i config"]
+)
+def test_options_of_hydra_are_let_through(words):
+    compose.refuse_unknown_options("train", ["seed=-1", *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cfg", "--cfg is followed by one of job, hydra, all: --cfg job"),
+        ("--cfg seed=1", "--cfg is followed by"),
+        ("--cfg=jbo", "--cfg is followed by"),
+        ("-c jbo", "--cfg is followed by"),
+        ("--info=X", "--info is followed by one of all, config"),
+        ("--info seed=1", "--info is followed by"),
+        ("--config-name eval", "no option --config-name, did you mean '--config-dir'?"),
+        ("--config-path=/tmp", "no option --config-path"),
+        ("-cp /tmp", "no option -cp"),
+        ("-cn eval", "no option -cn"),
+        ("--package model --cfg job", "no option --package"),
+        ("-p model --cfg job", "no option -p"),
+        ("--run", "no option --run"),
+        ("--hydra-help", "no option --hydra-help"),
+        ("--h", "no option --h"),
+        ("--c job", "no option --c"),
+        ("--shell-completion install=bash", "no option --shell-completion"),
+        ("--", "no option --;"),
+    ],
+)
+def test_other_options_are_refused_in_a_sentence(words, said, refused, in_tmp):
+    assert said in refused("train", *words.split())
+    assert list(in_tmp.iterdir()) == []
 
 
 def test_cuda_without_a_gpu(in_tmp, monkeypatch, refused):

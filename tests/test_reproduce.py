@@ -3,6 +3,7 @@
 import copy
 import datetime
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -711,12 +712,48 @@ def test_experiments_of_ones_own_are_run_and_stand_in_the_report(own, in_process
     assert plan[-1].endswith("--config-dir own")
     assert "1 finished" in printed(*words, "targets=[titled]")
     shown = printed("report", "--config-dir", "own")
-    assert any(line.startswith("my own digits") for line in shown)
+    begin = shown.index("Experiments of your own:")
+    header, line, *rest = shown[begin + 1 : begin + 5]
+    assert header.split("  ")[0] == "experiment"
+    assert line.startswith("my own digits  model=capsnet, ")
+    assert re.search(r" mnist5k \(1,000 images\) +\d+\.\d\d +0$", line)
+    assert rest == ["", "19 of the paper's numbers: not run yet"]
+    tex = Path("runs/report/report.tex").read_text()
+    assert "the paper's numbers" not in tex
+    assert "% Experiments of your own" in tex
     text = Path("runs/report/report.md").read_text()
     section = text.partition("\n## Experiments of your own\n")[2].partition("\n## ")[0]
     assert "| my own digits | – |" in section
     assert "| mine | – | – | – | – | not run yet |" in section
     assert "`capsrun reproduce targets=mine budget=full --config-dir own`" in text
+
+
+def test_a_mistake_in_one_of_them_is_in_the_way_of_no_other(own, in_process, printed, capsys):
+    (own / "mine.yaml").write_text("# @package _global_\nexperiment: {titel: mine}\n")
+    words = ["reproduce", "--config-dir", "own", "budget=full", "timing=false", "seeds=[0]"]
+    assert "1 finished" in printed(*words, "targets=[titled]")
+    assert printed(*words, "targets=[table1]", "only_plan=true")
+    assert cli.main(["report", "--config-dir", "own"]) == 0
+    said = capsys.readouterr()
+    assert "the experiment mine is left out: own/experiment/mine.yaml, line 2: " in said.err
+    assert "my own digits" in said.out
+
+
+@pytest.mark.parametrize("command", ["train", "reproduce", "list"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dead link", "large"])
+def test_what_is_no_file_of_settings_is_refused(own, command, kind, refused):
+    path = own / "other.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "large":
+        path.write_text("#" * 10**6)
+    else:
+        path.symlink_to("nowhere")
+    assert "own/experiment/other.yaml is no file of settings" in refused(
+        command, "--config-dir", "own"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import setting
-from capsrun.errors import UserError
-from capsrun.experiments import Experiments
+from capsrun.errors import UserError, notice
+from capsrun.experiments import GROUPS, Experiments
 from capsrun.names import folder_words, suggest
 from capsrun.report import own
 from capsrun.report.document import document, main_tables, own_runs, trainings
@@ -22,7 +22,7 @@ from capsrun.report.gallery import Pictures
 from capsrun.report.keep import keep
 from capsrun.report.page import plain, to_html
 from capsrun.report.questions import questions_and_answers
-from capsrun.report.rows import Row, make_row
+from capsrun.report.rows import Row, make_row, of_group
 from capsrun.report.tables import NOT_RUN, SUMMARY, shown, summary_lines
 from capsrun.runs.progress import bar
 from capsrun.runs.reader import Result, find_results
@@ -100,12 +100,18 @@ class Table(NamedTuple):
 def measured(
     rows: Sequence[Row], results: Sequence[Result], experiments: Experiments
 ) -> list[Table]:
-    """What was run: one's own runs, and the rows of the paper."""
+    """What was run: one's own runs and experiments, and the rows of the paper."""
     _, found = questions_and_answers(rows, trainings(results))
     tables = [
         Table(f"trained on {name}", own.HEADER[:5], own.lines(groups, experiments))
         for name, groups in own.by_images(own_runs(rows, results, found)).items()
     ]
+    named = [
+        [row.about.title, *line[1:]]
+        for row in of_group("own", rows)
+        for line in own.lines(row.groups, experiments)
+    ]
+    tables += [Table(GROUPS["own"], ("experiment", *own.HEADER[1:5]), named)] if named else []
     numbers = [line for line in summary_lines(rows) if NOT_RUN not in line]
     tables += [Table("the paper's numbers", SUMMARY, numbers)] if numbers else []
     return [as_plain_text(table) for table in tables]
@@ -161,11 +167,22 @@ def write_report(results: Sequence[Result], experiments: Experiments, out_dir: P
         for name in re.findall(r"\((pictures/[\w.-]+)\)", before):
             (out_dir / name).unlink(missing_ok=True)
     names = bar(experiments.names(), "experiment", "results")
-    rows = [make_row(name, experiments, results) for name in names]
+    rows = [row for name in names if (row := row_of(name, experiments, results)) is not None]
     text = document(rows, results, experiments, Pictures(out_dir))
     for name, content in ((PAGE, text), (HTML, to_html(text, out_dir))):
         disk.write_file(out_dir / name, content)
     return rows
+
+
+def row_of(name: str, experiments: Experiments, results: Sequence[Result]) -> Row | None:
+    """The row of an experiment; None, and the user is told, for one of one's own that is wrong."""
+    try:
+        return make_row(name, experiments, results)
+    except UserError as error:
+        if not experiments.is_own(name):
+            raise
+        notice(f"the experiment {name} is left out: {error}")
+        return None
 
 
 def update_tables(path: Path, tables: Mapping[str, str]) -> None:

@@ -179,7 +179,7 @@ def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
     """The experiments that are meant by names and groups."""
     names = experiments.names()
     meant = {name: [name] for name in names}
-    meant |= {g: [n for n in names if experiments.about(n).group == g] for g in GROUPS}
+    meant |= {group: experiments.of_group(group) for group in GROUPS}
     meant = {name: those for name, those in meant.items() if those}  # none need be of one's own
     meant["all"] = [name for group in GROUPS for name in meant.get(group, [])]
     for target in targets:
