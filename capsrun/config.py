@@ -142,10 +142,10 @@ class MarginLossConfig(LossConfig):
 
     margin_present: float = setting(minimum=0, maximum=1)
     margin_absent: float = setting(minimum=0, maximum=1)
-    absent_weight: float = setting(minimum=0)
-    margin_factor: float = setting(above=0)
+    absent_weight: float = setting(minimum=0, maximum=10**6)
+    margin_factor: float = setting(above=0, maximum=10**6)
     class_reduction: str = setting(choices=("mean", "sum"))
-    reconstruction_weight: float = setting(minimum=0)
+    reconstruction_weight: float = setting(minimum=0, maximum=10**6)
 
 
 @dataclass(kw_only=True)
@@ -160,7 +160,7 @@ class RecipeConfig:
     order: str = setting(choices=("uniform", "authors"))
     """How the training images are shuffled; see `data/batches.py`."""
     learning_rate: float = setting(above=0)
-    learning_rate_floor: float = setting(minimum=0)
+    learning_rate_floor: float = setting(minimum=0, maximum=10**3)
     decay_shape: str = setting(choices=("exponential", "linear"))
     """By factors of `decay_rate`, or in a straight line to 0 at the end of the run."""
     decay_rate: float = setting(above=0, maximum=1)
@@ -173,7 +173,7 @@ class RecipeConfig:
     adam_form: str = setting(choices=("tensorflow", "pytorch"))
     adam_beta1: float = setting(minimum=0, below=1)
     adam_beta2: float = setting(minimum=0, below=1)
-    adam_epsilon: float = setting(above=0)
+    adam_epsilon: float = setting(minimum=1e-30, maximum=10**3)
     average: float | None = setting(above=0, below=1)
     """Decay per step of a moving average of the weights, tested beside them; None: no average."""
 

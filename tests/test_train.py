@@ -331,6 +331,12 @@ def test_a_run_without_progress_ends_and_says_why(tmp_path, monkeypatch):
         (["recipe.average=1"], "below 1"),
         (["recipe.average=0"], "above 0"),
         (["recipe.adam_beta2=1"], "below 1"),
+        # With these no loss is finite, whatever the learning rate.
+        (["loss.margin_factor=1e300"], "loss.margin_factor is 1e[+]?300"),
+        (["loss.absent_weight=1e39"], "loss.absent_weight is 1e[+]?39"),
+        (["loss.reconstruction_weight=1e39"], "loss.reconstruction_weight is 1e[+]?39"),
+        (["recipe.adam_epsilon=1e-320"], "recipe.adam_epsilon is 1e-320"),
+        (["recipe.learning_rate_floor=1e300"], "recipe.learning_rate_floor is 1e[+]?300"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(words, reason):
