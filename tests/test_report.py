@@ -162,6 +162,24 @@ def test_a_long_title_stays_within_its_picture():
     assert title.y1 <= figure.bbox.height
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("iterations", [3, 12, 300])
+def test_plots_of_many_routing_iterations(iterations):
+    """In their order, and with no more in the legend than it has room for."""
+    names = [f"routing_logit_change/iteration_{number + 1}" for number in range(iterations)]
+    # The change is the number of the iteration.
+    rows = [{"step": s} | {name: n + 1.0 for n, name in enumerate(names)} for s in range(3)]
+    (axes,) = plots.run_curves(rows).axes
+    during, after = plots.routing_changes([rows]).axes
+    assert after.lines[0].get_ydata() == pytest.approx(range(1, iterations + 1))
+    for drawn in (axes, during):
+        labels = [text.get_text() for text in drawn.get_legend().get_texts()]
+        numbers = [int(label.split()[1]) for label in labels]
+        assert numbers == sorted(numbers)
+        assert (numbers[0], numbers[-1], len(numbers)) == (1, iterations, min(iterations, 10))
+        assert [line.get_ydata()[-1] for line in drawn.lines] == pytest.approx(numbers)
+
+
 def test_the_best_on_test_is_of_tests_on_the_same_images():
     """While it trains a run is tested on 10,000 of 100,000 pairs; not where a test stops it."""
     tests = [(100, 0.5), (200, 0.3), (300, 0.3), (400, 0.4)]

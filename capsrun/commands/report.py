@@ -63,8 +63,8 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     results = find_results(config.sources)
     if not results:
         raise UserError(
-            f"there is no finished run in {' or '.join(config.sources)}; make some with "
-            "`capsrun reproduce budget=smoke`, say"
+            f"there is no finished run in {' or '.join(config.sources) or 'no folder'}; make "
+            "some with `capsrun reproduce budget=smoke`, say"
         )
     out_dir = Path(config.out_dir)
     if any((out_dir / name).exists() for name in ("config.yaml", "result.json")):

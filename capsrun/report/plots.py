@@ -4,6 +4,7 @@ Every function returns a matplotlib figure; none knows files.
 """
 
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":")
 LONG_LABEL = 75  # letters, of which two labels are not beside each other
 MARKED_POINTS = 50  # more are not told apart
+MOST_LINES = 10  # of which a legend tells
 SMOOTHED_POINTS = 20  # a noisy curve is smoothed over about this share, 1/20, of its points
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -71,7 +73,9 @@ def comparison(
     for axes, (key, (title, noisy)) in zip(figure.subplots(1, len(panels)), panels.items()):
         for number, (name, seeds) in enumerate(rows.items()):
             curves = [
-                curve(metrics, key, noisy) for metrics in seeds if key in recorded_names(metrics)
+                curve(metrics, key, noisy)
+                for metrics in seeds
+                if any(key in row for row in metrics)
             ]
             short = textwrap.shorten(name, 2 * LONG_LABEL, placeholder=" …")
             label = f"{short} (n = {len(seeds)})" if curves and name not in named else None
@@ -99,8 +103,7 @@ def _seeds_and_mean(
 
 def run_curves(metrics: Metrics) -> Figure:
     """What one run recorded: losses, errors, capsule lengths, routing, learning rate."""
-    recorded = sorted(recorded_names(metrics))
-    panels = [(panel, [key for key in recorded if key.startswith(panel[1])]) for panel in PANELS]
+    panels = [(panel, few(recorded(metrics, panel[1]))) for panel in PANELS]
     panels = [(panel, keys) for panel, keys in panels if keys]
     columns = max(1, min(3, len(panels)))
     rows = -(-len(panels) // columns)
@@ -118,6 +121,18 @@ def run_curves(metrics: Metrics) -> Figure:
         _finish(axes, "step", title, logarithmic)
     figure.tight_layout()
     return figure
+
+
+def recorded(metrics: Metrics, begin: str) -> list[str]:
+    """The names of the numbers that begin so, in order: iteration 10 comes after iteration 9."""
+    names = {key for row in metrics for key in row if key.startswith(begin)}
+    return sorted(names, key=lambda name: [p.zfill(9) for p in re.split(r"(\d+)", name)])
+
+
+def few(names: Sequence[str]) -> list[str]:
+    """These, but for some in between where a legend has no room for all."""
+    places = np.linspace(0, len(names) - 1, min(len(names), MOST_LINES)).round()
+    return [names[int(place)] for place in places]
 
 
 def _finish(axes: Axes, x: str, y: str, logarithmic: bool = False) -> None:
@@ -160,25 +175,22 @@ def routing_changes(seeds: Sequence[Metrics]) -> Figure:
 
     seeds: of which the mean is drawn, recorded at the same steps.
     """
-    keys = sorted(k for k in recorded_names(seeds[0]) if k.startswith("routing_logit_change/"))
+    keys = recorded(seeds[0], "routing_logit_change/")
     figure = new_figure(9, 3.2)
     during, after = figure.subplots(1, 2)
     last = []
     for number, key in enumerate(keys):
         steps, _ = curve(seeds[0], key)
         mean = np.mean([curve(metrics, key)[1] for metrics in seeds], axis=0)
-        during.plot(steps, mean, lw=1.2, label=f"iteration {number + 1}", **style(number))
+        if key in few(keys):
+            during.plot(steps, mean, lw=1.2, label=f"iteration {number + 1}", **style(number))
         last.append(float(np.mean(mean[-5:])))
     during.set_yscale("log")
     during.legend(fontsize=FONT_SIZE - 1, frameon=False)
     _finish(during, "step", "mean |change of a logit|")
     after.plot(range(1, len(keys) + 1), last, marker="o", color=COLOURS[0])
     after.set_yscale("log")
-    after.set_xticks(range(1, len(keys) + 1))
+    after.xaxis.get_major_locator().set_params(integer=True)
     _finish(after, "routing iteration", "at the end of training")
     figure.tight_layout()
     return figure
-
-
-def recorded_names(metrics: Metrics) -> set[str]:
-    return {key for row in metrics for key in row}
