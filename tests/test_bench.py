@@ -197,6 +197,7 @@ def test_noisy_figures_are_refused(in_tmp, few_images, monkeypatch, capsys):
     chart = in_tmp / "runs" / "bench-mnist" / "bench.png"
     chart.parent.mkdir(parents=True)
     chart.write_text("of an earlier, quieter time")
+    chart.with_name(".lock").touch()  # so it is capsrun's own
     words = ["precision=fp32", "recipe=affnist", "spread_percent=20"]
     assert cli.main(["bench", *SMALL, *words]) == 1
     printed = capsys.readouterr()

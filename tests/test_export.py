@@ -200,7 +200,8 @@ def test_the_command_leaves_files_and_says_how_to_use_them(tiny_run, tmp_path, c
     captured = capfd.readouterr()
     assert captured.err == ""
     assert logging.root.manager.disable == level
-    assert {path.name for path in out.iterdir()} == {"model.onnx", "model.pt2", "export.json"}
+    files = {"model.onnx", "model.pt2", "export.json", ".lock"}
+    assert {path.name for path in out.iterdir()} == files
     package = str(Path(exporting.__file__).parent.parent).encode()
     for path in out.glob("model.*"):
         assert package not in path.read_bytes()  # files to be shared name no folder of this machine
