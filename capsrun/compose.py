@@ -149,18 +149,21 @@ def as_typed(command: str, word: str, several: bool) -> str:
     """An override whose value Hydra takes as it was typed, where that is a name or a path.
 
     Hydra would read some as numbers (12e4567), flags or interpolations, and refuse others (a=b, é).
-    What is in quotes or brackets is written in Hydra's own way and stays as it is, as `null` does
-    and, in a sweep (`several`), what its functions make; commas there are between values.
+    What is in quotes, or a list in brackets, is written in Hydra's own way and stays as it is, as
+    `null` does and, in a sweep (`several`), what its functions make; commas there are between
+    values.
     """
-    from capsrun.settings import allowed_values, is_text
+    from capsrun.settings import allowed_values, is_text, takes_list
 
     key, _, value = word.partition("=")
     if value in FLAG_WORDS and "auto" in allowed_values(schema_of(command), key.lstrip("+")):
         return f"{key}='{FLAG_WORDS[value]}'"  # not the flag that Hydra makes of it
-    written_for_hydra = value in ("", "null") or value[0] in "'\"["
-    if written_for_hydra or PLAIN.fullmatch(value):
+    quotes = value[:1] in ("'", '"') and len(value) > 1 and value[0] == value[-1]
+    if value in ("", "null") or quotes or PLAIN.fullmatch(value):
         return word
-    if not is_text(schema_of(command), key.lstrip("+")):
+    schema, setting = schema_of(command), key.lstrip("+")
+    is_list = value[0] == "[" and (several or takes_list(schema, setting))
+    if is_list or not is_text(schema, setting):
         return word
     if not several:
         return f"{key}={in_quotes(value)}"
@@ -326,6 +329,9 @@ def describe_unreadable(word: str, command: str) -> str:
         told.setdefault(key, f"{key}=…")
     close = difflib.get_close_matches(word, told, n=1)
     hint = f"did you mean {told[close[0]]}?" if close else "quote values with special characters"
+    key, _, value = word.partition("=")
+    if value.startswith("["):
+        hint = f"what has special characters is in quotes inside a list: {key}=['a b','c']"
     return f"{word!r} cannot be read as key=value; {hint}"
 
 

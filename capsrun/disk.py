@@ -12,7 +12,7 @@ import platform
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is there, and is no file that could be replaced")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    # Short enough for any file system, though the name itself may be as long as it allows.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}{PART}")
     try:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
+        with contextlib.suppress(OSError):  # who may read it, as before, where there was one
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
         with contextlib.suppress(OSError):  # the new name too, where the system can: power may fail
             descriptor = os.open(path.parent, os.O_RDONLY)
@@ -228,16 +231,22 @@ def own_folder(folder: Path, *made: str, command: str | None = None) -> Iterator
     Raises Busy while another process writes to the folder.
     """
     make_folder(folder)
-    found = [path for pattern in made for path in folder.glob(pattern)]
-    if found and not (folder / LOCK).exists() and not _is_of(folder / made[0], command):
-        raise UserError(f"{min(found)} is there already, and capsrun did not make it; {ELSEWHERE}")
+    if command is None or not _is_of(folder / made[0], command):
+        refuse_foreign(folder, made, ELSEWHERE)
     with locked(folder / LOCK):
         yield
 
 
-def _is_of(file: Path, command: str | None) -> bool:
+def refuse_foreign(folder: Path, made: Iterable[str], instead: str) -> None:
+    """Raise UserError for files of some patterns in a folder that has not capsrun's lock."""
+    found = [path for pattern in made for path in folder.glob(pattern)]
+    if found and not (folder / LOCK).exists():
+        raise UserError(f"{min(found)} is there already, and capsrun did not make it; {instead}")
+
+
+def _is_of(file: Path, command: str) -> bool:
     try:
-        return command is not None and read_json(file)["command"] == command
+        return read_json(file)["command"] == command
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

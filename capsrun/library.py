@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from capsrun import data as data_sets
-from capsrun import experiments
+from capsrun import disk, experiments
 from capsrun.compose import compose
 from capsrun.config import DataConfig, DatasetConfig, TrainConfig
 from capsrun.errors import UserError
-from capsrun.models import plan_model
+from capsrun.models import Model, plan_model
 from capsrun.runs import checkpoint
 from capsrun.settings import from_dict
 from capsrun.training.device import checked_device
 
 if TYPE_CHECKING:
     from capsrun.data.splits import Dataset
-    from capsrun.models import Model
 
 
 def training_config(*overrides: str) -> TrainConfig:
@@ -42,6 +41,8 @@ def training_config(*overrides: str) -> TrainConfig:
         ...
     capsrun.errors.UserError: there is no setting 'iterations', did you mean ...
     """
+    if not all(isinstance(word, str) for word in overrides):
+        raise UserError("overrides are strings, each by itself: training_config(*overrides)")
     return experiments.training_config(overrides)
 
 
@@ -68,6 +69,8 @@ def load_dataset(
     >>> batch.labels_BT.shape
     torch.Size([3, 1])
     """
+    if not isinstance(dataset, str | DatasetConfig):
+        raise UserError("give the name of a data set, or the `dataset` of a configuration")
     if isinstance(dataset, str):
         composed = compose("data", [f"dataset={dataset}", *overrides])
         dataset = from_dict(DataConfig, composed).dataset
@@ -90,9 +93,19 @@ def save_model(path: str | os.PathLike[str], model: "Model", config: TrainConfig
     >>> capsrun.load_checkpoint(path).step
     0
     """
-    weights = model.state_dict()
-    plan = plan_model(config.model, config.routing, config.dataset)
-    checkpoint.check_weights(plan, weights, Path(path))
+    if not isinstance(model, Model):
+        raise UserError(f"a CapsNet or a CNN is saved, the module itself, not a {type(model)}")
+    if not isinstance(config, TrainConfig):
+        raise UserError("config is to be what `training_config` gives")
     facts = dataclasses.asdict(config)
+    from_dict(TrainConfig, facts)  # it may have been changed since
+    weights, file = model.state_dict(), Path(os.path.expanduser(path))
+    plan = plan_model(config.model, config.routing, config.dataset)
+    checkpoint.check_weights(plan, weights, "this model")
+    for key in ("config", "routing", "standardised"):  # which no weight shows
+        ours, theirs = getattr(model, key, None), getattr(plan, key, None)
+        if ours != theirs:
+            raise UserError(f"the network was made with {key} {ours}, and not with {theirs}")
     rest = {"optimizer": None, "train_seconds": 0.0}
-    checkpoint.save_checkpoint(Path(path), facts, 0, model=weights, **rest)
+    disk.make_folder(file.parent)
+    checkpoint.save_checkpoint(file, facts, 0, model=weights, **rest)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -138,6 +138,7 @@ def from_dict(schema: type[Config], values: Any) -> Config:
         if not OmegaConf.is_config(values):  # what is composed is plain already
             _check_stored(values)
         given = OmegaConf.create(values) if isinstance(values, dict) else values
+        _refuse_misread(schema, given)
         merged = OmegaConf.merge(_structured(schema, given), _with_lists(schema, given))
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -198,6 +199,24 @@ def _with_lists(schema: type, given: Any) -> Any:
         if get_origin(kind) is list and isinstance(value, str | int):
             given[name] = [value]
     return given
+
+
+def _refuse_misread(schema: type, given: Any, prefix: str = "") -> None:
+    """Raise UserError for a name or a path in a file that YAML has read as something else.
+
+    12e4567 would become inf, 1.10 the same as 1.1, and 0012 the same as 10.
+    """
+    for name, kind in get_type_hints(schema).items():
+        value = OmegaConf.select(given, name) if isinstance(given, DictConfig) else None
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            _refuse_misread(kind, value, f"{prefix}{name}.")
+        elif is_text(schema, name):
+            for item in value if isinstance(value, ListConfig) else [value]:
+                if isinstance(item, bool | int | float):
+                    raise UserError(
+                        f"{prefix}{name} is {item}, as it is read: a name or a path that looks "
+                        "like a number or a flag is to be in quotes"
+                    )
 
 
 def describe_config_error(error: OmegaConfBaseException) -> str:
@@ -287,6 +306,11 @@ def written(value: Any) -> str:
 def is_text(schema: type, key: str) -> bool:
     """Whether a setting (its name with dots) is free text: a name or a path, or several of them."""
     return any(str in _types(f) and "choices" not in f.metadata for f in _fields(schema, key))
+
+
+def takes_list(schema: type, key: str) -> bool:
+    """Whether a setting (its name with dots) is a list."""
+    return any(get_origin(field.type) is list for field in _fields(schema, key))
 
 
 def _fields(schema: type, key: str) -> list[dataclasses.Field[Any]]:

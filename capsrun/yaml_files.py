@@ -12,6 +12,8 @@ from capsrun.disk import MOST_YAML_BYTES
 from capsrun.errors import UserError
 
 OPTION = re.compile(r"(?:--config-d(?:ir?)?|-cd)(?:=(.*))?", re.DOTALL)
+# What Hydra takes as a choice, and nobody for a number or a flag.
+NAME = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_][\w./+-]*", re.ASCII | re.IGNORECASE)
 # The folder of `--config-dir` while a command runs that has one, as it was typed.
 _own: list[Path] = []
 
@@ -46,6 +48,11 @@ def use_own_dir(folder: Path | None) -> None:
     for path in sorted(folder.glob("*/*.yaml")):
         if not path.is_file() or path.stat().st_size > MOST_YAML_BYTES:
             raise UserError(f"{path} is no file of settings")  # but a pipe, say
+        if not NAME.fullmatch(path.stem):
+            raise UserError(
+                f"{path}: such a name cannot be chosen; give it letters, digits, - and _, and a "
+                "letter in the beginning"
+            )
         ours = configs_dir() / path.relative_to(folder)
         if ours.exists() and ours.read_bytes() != path.read_bytes():
             group, name = path.parent.name, path.stem

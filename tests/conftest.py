@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from capsrun import cli, experiments
+from capsrun import cli, errors, experiments
 from capsrun.config import TrainConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import StoredImages
@@ -130,6 +130,12 @@ def without_root() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+@pytest.fixture(autouse=True)
+def no_notices() -> None:
+    """What the user was told during another test is nothing that this one says."""
+    errors.notices.clear()
 
 
 @pytest.fixture

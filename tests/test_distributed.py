@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -268,12 +269,34 @@ def test_processes_that_torchrun_did_not_start_and_other_commands_are_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("port", ["", "x", "99999999"])
+@pytest.mark.parametrize("port", ["", "x", "99999999", "0", "-1"])
 def test_an_address_that_is_none_is_one_sentence(monkeypatch, in_tmp, refused, port):
     said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**said, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     assert "the 2 processes of this job cannot meet (" in refused("train", *TINY, "device=cpu")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_waits_for_processes_that_do_not_come_says_so_and_can_be_stopped(
+    number, monkeypatch, in_tmp
+):
+    said = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = "import sys; from capsrun.training import distributed as d; d.SILENT_SECONDS = 0.5\n"
+    code += "from capsrun.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", *TINY, "device=cpu"],
+        env={**os.environ, **said, "MASTER_PORT": port},
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    line = process.stderr.readline()
+    assert f"waiting for the other processes of this job, 3 in all, at 127.0.0.1:{port}" in line
+    process.send_signal(number)
+    assert process.wait(30) == -number
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,13 @@ import pytest
 import torch
 from conftest import train_config
 
+import capsrun
 from capsrun.data.splits import standardise
+from capsrun.errors import UserError
 from capsrun.models import build_model
+from capsrun.models.capsnet import CapsNet
+from capsrun.models.cnn import CNN
+from capsrun.training.losses import margin_loss
 
 MODELS = ["capsnet_small", "cnn_authors"]
 
@@ -81,8 +86,40 @@ def test_a_network_of_standardised_images_takes_those(model):
     dot = torch.zeros(1, 1, 28, 28)
     dot[0, 0, 5, 5] = 1
     other(standardise(dot))
-    with pytest.raises(ValueError, match="not in mean 0 and standard deviation 1"):
-        other(255 * IMAGES)
+    for wrong in (255 * IMAGES, IMAGES, 30 * standardise(IMAGES)):
+        with pytest.raises(ValueError, match=r"images with mean .* but this network takes each"):
+            other(wrong)
+    with pytest.raises(ValueError, match="it is made with standardised=True"):
+        model(standardise(IMAGES))
+
+
+@torch.inference_mode()
+def test_networks_that_are_made_by_hand_take_standardised_images_too():
+    for name, made in (("capsnet_small", CapsNet), ("cnn_authors", CNN)):
+        config = train_config(f"model={name}")
+        settings = [config.model] + [config.routing] * (made is CapsNet)
+        made(*settings, image_px=28, standardised=True)(standardise(IMAGES))
+    with pytest.raises(ValueError, match="settings of a CapsNet are wanted, not CNNConfig"):
+        CapsNet(config.model, config.routing, image_px=28)
+
+
+@pytest.mark.parametrize(
+    "present",
+    [torch.ones(3, 1, dtype=torch.bool), torch.zeros(1, 10).bool(), torch.eye(10).long()[:3]],
+)
+def test_margin_loss_wants_one_flag_a_capsule(present):
+    with pytest.raises(ValueError, match="present_BJ is torch"):
+        margin_loss(torch.rand(3, 10), present, train_config().loss)
+
+
+def test_what_else_is_not_taken_from_python():
+    with pytest.raises(UserError, match=r"training_config\(\*overrides\)"):
+        capsrun.training_config(["dataset=mnist5k"])
+    for wrong in (train_config(), None, 5):
+        with pytest.raises(UserError, match="give the name of a data set"):
+            capsrun.load_dataset(wrong)
+    with pytest.raises(ValueError, match="arrays are wanted by name"):
+        capsrun.load_authors_weights(None, "x.npz")
 
 
 @pytest.mark.parametrize(

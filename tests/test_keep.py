@@ -80,9 +80,9 @@ def test_a_link_to_elsewhere_is_refused(link, tmp_path):
 
 def test_a_link_to_a_file_is_replaced_and_not_what_it_is_to(tmp_path):
     train_result(tmp_path / "runs/a", 25, 0)
+    keep_all(tmp_path)
     (tmp_path / "runs/a/config.yaml").write_text("new")
     (tmp_path / "precious").write_text("mine")
-    (tmp_path / "kept/run/seed0").mkdir(parents=True)
     (tmp_path / "kept/run/seed0/config.yaml").symlink_to(tmp_path / "precious")
     keep_all(tmp_path)
     assert (tmp_path / "precious").read_text() == "mine"
@@ -102,3 +102,27 @@ def test_what_is_no_result_is_not_overwritten(content, tmp_path):
         keep(find_results([tmp_path / "runs"]), tmp_path / "kept")
     assert os.path.lexists(file)
     assert content is None or file.read_text() == content
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "pictures/mine.png"])
+def test_files_of_others_are_left_alone(file, tmp_path):
+    train_result(tmp_path / "runs/a", 25, 0)
+    mine = tmp_path / "kept/run/seed0" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(UserError, match="is there already, and capsrun did not make it"):
+        keep_all(tmp_path)
+    assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == [mine]
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", ".lock"])
+def test_nothing_is_kept_in_a_run_that_goes_on(file, tmp_path):
+    """Its settings would be lost, and nobody could go on with it."""
+    train_result(tmp_path / "runs/a", 25, 0)
+    place = tmp_path / "kept/run/seed0"
+    place.mkdir(parents=True)
+    (place / file).touch()
+    (place / "config.yaml").write_text("precious")
+    with pytest.raises(UserError, match="seed0 is the folder of a run; choose another keep="):
+        keep_all(tmp_path)
+    assert (place / "config.yaml").read_text() == "precious"

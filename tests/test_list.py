@@ -276,6 +276,18 @@ def test_means_are_of_runs_that_differ_in_the_seed_only(runs, capsys, flag):
     assert mean["settings"] == {"routing.iterations": 3}
 
 
+def test_means_say_which_seed_was_run_twice_and_what_differs(runs, capsys):
+    for folder, errors, seed in (("a", 25, 0), ("b", 27, 0), ("b", 29, 1)):
+        train_result(runs / f"{folder}/seed{seed}", errors, seed, name=folder)
+    assert cli.main(["list", "means=true", "columns=[seed,recipe.name]"]) == 0
+    _, line, note, *_ = capsys.readouterr().out.splitlines()
+    assert re.search(r"^0.28 ± 0.01 % .* 0 1 +authors +0 1 ", line)
+    assert note == "b: seed 0 was run more than once, with different results; the latest counts"
+    assert cli.main(["list", "means=true", "json=true", "columns=[seed]"]) == 0
+    (group,) = json.loads(capsys.readouterr().out)
+    assert (group["settings"], group["seeds_run_twice"]) == ({"seed": [0, 1]}, [0])
+
+
 def test_means_of_nothing(runs, capsys):
     begun(runs, "begun", 9, '{"step": 3}\n')
     assert table(capsys, "means=true")[0] == "there is no finished run in runs"

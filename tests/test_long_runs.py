@@ -33,7 +33,9 @@ def fake_numbers(rng):
 def grid(rng, px):
     """A picture as large as that of an evaluation, of noise, which no PNG makes smaller."""
     images = [torch.from_numpy(rng.random((1, px, px))) for _ in range(16)]
-    return figures.image_grid([("image", images), ("reconstruction", images)], ["5"] * 16)
+    return figures.pixels(
+        figures.image_grid([("image", images), ("reconstruction", images)], ["5"] * 16)
+    )
 
 
 def record_all(folder, config, rng, picture):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY
 
 from capsrun import disk
 from capsrun.errors import UserError
@@ -67,6 +67,37 @@ def test_a_committed_benchmark_is_made_again(in_tmp):
         disk.own_folder(in_tmp, "bench.json", command="bench"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["index.html", "metrics.jsonl", "pictures/curves.png", "tensorboard/events.out.tfevents.1.x"],
+)
+def test_train_does_not_take_a_folder_with_files_of_others(file, in_tmp, refused):
+    mine = in_tmp / "runs/mine/seed0" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    message = refused("train", *TINY, "recipe.steps=1", "name=mine")
+    assert f"{mine.relative_to(in_tmp)} is there already, and capsrun did not make it" in message
+    assert "choose another name=" in message
+    assert mine.read_text() == "precious"
+
+
+def test_a_page_that_only_begins_like_a_report_is_somebodys(in_tmp, tiny_run, refused):
+    (in_tmp / "mine/pictures").mkdir(parents=True)
+    (in_tmp / "mine/pictures/mine.png").write_text("precious")
+    (in_tmp / "mine/report.md").write_text("# capsrun: my notes\n![](pictures/mine.png)\n")
+    assert "capsrun did not make it" in refused("report", f"sources={tiny_run}", "out_dir=mine")
+    assert (in_tmp / "mine/pictures/mine.png").read_text() == "precious"
+
+
+def test_who_may_read_a_file_stays_as_it_is(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("mine")
+    path.chmod(0o600)
+    disk.write_file(path, "ours")
+    assert path.read_text() == "ours"
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_run_whose_settings_are_gone_is_no_place_for_a_test(in_tmp, tiny_run, refused):

@@ -506,9 +506,17 @@ def test_pages_that_cannot_be_updated_are_said_before_anything_is_written(in_tmp
     latin, pipe = in_tmp / "latin.md", in_tmp / "pipe.md"
     latin.write_bytes("Müller\n<!-- summary -->\n<!-- end -->\n".encode("latin-1"))
     os.mkfifo(pipe)
-    for name in ("latin.md", "pipe.md", "missing.md", "runs"):
-        message = refused("report", "keep=kept", f"update=[{name}]")
-        assert f"{name} cannot be updated: " in message
+    (in_tmp / "good.md").write_text("<!-- summary -->\nold\n<!-- end -->\n")
+    (in_tmp / "endless.md").write_text("<!-- summary -->\nx\n<!-- questions -->\n<!-- end -->\n")
+    (in_tmp / "placeless.md").write_text("mine\n")
+    for name, said in {
+        **dict.fromkeys(("latin.md", "pipe.md", "missing.md", "runs"), "cannot be updated: "),
+        "endless.md": "has no <!-- end --> after <!-- summary -->",
+        "placeless.md": "has no place for a table: <!-- summary --> and <!-- end -->",
+    }.items():
+        message = refused("report", "keep=kept", f"update=[good.md,{name}]")
+        assert f"{name} {said}" in message
+    assert "old" in (in_tmp / "good.md").read_text()
     assert not (in_tmp / "runs/report").exists()
     assert not (in_tmp / "kept").exists()
     assert latin.read_bytes().startswith(b"M\xfcller")
@@ -516,12 +524,19 @@ def test_pages_that_cannot_be_updated_are_said_before_anything_is_written(in_tmp
 
 def test_an_updated_page_keeps_its_line_ends_and_its_place(tmp_path):
     page, link = tmp_path / "page.md", tmp_path / "link.md"
-    page.write_bytes(b"Ours\r\n<!-- summary -->\r\n| old |\r\n<!-- end -->\r\n")
+    page.write_bytes(b"Ours\n<!-- summary -->\r\n| old |\r\n<!-- end -->\r\nThe end.\n")
     link.symlink_to(page)
     update_tables(link, {"summary": "| new |\n| 1 |"})
     assert link.is_symlink()
-    new = b"Ours\r\n<!-- summary -->\r\n| new |\r\n| 1 |\r\n<!-- end -->\r\n"
+    new = b"Ours\n<!-- summary -->\r\n| new |\r\n| 1 |\r\n<!-- end -->\r\nThe end.\n"
     assert page.read_bytes() == new
+
+
+def test_a_folder_of_any_bytes_is_in_the_report(tmp_path):
+    """As an archive of another system leaves it."""
+    folder = train_result(tmp_path / os.fsdecode(b"bad\xe9"), 25, 0)
+    (folder / "index.html").write_text("the page")
+    assert "](../bad%E9/index.html)" in build(tmp_path, tmp_path / "out")
 
 
 def test_own_runs_are_on_the_screen_and_in_tables_for_other_programs(tmp_path, capsys):

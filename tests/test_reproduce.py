@@ -729,6 +729,17 @@ def test_experiments_of_ones_own_are_run_and_stand_in_the_report(own, in_process
     assert "`capsrun reproduce targets=mine budget=full --config-dir own`" in text
 
 
+@pytest.mark.parametrize("name", ["1e5", "é", "a b", "true", "nan"])
+def test_names_that_cannot_be_chosen_are_refused(own, name, refused):
+    (own / f"{name}.yaml").touch()
+    message = refused("train", "--config-dir", "own")
+    assert f"own/experiment/{name}.yaml: such a name cannot be chosen" in message
+
+
+def test_without_experiments_of_ones_own_it_is_said_where_they_go(refused, in_tmp):
+    assert "--config-dir FOLDER says in which folder" in refused("reproduce", "targets=own")
+
+
 def test_a_mistake_in_one_of_them_is_in_the_way_of_no_other(own, in_process, printed, capsys):
     (own / "mine.yaml").write_text("# @package _global_\nexperiment: {titel: mine}\n")
     words = ["reproduce", "--config-dir", "own", "budget=full", "timing=false", "seeds=[0]"]

@@ -46,6 +46,13 @@ def slow_route(votes, bias, iterations, leaky=False):
     return result
 
 
+def test_squash_in_half_precision_is_as_long_as_it_is():
+    """Where the square of a length is more than such a number can be."""
+    long = torch.full((1, 8), 100.0)
+    assert squash(long.half()).norm() == pytest.approx(1, abs=2e-3)
+    assert squash(long.half() / 100).norm() == pytest.approx(8 / 9, abs=2e-3)
+
+
 def test_squash_by_hand():
     squashed = squash(torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(squashed, torch.tensor([3.0, 4.0]) / 5 * 25 / 26)

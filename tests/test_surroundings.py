@@ -155,7 +155,9 @@ lines.linewidth: 9
 def test_pictures_do_not_depend_on_what_is_set_for_matplotlib(
     tiny_run, tmp_path, monkeypatch, command
 ):
-    """Neither on a style in a matplotlibrc, nor on a backend, which a notebook sets."""
+    """Neither on a style in a matplotlibrc, nor on a backend, which a notebook sets; such files may
+    be damaged, too.
+    """
     words = [command, "dataset=mnist5k", f"checkpoint={tiny_run}"]
     words += ["perturb.digit=3"] if command == "perturb" else ["images=50"]
     drawn = []
@@ -163,7 +165,11 @@ def test_pictures_do_not_depend_on_what_is_set_for_matplotlib(
         folder = tmp_path / name
         folder.mkdir()
         if name == "styled":
-            (folder / "matplotlibrc").write_text(STYLE)
+            (folder / "matplotlibrc").write_bytes(f"{STYLE}\nfoo.bar: 3\n# é".encode("latin-1"))
+            styles = tmp_path / "config" / "stylelib"
+            styles.mkdir(parents=True)
+            (styles / "mine.mplstyle").write_bytes(b"# \xff")
+            monkeypatch.setenv("MPLCONFIGDIR", str(styles.parent))
             monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         done = run_python("-m", "capsrun", *words, f"out_dir={folder}/out", cwd=folder)
         assert (done.returncode, done.stderr) == (0, "")

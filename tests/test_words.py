@@ -110,3 +110,28 @@ def test_a_name_that_no_file_system_takes_is_refused(name):
 def test_numbers_beyond_any_sense_are_refused_at_the_start(word):
     with pytest.raises(UserError, match=rf"{word.partition('=')[0]} is .*; it must be"):
         train_config(*(["recipe.epochs=null"] if "steps" in word else []), word)
+
+
+@pytest.mark.parametrize("name", ["12e4567", "1.10", "0012", "12:30:45", "true", "1_000"])
+@pytest.mark.parametrize("key", ["name", "runs_dir"])
+def test_a_name_in_a_file_that_is_read_as_something_else_is_refused(key, name, in_tmp, refused):
+    folder = in_tmp / "own" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n\n{key}: {name}\n")
+    message = refused("train", "--config-dir", "own", "experiment=mine")
+    assert f"own/experiment/mine.yaml, line 3: {key} is " in message
+    assert "is to be in quotes" in message
+
+
+def test_paths_in_a_list(in_tmp, refused):
+    words = ["eval", "dataset=mnist5k", "checkpoint=a"]
+    assert "ensemble is inf, as it is read" in refused(*words, "ensemble=[12e4567]")
+    message = refused(*words, "ensemble=[übung #1/seed0]")
+    assert "is in quotes inside a list: ensemble=['a b','c']" in message
+
+
+@pytest.mark.parametrize("path", ["[old] runs", "'q'x", "[p]=ü,'1'", "[o]"])
+def test_a_path_may_begin_with_brackets_or_quotes(path, in_tmp, refused):
+    assert compose("eval", [f"checkpoint={path}/seed0"]).checkpoint == f"{path}/seed0"
+    if path == "[o]":
+        assert compose("eval", [f"out_dir={path}"]).out_dir == path

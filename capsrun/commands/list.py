@@ -93,6 +93,13 @@ def list_runs(config: ListConfig) -> list[Run]:
         print(json.dumps(finite(plain), indent=2, ensure_ascii=False))
     elif groups:
         print_means(groups, config.columns)
+        for group in groups:
+            for seed in group.twice:
+                run = ", ".join(names_of(group))
+                print(
+                    f"{run}: seed {seed} was run more than once, with different results; the "
+                    "latest counts"
+                )
         if left := sum(run.result is None for run in runs):
             print(f"not finished, and not shown: {left}")
     elif runs and not config.means:
@@ -173,20 +180,28 @@ def names_of(group: Group) -> list[str]:
 def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
     """Print a line for each group of runs: the mean of their errors ± its standard deviation."""
     now = time.time()
-    lines = [
-        [
-            f"{mean_and_spread(group.errors)} %",
-            span(group.steps, ","),
-            group.first.training["dataset"]["name"],
-            group.first.values["model"],
-            *cells(group.first.training, columns),
-            " ".join(str(result.seed) for result in group.results),
-            ago(now - last_written(group)),
-            ", ".join(names_of(group)),
-        ]
-        for group in groups
-    ]
+    lines = []
+    for group in groups:
+        of_each = [cells(result.training, columns) for result in group.results]
+        lines.append(
+            [
+                f"{mean_and_spread(group.errors)} %",
+                span(group.steps, ","),
+                group.first.training["dataset"]["name"],
+                group.first.values["model"],
+                *(" ".join(dict.fromkeys(column)) for column in zip(*of_each)),
+                " ".join(str(result.seed) for result in group.results),
+                ago(now - last_written(group)),
+                ", ".join(names_of(group)),
+            ]
+        )
     print_columns(lines, MEANS, SIDES_OF_MEANS, columns)
+
+
+def together(group: Group, key: str) -> Any:
+    """A setting of a group's runs; a list where they differ in it, as in the seed."""
+    found = [settings_of(result.training, [key]).get(key) for result in group.results]
+    return found[0] if all(value == found[0] for value in found) else found
 
 
 def mean_as_plain(group: Group, columns: Sequence[str]) -> dict[str, object]:
@@ -196,8 +211,11 @@ def mean_as_plain(group: Group, columns: Sequence[str]) -> dict[str, object]:
         "names": names_of(group),
         "dataset": group.first.training["dataset"]["name"],
         "model": group.first.values["model"],
-        "settings": settings_of(group.first.training, columns),
+        "settings": {
+            key: together(group, key) for key in columns if settings_of(group.first.training, [key])
+        },
         "seeds": [result.seed for result in group.results],
+        "seeds_run_twice": group.twice,
         "steps": group.steps,
         "errors_percent": group.errors,
         "error_percent": group.mean,

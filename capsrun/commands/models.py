@@ -13,6 +13,7 @@ from capsrun import disk
 from capsrun.config import CheckpointConfig, EvalConfig, PerturbConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import Dataset
+from capsrun.report import figures
 from capsrun.report.run_page import write_run_page
 from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
 from capsrun.runs.folder import output
@@ -67,7 +68,8 @@ def write_result(
 
     drawn: figures by name for TensorBoard, where they replace earlier ones of the same key.
     """
-    for key, figures in drawn.items():
-        show_in_tensorboard(folder, key, figures)
+    for key, of_key in drawn.items():
+        pictures = {name: figures.pixels(figure) for name, figure in of_key.items()}
+        show_in_tensorboard(folder, key, pictures)
     disk.write_json(folder / "result.json", result)
     return write_run_page(folder)

@@ -259,5 +259,6 @@ def own_image(
     label = seen[0] if sweep.digit is None else sweep.digit
     # Two images of one name, in two folders, have pictures of their own.
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
-    name = f"{path.stem}-{place}_as_{label}"
+    stem = path.stem.encode(errors="replace")[:150].decode(errors="ignore")
+    name = f"{stem}-{place}_as_{label}"
     return Subject(image, pixels, label, f"{path.name}: as {label}", name)

@@ -59,7 +59,7 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     somebody else's, and, before anything is written, for a page that cannot be updated.
     """
     for path in config.update:
-        read_page(Path(path))
+        places(Path(path))
     results = find_results(config.sources)
     if not results:
         raise UserError(
@@ -86,7 +86,8 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
 
 def is_report(page: Path) -> bool:
     """Whether a file is the Markdown of a report, as `write_report` writes it."""
-    return page.is_file() and page.read_bytes().startswith(b"# capsrun")
+    title = b"# capsrun: what the paper reports and what was measured\n"
+    return page.is_file() and page.read_bytes().startswith(title)
 
 
 class Table(NamedTuple):
@@ -188,27 +189,35 @@ def row_of(name: str, experiments: Experiments, results: Sequence[Result]) -> Ro
 def update_tables(path: Path, tables: Mapping[str, str]) -> None:
     """Put tables, by name, between `<!-- name -->` and `<!-- end -->` in a file.
 
-    Raises UserError where the second is missing, as all that follows would be lost, and as
-    `read_page` does.
+    All else stays as it is, its line ends too. Raises UserError as `places` does.
     """
-    text, line_end = read_page(path)
-    for name, content in tables.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, mark, rest = text.partition(start)
-        if mark and end not in rest:
-            raise UserError(f"{path} has no <!-- end --> after <!-- {name} -->")
-        if mark:
-            text = before + start + content + end + rest.partition(end)[2]
+    text, found = places(path)
+    for begin, end, name in reversed(found):
+        line_end = "\r\n" if text[:begin].endswith("\r\n") else "\n"
+        content = tables.get(name)
+        if content is not None:
+            text = text[:begin] + content.replace("\n", line_end) + line_end + text[end:]
     # In place of the file that a link is to, not of the link.
-    disk.write_file(path.resolve(), text.replace("\n", line_end))
+    disk.write_file(path.resolve(), text)
 
 
-def read_page(path: Path) -> tuple[str, str]:
-    """The text of a file, and how its lines end. Raises UserError where it has none in UTF-8."""
+def places(path: Path) -> tuple[str, list[tuple[int, int, str]]]:
+    """The text of a file, and where in it each table begins and ends, and its name.
+
+    Raises UserError for a file that is not there or not UTF-8, for one without such a place, and
+    where an end is missing, as all that follows would be lost.
+    """
     try:
         text = disk.read_bytes(path, disk.MOST_TEXT_BYTES).decode()
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be updated: {said}") from error
-    line_end = "\r\n" if "\r\n" in text else "\n"
-    return text.replace(line_end, "\n"), line_end
+    found = []
+    for mark in re.finditer(r"<!-- (summary|questions) -->\r?\n", text):
+        end = re.compile(r"<!-- (end|summary|questions) -->").search(text, mark.end())
+        if end is None or end[1] != "end":
+            raise UserError(f"{path} has no <!-- end --> after <!-- {mark[1]} -->")
+        found.append((mark.end(), end.start(), mark[1]))
+    if not found:
+        raise UserError(f"{path} has no place for a table: <!-- summary --> and <!-- end -->")
+    return text, found

@@ -197,6 +197,11 @@ def open_run(
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         ended = checkpoint["optimizer"] is None and step < steps
+        if step > steps:
+            raise UserError(
+                f"{folder.checkpoint} is of step {step:,}, but the run has {steps:,}; delete it to "
+                "train from the start"
+            )
     trainer = trainer_class(device, config.compile, ranks.count)(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
@@ -215,7 +220,11 @@ def restore(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path) -> None
     if trainer.averaged is not None:
         load_weights(trainer.averaged, checkpoint.get("averaged"), path)
     if checkpoint["optimizer"] is not None:  # else the last step is made
-        if not trainer.fits_optimizer(checkpoint["optimizer"]):
+        try:
+            fits = trainer.fits_optimizer(checkpoint["optimizer"])
+        except (AttributeError, TypeError):  # it is anything
+            fits = False
+        if not fits:
             raise UserError(f"checkpoint {path} holds the state of another optimiser; delete it")
         trainer.load_optimizer(checkpoint["optimizer"])
 

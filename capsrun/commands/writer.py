@@ -221,7 +221,7 @@ class Writer:
         drawn = is_shown(run.step, run.evaluate_every, run.steps, most_drawn)
         if drawn and model.decoder is not None:
             grid = pictures.reconstruction_grid(model, data.test, data.class_names)
-            self.recorder.picture(run.step, "reconstructions", grid)
+            self.recorder.picture(run.step, "reconstructions", figures.pixels(grid))
         self.recorder.flush()
         said = [pictures.answer(name, s.errors, s.count) for name, s in scores.items()]
         self.progress.say(f"after {counted(run.step, 'step')}: {', '.join(said).replace('_', ' ')}")
@@ -278,7 +278,7 @@ class Writer:
         drawn = pictures.score_figures(model, data.test, data.class_names, final)
         for name, figure in drawn.items():
             figures.save(figure, folder.pictures / f"{name}.png")
-            self.recorder.picture(run.step, name, figure)
+            self.recorder.picture(run.step, name, figures.pixels(figure))
         stopped = how_it_stopped(config.stop, scores, run.ended)
         if stopped is not None:
             epochs = run.step * config.recipe.batch_size / data.train.epoch_images

@@ -167,6 +167,10 @@ def _download(path: Path, urls: Sequence[str], md5: str | None, title: str) -> N
             return
         except (RequestException, ValueError) as error:
             failures.setdefault(_cause(error), []).append(url)
+        except OSError as error:
+            if error.errno is not None:  # of the disk; else of a file of certificates, say
+                raise
+            failures.setdefault(_cause(error), []).append(url)
     raise OSError(", and ".join(f"{' and '.join(of)}: {why}" for why, of in failures.items()))
 
 
@@ -185,7 +189,7 @@ def _cause(error: BaseException) -> str:
     of = "the proxy: " if isinstance(error, ProxyError) else ""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    said = str(error).partition(" for url: ")[0].rstrip(".")
+    said = " ".join(str(error).partition(" for url: ")[0].split()).rstrip(".")
     return f"{of}{said or type(error).__name__}"
 
 

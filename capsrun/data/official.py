@@ -139,6 +139,8 @@ def parse_idx(content: bytes, dimensions: int, path: Path) -> Tensor:
     """
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic:
+        if content.startswith(b"PK"):
+            raise UserError(f"{path} is a ZIP archive: unpack it")
         found = content[:4].hex() or "nothing"
         raise UserError(
             f"{path} is not an idx file of {dimensions} dimension(s): it begins with {found}, not "

@@ -102,7 +102,9 @@ def _as_paper(opened: Image.Image, mode: str) -> tuple[Image.Image, list[str]]:
         )
     image: Image.Image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        values_HW = np.asarray(image)
+        full = 4095 if values_HW.max() <= 4095 else 65535  # 12 bits, as many cameras have
+        image = Image.fromarray((values_HW * (255 / full)).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no known range")
     if "A" not in image.getbands() and "transparency" not in image.info:

@@ -27,9 +27,7 @@ def build_model(
     plan_model(model, routing, dataset)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        made = _make(model, routing, dataset)
-    made.standardised = dataset.standardise
-    return made
+        return _make(model, routing, dataset)
 
 
 def plan_model(model: ModelConfig, routing: RoutingConfig | None, dataset: DatasetConfig) -> Model:
@@ -50,7 +48,7 @@ def plan_model(model: ModelConfig, routing: RoutingConfig | None, dataset: Datas
 
 
 def _make(model: ModelConfig, routing: RoutingConfig | None, dataset: DatasetConfig) -> Model:
-    sizes = dataset.image_px, dataset.channels, dataset.classes
+    sizes = dataset.image_px, dataset.channels, dataset.classes, dataset.standardise
     if isinstance(model, CNNConfig):
         return CNN(model, *sizes)
     assert isinstance(model, CapsNetConfig)  # checked in settings.py

@@ -84,6 +84,8 @@ def load_authors_weights(model: CapsNet, arrays: Mapping[str, Any]) -> None:
     (9, 9, 1, 64)
     >>> capsrun.load_authors_weights(model, arrays)
     """
+    if not hasattr(arrays, "items"):
+        raise ValueError("arrays are wanted by name: numpy.load(path), say, or a dict")
     given = {}
     for full_name, array in arrays.items():
         name = full_name.removesuffix(":0").replace("/", ".")

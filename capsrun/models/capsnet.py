@@ -89,8 +89,9 @@ class CapsNet(nn.Module):
     """The network of §4, in the authors' variant or the paper's, as `config` and `routing` say.
 
     Takes square images of `image_px` pixels with `channels` channels and tells `classes` classes
-    apart. A call takes images (B, C, H, W) with pixels in [0, 1] and, for reconstructions, the
-    labels (B, T) whose capsules are to be drawn; see `forward` and `CapsNetOutput`.
+    apart. A call takes images (B, C, H, W) with pixels in [0, 1] (where it is `standardised`, with
+    mean 0 and standard deviation 1) and, for reconstructions, the labels (B, T) whose capsules are
+    to be drawn; see `forward` and `CapsNetOutput`.
     config, routing: of `capsrun.training_config(…)`; every value and its source in the paper is in
     `configs/model/capsnet.yaml`. Weights are drawn from torch's global generator.
     Raises ValueError when the image is too small for the two convolutions, and UserError for a
@@ -110,8 +111,6 @@ class CapsNet(nn.Module):
 
     fast = triton = frequency = False
     """Which ways of `models/fast/` to take: they compute the same numbers, to rounding."""
-    standardised = False
-    """Whether it was trained on images of mean 0 and standard deviation 1; see `standardise`."""
 
     def __init__(
         self,
@@ -120,10 +119,14 @@ class CapsNet(nn.Module):
         image_px: int,
         channels: int = 1,
         classes: int = 10,
+        standardised: bool = False,
     ) -> None:
+        if not isinstance(config, CapsNetConfig):
+            raise ValueError(f"settings of a CapsNet are wanted, not {type(config).__name__}")
         super().__init__()
         self.config, self.routing, self.algorithm = config, routing, algorithm_of(routing)
         self.image_px, self.channels, self.classes = image_px, channels, classes
+        self.standardised = standardised
         self.conv1_pads, self.primary_pads, grid_px = sizes_of(config, image_px)
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.

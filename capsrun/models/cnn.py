@@ -40,15 +40,19 @@ class CNN(nn.Module):
 
     fast = triton = frequency = False
     """It has nothing to compute in another way, but is set like CapsNet's."""
-    standardised = False
     decoder = None
 
     def __init__(
-        self, config: CNNConfig, image_px: int, channels: int = 1, classes: int = 10
+        self,
+        config: CNNConfig,
+        image_px: int,
+        channels: int = 1,
+        classes: int = 10,
+        standardised: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.image_px = config, image_px
-        self.channels, self.classes = channels, classes
+        self.channels, self.classes, self.standardised = channels, classes, standardised
         side, width = image_px, channels
         convolutions: list[nn.Module] = []
         for out, kernel_px, pool_px in zip(config.channels, config.kernels_px, config.pools_px):

@@ -36,7 +36,8 @@ def squash(poses: Tensor) -> Tensor:
     >>> capsrun.squash(torch.zeros(2))
     tensor([0., 0.])
     """
-    largest = torch.finfo(poses.dtype).max ** 0.45
+    most = torch.finfo(poses.dtype).max
+    largest = min(most**0.45, (most / (2 * poses.shape[-1])) ** 0.5)
     poses = poses.clamp(-largest, largest)
     norm = torch.linalg.vector_norm(poses, dim=-1, keepdim=True)
     return poses * (norm / (1 + norm.square()))

@@ -154,4 +154,4 @@ def name_with_page(result: Result, out_dir: Path) -> str:
     name, page = result.values["name"], result.folder / run_page.NAME
     if not page.exists():
         return name
-    return f"[{name}]({quote(os.path.relpath(page, out_dir))})"
+    return f"[{name}]({quote(os.fsencode(os.path.relpath(page, out_dir)))})"

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from capsrun.disk import replacing
 from capsrun.terminal import counted
-
-# Pictures are the same for everyone, whatever style is set in a matplotlibrc.
-matplotlib.rcdefaults()
 
 DPI = 100
 BLOCKS_IN_A_ROW = 5  # of a sheet
@@ -44,6 +40,16 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, without a date or version, so that equal pictures are equal files."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as colours (height, width, 3), uint8.
+
+    TensorBoard's own way needs pyplot, which reads the user's styles, damaged ones too.
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def image_grid(
@@ -112,9 +118,7 @@ def save_animation(frames: Sequence[Figure], path: Path) -> None:
     """Write figures of one size as an endless animation, GIF or PNG as the name of `path` says."""
     images = []
     for figure in frames:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+        images.append(Image.fromarray(pixels(figure)))
     kind = "GIF" if path.suffix == ".gif" else "PNG"
     with replacing(path) as temporary:
         images[0].save(

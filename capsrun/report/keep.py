@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from capsrun import disk
+from capsrun.disk import LOCK
 from capsrun.errors import UserError
-from capsrun.report.run_page import FORMATS
+from capsrun.report.run_page import FILES, FORMATS
 from capsrun.runs.reader import RESULT, Result, read_result
 
 # What is copied of a run; of metrics.jsonl only what is not larger than this.
-KEPT = (RESULT, "config.yaml", "metrics.jsonl")
+KEPT = FILES[:-1]  # all but the checkpoint
 KEPT_BYTES = 500_000
 
 
@@ -68,11 +69,16 @@ def refuse_link(target: Path, folder: Path) -> None:
 
 
 def kept_before(target: Path) -> Result | None:
-    """The result that is in a place. Raises UserError where it is none."""
+    """The result that is in a place. Raises UserError where something else is."""
     file = target / RESULT
+    for name in (FILES[-1], LOCK):
+        if (target / name).exists():
+            raise UserError(f"{target} is the folder of a run; choose another keep=…")
     found = read_result(file)
     if found is None and os.path.lexists(file):
         raise UserError(f"{file} is damaged, or not of capsrun; move it away to keep another there")
+    if found is None:  # which is copied first
+        disk.refuse_foreign(target, (*KEPT, "pictures/*"), "choose another keep=…")
     return found
 
 

@@ -2,7 +2,9 @@
 
 import io
 import os
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import default_run, must_match, train_command
 from capsrun.runs.foreign import kind_of_content, kind_of_file
+from capsrun.runs.reader import check_shape
 from capsrun.settings import from_dict
 from capsrun.training.device import checked_device
 
@@ -24,9 +27,9 @@ FORMAT = "capsrun checkpoint 1"
 FILE_NAME = "checkpoint.pt"
 # The weights of the largest network that is made, their average and Adam's moments.
 MOST_BYTES = 16 * MOST_PARAMETERS
-# What a checkpoint holds at least.
-TYPES: dict[str, Any] = {"config": dict, "step": int, "model": dict, "optimizer": dict | None}
-TYPES["train_seconds"] = int | float
+# What a checkpoint holds at least; see `check_shape`.
+SHAPE: dict[str, Any] = {"config": dict, "step": int, "model": dict, "optimizer?": dict}
+SHAPE["train_seconds"] = int | float
 
 
 class Trained(NamedTuple):
@@ -55,16 +58,20 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
         temporary.write_bytes(content.getbuffer())
 
 
-def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]:
+def read_checkpoint(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
 
-    types: of what it has to hold beside `TYPES`.
+    shape: of what it has to hold beside `SHAPE`.
     Raises UserError for a file that is missing, damaged or not a capsrun checkpoint. A file that
     holds anything but tensors and plain types is refused before any of it is run.
     """
     try:
         if path.stat().st_size > MOST_BYTES or not path.is_file():  # a pipe is waited for
             raise ValueError("too large, or no file")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # which PyTorch does not look at
+                    raise ValueError("a checksum does not fit")
         with warnings.catch_warnings(action="ignore"):  # of PyTorch, about other files
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -79,9 +86,15 @@ def read_checkpoint(path: Path, types: Mapping[str, Any] = {}) -> dict[str, Any]
         raise UserError(f"{path} is no checkpoint of capsrun but {kind_of_content(checkpoint)}")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
-    for key, needed in {**TYPES, **types}.items():
-        if key not in checkpoint or not isinstance(checkpoint[key], needed):
-            raise UserError(f"checkpoint {path} is incomplete or damaged: it has no sound {key!r}")
+    try:
+        check_shape(checkpoint, {**SHAPE, **shape})
+        if (
+            "optimizer" not in checkpoint
+            or min(checkpoint["step"], checkpoint["train_seconds"]) < 0
+        ):
+            raise ValueError("no sound 'step', 'train_seconds' or 'optimizer'")
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} is incomplete or damaged: it has {error}") from error
     return checkpoint
 
 
@@ -104,6 +117,8 @@ def find_checkpoint(path: str, train_command: str | None = None) -> Path:
     is none.
     """
     found = checkpoint_file(path)
+    if re.match(r"\w+://", path):
+        raise UserError(f"{path} is to be downloaded first: checkpoint=… takes a file or a folder")
     if not found.is_file():
         instead = "`capsrun list` shows the runs that there are"
         if train_command is not None:
@@ -163,7 +178,7 @@ def load_checkpoint(
         config = from_dict(TrainConfig, checkpoint["config"])
         # A configuration can ask for more memory than there is, so its sizes are looked at first.
         plan = plan_model(config.model, config.routing, config.dataset)
-        check_weights(plan, weights, file)
+        check_weights(plan, weights, "it")
         model = build_model(config.model, config.routing, config.dataset)
     except UserError as error:
         raise UserError(f"checkpoint {file} cannot be used: {error}") from error
@@ -175,28 +190,32 @@ def load_checkpoint(
 
 def load_weights(model: Model, weights: Any, path: Path) -> None:
     """Put the weights into the model. Raises UserError, naming what differs, if they do not fit."""
-    check_weights(model, weights, path)
+    check_weights(model, weights, f"checkpoint {path}")
     model.load_state_dict(weights)
 
 
-def check_weights(model: Model, weights: Any, path: Path) -> None:
+def check_weights(model: Model, weights: Any, whose: str) -> None:
     """Raise UserError, naming what differs, for weights that are not those of this network.
 
-    And for those that are not finite, of which every answer would be nonsense.
+    And for those that are not finite, of which every answer would be nonsense. whose: they are, for
+    the message.
     """
     ours = model.state_dict()
     if not isinstance(weights, dict) or weights.keys() != ours.keys():
-        raise UserError(f"checkpoint {path} holds the weights of another network")
+        raise UserError(f"{whose} holds the weights of another network")
     for name, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.shape != ours[name].shape:
             raise UserError(
-                f"checkpoint {path} holds the weights of another network: {name} has shape "
+                f"{whose} holds the weights of another network: {name} has shape "
                 f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
             )
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without values" if tensor.is_meta else f"of {tensor.layout}, {tensor.dtype}"
+            raise UserError(f"{whose} is damaged: {name} is {kind}, and no weights")
         if not bool(tensor.isfinite().all()):
             raise UserError(
-                f"checkpoint {path} holds numbers that are not finite, in {name}: its training has "
-                "failed, and nothing can be said of this network"
+                f"{whose} holds numbers that are not finite, in {name}: its training has failed, "
+                "and nothing can be said of this network"
             )
 
 

@@ -10,14 +10,17 @@ from omegaconf import OmegaConf
 
 from capsrun import disk
 from capsrun.errors import Busy, UserError
+from capsrun.runs import segments
 from capsrun.runs.checkpoint import FILE_NAME, read_checkpoint
-from capsrun.runs.reader import CONFIG, RESULT, read_result
+from capsrun.runs.reader import CONFIG, METRICS, RESULT, read_result
 from capsrun.settings import differing_keys, role
 
 # What a command leaves of what it finds out about a run.
 OUTPUT = (RESULT, "index.html", "predictions.csv", "pictures/*")
 # What a checkpoint holds of an unfinished run beside what makes a model of it.
 TO_GO_ON = {"precision": str, "metrics_bytes": int, "parts": list}
+# What `train` leaves in its folder beside the checkpoint, the settings and the result.
+RUN = ("index.html", METRICS, "pictures/*", "tensorboard/*")
 
 
 @contextlib.contextmanager
@@ -83,6 +86,7 @@ class RunFolder:
                     f"{self.path} holds results but no config.yaml that says of which settings; "
                     "choose another name=…, or move that folder away"
                 )
+            disk.refuse_foreign(self.path, RUN, "choose another name=…")
             return
         try:
             before = disk.read_yaml(file)
@@ -125,6 +129,10 @@ class RunFolder:
             return None
         try:
             found = read_checkpoint(self.checkpoint, TO_GO_ON)
+            if found["metrics_bytes"] < 0 or not all(map(segments.is_sound, found["parts"])):
+                raise UserError(
+                    f"{self.checkpoint} is damaged: no sound 'metrics_bytes' or 'parts'"
+                )
             if different := self._differing(found["config"]):
                 raise UserError(f"{self.checkpoint} is of a run with other settings: {different}")
         except UserError as error:

@@ -10,6 +10,7 @@ import torch
 
 # As much of a file as is looked at.
 HEAD_BYTES = 512
+PACKED = "a packed archive; unpack it"
 EXPORTED = "; of what `capsrun export` wrote, give the checkpoint that it was made from"
 AUTHORS = "; weights of the authors' code, as NumPy arrays by name, go into a network by "
 AUTHORS += "capsrun.load_authors_weights: see docs/python.md"
@@ -17,7 +18,8 @@ AUTHORS += "capsrun.load_authors_weights: see docs/python.md"
 HEADS = {
     rb"\Z": "empty",
     rb"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` brings the file",
-    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page that came in place of a download",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "a web page, which came in place of a download perhaps",
+    rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
     rb"\x89HDF\r\n": "an HDF5 file, of Keras say",
     rb".{5}\0{3}\{": "a file of safetensors",
     rb"\x08[\x01-\x20](\x12.[ -~]|:)": f"an ONNX file{EXPORTED}",
@@ -25,7 +27,8 @@ HEADS = {
     rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "an old file of PyTorch with other objects",
     rb"\x80[\x02-\x05]": "a pickle of Python",
     rb"\x93NUMPY": f"an array of NumPy{AUTHORS}",
-    rb"\x1f\x8b|.{257}ustar": "a packed archive; unpack it",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar": PACKED,
+    rb"[\s -~]{12}": "text; of a run, give its folder",
 }
 # What a line of a ZIP archive's table of contents is like, and what it is then.
 MEMBERS = {
@@ -36,7 +39,7 @@ MEMBERS = {
     r".+/data\.pkl": "a file of PyTorch with other objects, a whole module say",
     r".+\.npy": f"a file of NumPy arrays{AUTHORS}",
     r"model\.weights\.h5": "a model of Keras",
-    "": "a packed archive; unpack it",
+    "": PACKED,
 }
 TENSORFLOW = r".+\.(index|meta|data-\d+-of-\d+)"
 

@@ -150,8 +150,10 @@ def make_jobs(config: ReproduceConfig, experiments: Experiments) -> list[Job]:
     for entry in config.queue.entries:
         budget = budget_of(entry, config.budget)
         for name in chosen(entry.targets, experiments):
-            # An ensemble has one result, whatever the seeds.
-            for seed in entry.seeds if experiments.about(name).models == 1 else [0]:
+            # An ensemble has one result, whatever the seeds, where there are any.
+            for seed in (
+                entry.seeds if experiments.about(name).models == 1 else [0][: len(entry.seeds)]
+            ):
                 for job in jobs_of(name, seed, budget, config, experiments):
                     if jobs.setdefault(job.folder, job).arguments != job.arguments:
                         raise UserError(
@@ -183,6 +185,11 @@ def chosen(targets: Iterable[str], experiments: Experiments) -> list[str]:
     meant = {name: those for name, those in meant.items() if those}  # none need be of one's own
     meant["all"] = [name for group in GROUPS for name in meant.get(group, [])]
     for target in targets:
+        if target == "own" and target not in meant:
+            raise UserError(
+                "there is no experiment of your own; --config-dir FOLDER says in which folder the "
+                "files experiment/*.yaml are"
+            )
         if target not in meant:
             raise UserError(
                 f"there is no experiment {target!r}{did_you_mean(target, meant)}; there are all, "

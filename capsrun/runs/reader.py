@@ -235,8 +235,8 @@ def check_shape(value: Any, shape: Any, name: str = "result") -> None:
     # True counts as a number in Python, but not here.
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"no sound {name!r}")
-    if isinstance(value, NUMBER) and abs(value) > LARGEST:
-        raise ValueError(f"{name!r} is {value}")
+    if isinstance(value, NUMBER) and not abs(value) <= LARGEST:  # which NaN is not either
+        raise ValueError(f"no sound {name!r}")
     for key, part in shape.items() if isinstance(shape, dict) else ():
         found = value.get(key.removesuffix("?"))
         if found is not None or not key.endswith("?"):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -86,9 +86,9 @@ class Recorder:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, figure: Figure) -> None:
-        """Record a figure in TensorBoard."""
-        self.board.add_figure(name, figure, step)
+    def picture(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
+        """Record a picture in TensorBoard: colours, uint8."""
+        self.board.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def flush(self) -> None:
         self.stream.flush()
@@ -110,13 +110,13 @@ def is_shown(step: int, every: int, steps: int, most: int) -> bool:
     return step % spacing == 0 or step >= steps
 
 
-def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, Figure]) -> None:
-    """Put figures into `folder/tensorboard` by name, in place of earlier ones of the same key."""
+def show_in_tensorboard(folder: Path, key: str, drawn: Mapping[str, np.ndarray]) -> None:
+    """Put pictures into `folder/tensorboard` by name, in place of earlier ones of the same key."""
     suffix = f".capsrun-{key}"
     remove_events(folder, suffix)
     with SummaryWriter(str(folder / "tensorboard"), filename_suffix=suffix) as board:
-        for name, figure in drawn.items():
-            board.add_figure(name, figure)
+        for name, pixels_HWC in drawn.items():
+            board.add_image(name, pixels_HWC, dataformats="HWC")
 
 
 def remove_events(folder: Path, suffix: str = "") -> None:

@@ -9,9 +9,21 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from capsrun.runs.reader import check_shape
+
 Segment = dict[str, Any]
 
 SAID = ("device", "precision", "processes", "versions", "git_commit")
+
+
+def is_sound(segment: Any) -> bool:
+    """Whether it is one, as a checkpoint may hold anything."""
+    shape = {"first_step": int, "last_step": int, "device": str, "precision": str}
+    try:
+        check_shape(segment, {**shape, "processes": int, "versions": dict, "git_commit?": str})
+    except ValueError:
+        return False
+    return True
 
 
 def extended(
@@ -57,5 +69,5 @@ def _compared(segment: Mapping[str, Any]) -> dict[str, Any]:
         **{name: segment[name] for name in ("device", "precision", "processes")},
         **versions,
         "python": versions["python"].rpartition(".")[0],
-        "commit": segment["git_commit"] or "unknown",
+        "commit": segment.get("git_commit") or "unknown",
     }

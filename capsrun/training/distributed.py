@@ -8,7 +8,9 @@ Shapes: B batch of a step, over all processes.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,13 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from capsrun.errors import Unfinished, UserError, process_rank
+from capsrun.errors import Unfinished, UserError, process_rank, remark
 
 Result = TypeVar("Result")
 
 # A process that dies is noticed at once, by its closed connection; a machine that loses its power
 # or its network only after this time. So long the others also wait while the first one tests.
 TIMEOUT = timedelta(hours=1)
+SILENT_SECONDS = 5  # after which it is said that others are waited for
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,28 @@ def take_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+@contextlib.contextmanager
+def meeting(count: int) -> Iterator[None]:
+    """Say for whom is waited, and let signals end the program: nothing is there to be saved yet.
+
+    It waits outside Python, where none of its handlers would be run.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    message = f"waiting for the other processes of this job, {count} in all, at {place}"
+    said = threading.Timer(SILENT_SECONDS, remark, [message])
+    said.daemon = True
+    said.start()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        said.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None where it was set from C
+
+
 def join_ranks(use_gpu: bool) -> Ranks:
     """Meet the other processes that `torchrun` started; alone without it.
 
@@ -156,12 +181,16 @@ def join_ranks(use_gpu: bool) -> Ranks:
             "others are: start them with torchrun, or unset the two"
         )
     try:
+        local_rank, port = (int(os.environ[name]) for name in ("LOCAL_RANK", "MASTER_PORT"))
+        if local_rank < 0 or not 0 < port < 2**16:
+            raise ValueError("LOCAL_RANK or MASTER_PORT has no sound number")
         if use_gpu:
-            take_gpu(int(os.environ["LOCAL_RANK"]))
+            take_gpu(local_rank)
         if not distributed.is_initialized():
             # Decisions are made on the CPU in any case.
             backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
-            distributed.init_process_group(backend, timeout=TIMEOUT)
+            with meeting(count):
+                distributed.init_process_group(backend, timeout=TIMEOUT)
     except (ValueError, distributed.DistError) as error:  # of variables that are no addresses
         raise UserError(
             f"the {count} processes of this job cannot meet ({str(error).splitlines()[0]}): start "

@@ -33,6 +33,7 @@ def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig
 
     lengths_BJ: ‖v_k‖. present_BJ: T_k, boolean; more than one class may be present. Over classes
     the loss is summed (the text) or averaged (authors' code), times `config.margin_factor`.
+    Raises ValueError for another shape or type of present_BJ.
 
     >>> import capsrun, torch
     >>> config = capsrun.training_config("loss=paper").loss  # m⁺ = 0.9, m⁻ = 0.1, λ = 0.5, summed
@@ -41,6 +42,11 @@ def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig
     >>> capsrun.margin_loss(lengths, present, config)  # (0.9 − 0.4)² + 0 + 0.5 · (0.3 − 0.1)²
     tensor(0.2700)
     """
+    if present_BJ.dtype != torch.bool or present_BJ.shape != lengths_BJ.shape:
+        raise ValueError(
+            f"present_BJ is {present_BJ.dtype} of shape {tuple(present_BJ.shape)}: it is to be "
+            f"bool, of the shape of lengths_BJ, {tuple(lengths_BJ.shape)}: one_hot(…).bool()"
+        )
     missed = F.relu(config.margin_present - lengths_BJ).square()
     invented = F.relu(lengths_BJ - config.margin_absent).square()
     losses_BJ = torch.where(present_BJ, missed, config.absent_weight * invented)

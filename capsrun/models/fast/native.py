@@ -107,7 +107,9 @@ def _is_sound(library: Path) -> bool:
 def _cache_dir() -> Path | None:
     """The user's cache folder; None where it cannot be written, or others can write there too."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsrun"
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # As its specification says, one that is not absolute is none.
+        folder = (named if named.is_absolute() else Path.home() / ".cache") / "capsrun"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(folder):
             notice(f"others may write to {folder}, so kernels are not kept there; chmod go-w it")
