@@ -6,6 +6,7 @@ would take, changes what is to be another, and hands them over.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,14 @@ def training_config(*overrides: str) -> TrainConfig:
         ...
     capsrun.errors.UserError: there is no setting 'iterations', did you mean ...
     """
-    if not all(isinstance(word, str) for word in overrides):
-        raise UserError("overrides are strings, each by itself: training_config(*overrides)")
+    refuse_lists(overrides)
     return experiments.training_config(overrides)
+
+
+def refuse_lists(overrides: Sequence[str]) -> None:
+    """Raise UserError for overrides that are no strings."""
+    if not all(isinstance(word, str) for word in overrides):
+        raise UserError("overrides are strings, each by itself: f(*overrides) for a list of them")
 
 
 def load_dataset(
@@ -71,6 +77,7 @@ def load_dataset(
     """
     if not isinstance(dataset, str | DatasetConfig):
         raise UserError("give the name of a data set, or the `dataset` of a configuration")
+    refuse_lists(overrides)
     if isinstance(dataset, str):
         composed = compose("data", [f"dataset={dataset}", *overrides])
         dataset = from_dict(DataConfig, composed).dataset

@@ -1,5 +1,7 @@
 """What a network was not made for is refused, in one sentence, instead of giving wrong numbers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -113,8 +115,9 @@ def test_margin_loss_wants_one_flag_a_capsule(present):
 
 
 def test_what_else_is_not_taken_from_python():
-    with pytest.raises(UserError, match=r"training_config\(\*overrides\)"):
-        capsrun.training_config(["dataset=mnist5k"])
+    for given in (capsrun.training_config, partial(capsrun.load_dataset, "mnist5k")):
+        with pytest.raises(UserError, match=r"f\(\*overrides\)"):
+            given(["dataset=mnist5k"])
     for wrong in (train_config(), None, 5):
         with pytest.raises(UserError, match="give the name of a data set"):
             capsrun.load_dataset(wrong)
