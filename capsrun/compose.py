@@ -153,7 +153,7 @@ def as_typed(command: str, word: str, several: bool) -> str:
     `null` does and, in a sweep (`several`), what its functions make; commas there are between
     values.
     """
-    from capsrun.settings import allowed_values, is_text, takes_list
+    from capsrun.fields import allowed_values, is_text, takes_list
 
     key, _, value = word.partition("=")
     if value in FLAG_WORDS and "auto" in allowed_values(schema_of(command), key.lstrip("+")):
@@ -244,7 +244,7 @@ def setting_names(command: str, choices: Sequence[str] = ()) -> list[str]:
 
 def setting_values(command: str, key: str) -> list[str]:
     """What a setting may be, where that is not endless."""
-    from capsrun.settings import allowed_values
+    from capsrun.fields import allowed_values
 
     if key == "targets":
         return targets()

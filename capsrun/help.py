@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from capsrun.compose import choices_made, compose, group_choices, schema_of
-from capsrun.settings import limits_of, written
+from capsrun.fields import limits_of
+from capsrun.settings import written
 from capsrun.terminal import BOLD, styled
 from capsrun.yaml_files import configs_dir, inherited, path_of
 

@@ -11,6 +11,7 @@ ROOMS = [
     "errors terminal",
     "disk yaml_files",
     "config",
+    "fields",
     "settings",
     "compose",
     "experiments",

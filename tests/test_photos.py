@@ -16,6 +16,7 @@ from torchvision import datasets
 
 from capsrun import cli
 from capsrun.data import official, smallnorb
+from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 
 
@@ -329,7 +330,9 @@ def test_the_networks_for_photos(dataset, model, capsules, parameters):
     assert network.primary_capsules == capsules
     assert sum(p.numel() for p in network.parameters()) == parameters
     px, channels = config.dataset.image_px, config.dataset.channels
-    output = network(torch.rand(1, channels, px, px), torch.tensor([[1]]))
+    images = torch.rand(1, channels, px, px)
+    images = standardise(images) if config.dataset.standardise else images
+    output = network(images, torch.tensor([[1]]))
     assert output.lengths_BJ.shape == (1, config.dataset.classes)
     if config.model.reconstruction:
         assert output.reconstructions_BTCHW.shape == (1, 1, channels, px, px)
