@@ -93,13 +93,6 @@ def list_runs(config: ListConfig) -> list[Run]:
         print(json.dumps(finite(plain), indent=2, ensure_ascii=False))
     elif groups:
         print_means(groups, config.columns)
-        for group in groups:
-            for seed in group.twice:
-                run = ", ".join(names_of(group))
-                print(
-                    f"{run}: seed {seed} was run more than once, with different results; the "
-                    "latest counts"
-                )
         if left := sum(run.result is None for run in runs):
             print(f"not finished, and not shown: {left}")
     elif runs and not config.means:
@@ -196,6 +189,10 @@ def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
             ]
         )
     print_columns(lines, MEANS, SIDES_OF_MEANS, columns)
+    for group in groups:
+        for seed in group.twice:
+            said = f"seed {seed} was run more than once, with different results; the latest counts"
+            print(f"{', '.join(names_of(group))}: {said}")
 
 
 def together(group: Group, key: str) -> Any:
