@@ -59,7 +59,7 @@ def command_help(command: str, summary: str, example: str, words: Sequence[str])
     for title, rows in sections.items():
         lines += ["", styled(title, BOLD), *rows]
     lines += ["", "Several values, as in seed=0,1,2, and --multirun make a run of each."]
-    lines += ["The rest is Hydra: --cfg job prints the configuration, --hydra-help its options."]
+    lines += ["The rest is Hydra: --cfg job prints the configuration, --info how it came about."]
     return "\n".join(lines)
 
 

@@ -228,6 +228,9 @@ def describe_config_error(error: OmegaConfBaseException) -> str:
         return f"there is no setting {error.full_key!r}"
     reason = str(error.msg or error).split("\n")[0].rstrip(".")
     key = error.full_key
+    if "is not a subclass of" in reason:
+        value = reason.partition("value: ")[2]
+        return f"setting {key} is {value}, where settings of its own belong; see configs/"
     return f"setting {key}: {reason}" if key and key not in reason else reason
 
 

@@ -73,13 +73,13 @@ class Sweep:
         os.chdir(self.working_folder)
         use_own_dir(self.config_dir)
         words, number = task_words(), HydraConfig.get().job.num
-        own = [word for word in words if word not in self.shared]
+        own = [str(word) for word in words if word not in self.shared]
         outcome = Outcome(" ".join(own) or f"job {number}")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{number}.json", asdict(outcome))
         print(f"\n{styled(f'{outcome.job}:', BOLD)}", flush=True)
         if cfg.get("name") is not None and self.command == "train":
-            cfg.name = with_choices(cfg.name, own)  # else the jobs would share a folder
+            cfg.name = with_choices(str(cfg.name), own)  # else the jobs would share a folder
         with handling(interrupt):
             finish(outcome, lambda: self.run_command(self.command, cfg, words))
         write_json(self.folder / f"{number}.json", asdict(outcome))
@@ -132,7 +132,7 @@ def finish(outcome: Outcome, work: Callable[[], Any]) -> None:
         outcome.code, outcome.message = 1, f"failed: {first_line(error)}"
     else:
         outcome.code, outcome.message = 0, "finished"
-        if isinstance(result, dict):
+        if isinstance(result, dict) and result.get("split", "test") == "test":
             outcome.error_percent = result.get("error_percent")
             validation = result.get("scores", {}).get("validation", {})
             outcome.validation_error_percent = validation.get("error_percent")
@@ -186,6 +186,8 @@ def run_sweep(name: str, arguments: Sequence[str], run_command: RunCommand) -> N
         pass  # the file `stop` is there
     except Exception as error:  # of the launcher, or a mistake in the settings of a later job
         early = error if isinstance(error, UserError) else Unfinished(first_line(error))
+        if isinstance(error, OSError) and error.strerror:  # a full disk, say
+            early = Unfinished(f"{error.filename or sweep.folder.parent}: {error.strerror}")
     if outcomes := sweep.outcomes():
         show_summary(outcomes)
     if sweep.stop_file.exists():  # it stays for jobs that wait in a queue

@@ -13,7 +13,9 @@ from capsrun.errors import UserError
 
 OPTION = re.compile(r"(?:--config-d(?:ir?)?|-cd)(?:=(.*))?", re.DOTALL)
 # What Hydra takes as a choice, and nobody for a number or a flag.
-NAME = re.compile(r"(?!(true|false|null|inf|nan)$)[a-z_][\w./+-]*", re.ASCII | re.IGNORECASE)
+NAME = re.compile(
+    r"(?!(true|false|null|inf|nan|[-+]?[\d_.]+(e[-+]?[\d_]+)?)$)[\w.+-]+", re.ASCII | re.IGNORECASE
+)
 # The folder of `--config-dir` while a command runs that has one, as it was typed.
 _own: list[Path] = []
 
@@ -45,13 +47,14 @@ def use_own_dir(folder: Path | None) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"--config-dir: there is no folder {folder}")
-    for path in sorted(folder.glob("*/*.yaml")):
+    groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
+    for path in sorted(path for group in groups for path in folder.glob(f"{group}/*.yaml")):
         if not path.is_file() or path.stat().st_size > MOST_YAML_BYTES:
             raise UserError(f"{path} is no file of settings")  # but a pipe, say
         if not NAME.fullmatch(path.stem):
             raise UserError(
-                f"{path}: such a name cannot be chosen; give it letters, digits, - and _, and a "
-                "letter in the beginning"
+                f"{path}: such a name cannot be chosen; give it letters, digits, - and _, and none "
+                "of a number or a flag"
             )
         ours = configs_dir() / path.relative_to(folder)
         if ours.exists() and ours.read_bytes() != path.read_bytes():

@@ -282,7 +282,7 @@ def test_means_say_which_seed_was_run_twice_and_what_differs(runs, capsys):
     assert cli.main(["list", "means=true", "columns=[seed,recipe.name]"]) == 0
     _, line, note, *_ = capsys.readouterr().out.splitlines()
     assert re.search(r"^0.28 ± 0.01 % .* 0 1 +authors +0 1 ", line)
-    assert note == "b: seed 0 was run more than once, with different results; the latest counts"
+    assert note == "b, a: seed 0 was run more than once, with different results; the latest counts"
     assert cli.main(["list", "means=true", "json=true", "columns=[seed]"]) == 0
     (group,) = json.loads(capsys.readouterr().out)
     assert (group["settings"], group["seeds_run_twice"]) == ({"seed": [0, 1]}, [0])

@@ -20,6 +20,7 @@ from capsrun.commands.report import ReportConfig, report, update_tables
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.report import plots, questions
+from capsrun.report.keep import keep
 from capsrun.report.page import to_html
 from capsrun.report.rows import grouped, make_row, standard_error
 from capsrun.report.tables import SUMMARY, mean_and_spread, summary_lines, table, verdict
@@ -530,6 +531,22 @@ def test_an_updated_page_keeps_its_line_ends_and_its_place(tmp_path):
     assert link.is_symlink()
     new = b"Ours\n<!-- summary -->\r\n| new |\r\n| 1 |\r\n<!-- end -->\r\nThe end.\n"
     assert page.read_bytes() == new
+
+
+def test_runs_that_are_alike_are_one_line_that_names_them(tmp_path, capsys):
+    """Also where a name has what no terminal shows; and a network that is somebody else's."""
+    words = ("dataset=mnist5k", "recipe=quick")
+    for name in ("first", "p\u00a0q", "p\u3000q"):
+        train_result(tmp_path / "runs" / name, 100, 0, *words, name=name)
+    config = dataclasses.asdict(train_config(*words, "model=cnn_authors"))
+    config["model"]["name"] = "my_cnn"
+    train_result(tmp_path / "runs/cnn", 200, 0, name="cnn", model="my_cnn", config=config)
+    text = build(tmp_path / "runs", tmp_path / "out")
+    assert "| p q, first | model=capsnet, recipe=quick | mnist5k" in text
+    assert "| cnn | recipe=quick, " in text
+    keep(find_results([tmp_path / "runs"]), tmp_path / "kept")
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {"first", "p\u00a0q", "p\u3000q", "cnn"}
 
 
 def test_a_folder_of_any_bytes_is_in_the_report(tmp_path):

@@ -1,6 +1,7 @@
 """The paper's experiments as data, as jobs, and run."""
 
 import copy
+import dataclasses
 import datetime
 import os
 import re
@@ -729,7 +730,39 @@ def test_experiments_of_ones_own_are_run_and_stand_in_the_report(own, in_process
     assert "`capsrun reproduce targets=mine budget=full --config-dir own`" in text
 
 
-@pytest.mark.parametrize("name", ["1e5", "é", "a b", "true", "nan"])
+def test_other_files_of_a_project_are_none_of_its_settings(own, printed):
+    """Its folder may be that of `--config-dir`, and a name may begin with a number."""
+    for name in (".github/2024-01.yaml", "docs/a b.yaml"):
+        (own.parent / name).parent.mkdir()
+        (own.parent / name).write_text("#" * 10**6)
+    (own / "16_types.yaml").write_text((own / "mine.yaml").read_text())
+    words = ["train", "--config-dir", "own", "experiment=16_types", "--cfg", "job"]
+    assert "  conv1_channels: 8" in printed(*words)
+
+
+def test_a_run_of_ones_own_stands_under_the_experiment_that_it_is(own, in_tmp, printed):
+    """They may differ in nothing but their length; one that is shorter is told by its name."""
+    text = (own / "mine.yaml").read_text()
+    (own / "longer.yaml").write_text(text.replace("steps: 2", "steps: 20"))
+    yaml_files.use_own_dir(own.parent)
+    config, longer = (
+        dataclasses.asdict(train_config(f"experiment={name}")) for name in ("mine", "longer")
+    )
+    train_result(in_tmp / "runs/a", 25, 0, config=config, name="by hand")
+    train_result(in_tmp / "runs/b", 26, 0, config=longer, name="by hand too")
+    short = longer | {"recipe": longer["recipe"] | {"steps": 1}}
+    train_result(in_tmp / "runs/c", 27, 1, config=short, name="smoke/longer")
+    shown = printed("report", "--config-dir", "own")
+    begin = shown.index("Experiments of your own:") + 2
+    lines = [line.split() for line in shown[begin : shown.index("", begin)]]
+    assert sorted((line[0], *line[-2:]) for line in lines) == [
+        ("longer", "0.26", "0"),
+        ("longer", "0.27", "1"),
+        ("mine", "0.25", "0"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["1e5", "1_0", "é", "a b", "true", "nan"])
 def test_names_that_cannot_be_chosen_are_refused(own, name, refused):
     (own / f"{name}.yaml").touch()
     message = refused("train", "--config-dir", "own")
@@ -774,6 +807,7 @@ def test_what_is_no_file_of_settings_is_refused(own, command, kind, refused):
         ("experiment: {titel: mine}", ", line 3: there is no setting 'titel'"),
         ("experiment: {title: mine, order: first}", ", line 3: setting order"),
         ("experiment: {uses: [tabel1_mnist_1]}", "did you mean 'table1_mnist_1'"),
+        ("experiment: {paper: 0.25}", ", line 3: setting paper is 0.25, where settings of its own"),
         ("experiment: {command: null}", "experiment.uses names no run"),
         ("routing: {itrations: 2}", ", line 3: there is no setting 'routing.itrations'"),
         ("dataset: {shift_px: -2}", ", line 3: dataset.shift_px is -2"),

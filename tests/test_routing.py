@@ -51,6 +51,8 @@ def test_squash_in_half_precision_is_as_long_as_it_is():
     long = torch.full((1, 8), 100.0)
     assert squash(long.half()).norm() == pytest.approx(1, abs=2e-3)
     assert squash(long.half() / 100).norm() == pytest.approx(8 / 9, abs=2e-3)
+    assert squash(torch.tensor(3.0)) == pytest.approx(0.9)
+    assert squash(torch.zeros(3, 0)).shape == (3, 0)
 
 
 def test_squash_by_hand():

@@ -99,6 +99,19 @@ def test_what_is_swept_is_in_the_names_and_the_table_has_the_test_errors(in_tmp,
     )
 
 
+def test_names_that_a_function_makes_are_names(in_tmp, capsys):
+    words = [*TINY, "recipe.steps=1", "compile=false"]
+    assert cli.main(["train", "--multirun", *words, "name=range(1,3)"]) == 0
+    assert {path.name for path in (in_tmp / "runs").glob("[12]*")} == {"1", "2"}
+
+
+def test_a_sweep_of_tests_has_a_table_too(in_tmp, capsys, tiny_run):
+    words = ["eval", "--multirun", "dataset=mnist5k", f"checkpoint={tiny_run}"]
+    assert cli.main([*words, "images=10,20", f"runs_dir={in_tmp}", "out_dir=out"]) == 0
+    table = capsys.readouterr().out.rpartition("test error (%)  job\n")[2].splitlines()
+    assert [line.split()[1] for line in table[:2]] == ["images=10", "images=20"]
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

@@ -36,9 +36,9 @@ from capsrun.training.step import to_device
 PICTURES = ("confusion", "reconstructions", "failures", "absent", "routing_*")
 
 
-def main(config: EvalConfig, overrides: Sequence[str]) -> None:
-    """`capsrun eval`: test the chosen or the default model."""
-    evaluate(config, checkpoints.find_model(config, config.split))
+def main(config: EvalConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """`capsrun eval`: test the chosen or the default model; returns what `result.json` holds."""
+    return evaluate(config, checkpoints.find_model(config, config.split))
 
 
 def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:

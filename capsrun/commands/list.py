@@ -128,7 +128,7 @@ def settings_of(config: Mapping[str, Any], columns: Sequence[str]) -> dict[str, 
 def cells(config: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The same as they are typed."""
     found = settings_of(config, columns)
-    return [written(found[key]) if key in found else "" for key in columns]
+    return [printable(written(found[key])) if key in found else "" for key in columns]
 
 
 def print_columns(
@@ -165,11 +165,6 @@ def last_written(group: Group) -> float:
     return max(result.written for result in group.results)
 
 
-def names_of(group: Group) -> list[str]:
-    """The names of its runs, each once."""
-    return list(dict.fromkeys(result.values["name"] for result in group.results))
-
-
 def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
     """Print a line for each group of runs: the mean of their errors ± its standard deviation."""
     now = time.time()
@@ -180,19 +175,18 @@ def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
             [
                 f"{mean_and_spread(group.errors)} %",
                 span(group.steps, ","),
-                group.first.training["dataset"]["name"],
-                group.first.values["model"],
+                *printable([group.first.training["dataset"]["name"], group.first.values["model"]]),
                 *(" ".join(dict.fromkeys(column)) for column in zip(*of_each)),
                 " ".join(str(result.seed) for result in group.results),
                 ago(now - last_written(group)),
-                ", ".join(names_of(group)),
+                printable(", ".join(group.names)),
             ]
         )
     print_columns(lines, MEANS, SIDES_OF_MEANS, columns)
     for group in groups:
         for seed in group.twice:
             said = f"seed {seed} was run more than once, with different results; the latest counts"
-            print(f"{', '.join(names_of(group))}: {said}")
+            print(printable(f"{', '.join(group.names)}: {said}"))
 
 
 def together(group: Group, key: str) -> Any:
@@ -205,7 +199,7 @@ def mean_as_plain(group: Group, columns: Sequence[str]) -> dict[str, object]:
     """A group of runs as JSON can hold it."""
     spread = statistics.stdev(group.errors) if len(group.errors) > 1 else None
     return {
-        "names": names_of(group),
+        "names": group.names,
         "dataset": group.first.training["dataset"]["name"],
         "model": group.first.values["model"],
         "settings": {
@@ -225,10 +219,11 @@ def run_line(run: Run, columns: Sequence[str], now: float) -> list[str]:
     steps = "" if run.steps is None else f"{run.steps:,}"
     if run.steps is not None and run.status != FINISHED:
         steps += f" of {run.total_steps:,}" if run.total_steps else " of ?"
-    folder = printable(f"{run.folder} ({run.problem})" if run.problem else str(run.folder))
+    folder = f"{run.folder} ({run.problem})" if run.problem else str(run.folder)
     status = styled(run.status, STYLES[run.status])
-    head = [percent(run.error_percent), steps, run.dataset, run.model]
-    return [*head, *cells(run.config, columns), ago(now - run.written), status, folder]
+    head = [percent(run.error_percent), steps, *printable([run.dataset, run.model])]
+    rest = [ago(now - run.written), status, printable(folder)]
+    return [*head, *cells(run.config, columns), *rest]
 
 
 def test_line(test: Result, run: Run, columns: Sequence[str], now: float) -> list[str]:
@@ -237,7 +232,7 @@ def test_line(test: Result, run: Run, columns: Sequence[str], now: float) -> lis
     place = test.folder.relative_to(run.folder) if inside else test.folder
     error = percent(test.error_percent) if test.command == "eval" else ""
     command = styled(test.command, DIM)
-    head = [error, "", tested_on(test), "", *[""] * len(columns)]
+    head = [error, "", printable(tested_on(test)), "", *[""] * len(columns)]
     return [*head, ago(now - test.written), command, f"  {printable(str(place))}"]
 
 

@@ -60,11 +60,13 @@ def report(config: ReportConfig, experiments: Experiments) -> Path:
     """
     for path in config.update:
         places(Path(path))
+    if not config.sources:
+        raise UserError("sources=[] names no folder in which runs are; take sources=[runs], say")
     results = find_results(config.sources)
     if not results:
         raise UserError(
-            f"there is no finished run in {' or '.join(config.sources) or 'no folder'}; make "
-            "some with `capsrun reproduce budget=smoke`, say"
+            f"there is no finished run in {' or '.join(config.sources)}; make some with "
+            "`capsrun reproduce budget=smoke`, say"
         )
     out_dir = Path(config.out_dir)
     if any((out_dir / name).exists() for name in ("config.yaml", "result.json")):
@@ -213,7 +215,7 @@ def places(path: Path) -> tuple[str, list[tuple[int, int, str]]]:
         said = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be updated: {said}") from error
     found = []
-    for mark in re.finditer(r"<!-- (summary|questions) -->\r?\n", text):
+    for mark in re.finditer(r"<!-- (summary|questions) -->[ \t]*\r?\n", text):
         end = re.compile(r"<!-- (end|summary|questions) -->").search(text, mark.end())
         if end is None or end[1] != "end":
             raise UserError(f"{path} has no <!-- end --> after <!-- {mark[1]} -->")

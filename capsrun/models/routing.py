@@ -37,7 +37,8 @@ def squash(poses: Tensor) -> Tensor:
     tensor([0., 0.])
     """
     most = torch.finfo(poses.dtype).max
-    largest = min(most**0.45, (most / (2 * poses.shape[-1])) ** 0.5)
+    numbers = max(poses.shape[-1:], default=1)
+    largest = min(most**0.45, (most / (2 * max(numbers, 1))) ** 0.5)
     poses = poses.clamp(-largest, largest)
     norm = torch.linalg.vector_norm(poses, dim=-1, keepdim=True)
     return poses * (norm / (1 + norm.square()))

@@ -1,11 +1,13 @@
 """Runs that are none of the paper's: what was changed, and what came out."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from capsrun.compose import group_choices
+from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.report import plots
 from capsrun.report.gallery import CURVES, Pictures
@@ -58,8 +60,9 @@ def words(group: Group, experiments: Experiments) -> str:
     own_loss = chosen.pop("loss", None)
     usual = experiments.training(list(chosen.values()))
     if own_loss is not None and usual.loss.name != training["loss"]["name"]:
-        chosen["loss"] = own_loss
-        usual = experiments.training(list(chosen.values()))
+        with contextlib.suppress(UserError):  # which somebody else's model may have, and no other
+            usual = experiments.training([*chosen.values(), own_loss])
+            chosen["loss"] = own_loss
     chosen.pop("dataset", None)
     found = [*chosen.values(), *changed(result.settings, deciding(asdict(usual)))]
     if result.tested:
@@ -84,7 +87,7 @@ def lines(groups: Sequence[Group], experiments: Experiments) -> list[list[str]]:
     """The table of `HEADER` of runs on one data set."""
     return [
         [
-            group.first.values["name"],
+            ", ".join(group.names),
             words(group, experiments),
             f"{group.first.tested_on} ({counted(group.first.values['count'], 'image')})",
             mean_and_spread(group.errors),

@@ -46,7 +46,7 @@ def to_html(text: str, folder: Path) -> str:
 def plain(values: Any) -> Any:
     """Plain data, a result say, whose texts are Markdown that shows just them.
 
-    They may be somebody else's, and hold markup.
+    They may be somebody else's, and hold markup, or what a terminal obeys.
     """
     if isinstance(values, dict):
         return {plain(key): plain(value) for key, value in values.items()}
@@ -54,7 +54,8 @@ def plain(values: Any) -> Any:
         return [plain(value) for value in values]
     if not isinstance(values, str):
         return values
-    return re.sub(r"[&<>*`|\[\]\\~$]", lambda sign: f"&#{ord(sign[0])};", " ".join(values.split()))
+    text = "".join(sign if sign.isprintable() else " " for sign in values)
+    return re.sub(r"[&<>*`|\[\]\\~$]", lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
 
 
 def embedded(picture: Path) -> str:

@@ -36,10 +36,17 @@ class Group:
     """One for each seed, in the order of the seeds."""
     twice: Sequence[int] = ()
     """Seeds of which there are several, different results; the one of the latest day counts."""
+    earlier: Sequence[Result] = ()
+    """The others, which do not count."""
 
     @property
     def first(self) -> Result:
         return self.results[0]
+
+    @property
+    def names(self) -> list[str]:
+        """Those of all its runs, each once."""
+        return list(dict.fromkeys(r.values["name"] for r in (*self.results, *self.earlier)))
 
     @property
     def errors(self) -> list[float]:
@@ -91,7 +98,14 @@ class Row:
     """What has the paper's length first, then the longest training."""
 
     def fits(self, result: Result) -> bool:
-        """Whether a result is of this network, these images and this test, whatever the length."""
+        """Whether a result is of this network, these images and this test, whatever the length.
+
+        Experiments of one's own may differ in nothing but the length: of another length are those
+        that were made for this one, as their name says.
+        """
+        named = result.values["name"].rpartition("/")[2] == self.name
+        if self.about.group == "own" and not named and not self.is_full(Group([result])):
+            return False
         return (
             result.command != "perturb"
             and result.tested == self.tested
@@ -167,13 +181,14 @@ def grouped(results: Iterable[Result]) -> list[Group]:
 def one_of_each_seed(results: Sequence[Result]) -> Group:
     """One result of each seed, of the latest day: a second one would not be another sample."""
     newest: dict[int, Result] = {}
-    twice = set()
+    twice, earlier = set(), []
     for result in sorted(results, key=lambda r: r.values["date"]):
         before = newest.get(result.seed)
         if before is not None and before.values["errors"] != result.values["errors"]:
             twice.add(result.seed)
+        earlier += [before] if before is not None else []
         newest[result.seed] = result
-    return Group([newest[seed] for seed in sorted(newest)], sorted(twice))
+    return Group([newest[seed] for seed in sorted(newest)], sorted(twice), earlier)
 
 
 def standard_error(group: Group, other: Published) -> float | None:

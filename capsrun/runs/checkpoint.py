@@ -117,8 +117,6 @@ def find_checkpoint(path: str, train_command: str | None = None) -> Path:
     is none.
     """
     found = checkpoint_file(path)
-    if re.match(r"\w+://", path):
-        raise UserError(f"{path} is to be downloaded first: checkpoint=… takes a file or a folder")
     if not found.is_file():
         instead = "`capsrun list` shows the runs that there are"
         if train_command is not None:
@@ -128,7 +126,12 @@ def find_checkpoint(path: str, train_command: str | None = None) -> Path:
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
-    """The file that is meant by a file or a run's folder, whether or not it is there."""
+    """The file that is meant by a file or a run's folder, whether or not it is there.
+
+    Raises UserError for what is on another machine.
+    """
+    if re.match(r"\w+://", os.fspath(path)):
+        raise UserError(f"{path} is to be downloaded first: a checkpoint is a file or a folder")
     meant = Path(os.path.expanduser(path))
     if not meant.exists() and Path(f"{meant}.index").is_file():  # as TensorFlow's are named
         return Path(f"{meant}.index")

@@ -16,7 +16,6 @@ from capsrun.config import DatasetConfig, RecipeConfig, StopConfig, TrainConfig
 from capsrun.data import sizes
 from capsrun.errors import UserError, notice
 from capsrun.settings import deciding, deciding_test, from_dict, is_name
-from capsrun.terminal import printable
 from capsrun.training.schedule import total_steps
 
 RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"
@@ -216,7 +215,7 @@ def read_result(path: Path) -> Result | None:
 
 def sound_result(path: Path) -> Result:
     """A result of `train`, `eval` or `perturb`. Raises one of `UNSOUND` for what is none."""
-    result = Result(path.parent, printable(disk.read_json(path)))
+    result = Result(path.parent, disk.read_json(path))
     check_shape(result.values, {"command": str})
     if result.command not in ("train", "eval", "perturb"):
         raise ValueError(f"no command {result.command!r} leaves one")
@@ -322,7 +321,7 @@ def read_run(folder: Path, result: Result | None) -> Run:
         run.problem = f"{RESULT} cannot be read"
     else:
         try:
-            config = printable(disk.read_yaml(folder / CONFIG))
+            config = disk.read_yaml(folder / CONFIG)
             check_training(config)
         except UNSOUND:
             run.problem = f"{CONFIG} cannot be read"
