@@ -1,6 +1,7 @@
 """Sweeps: every job ends with a sentence, the others go on, and a signal saves."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -97,6 +98,17 @@ def test_what_is_swept_is_in_the_names_and_the_table_has_the_test_errors(in_tmp,
         "            1.50  recipe.steps=20\n"
         "\nsweep: 2 finished\n"
     )
+
+
+def test_a_full_disk_is_said_with_its_place(in_tmp, monkeypatch):
+    """Hydra writes a file of its own before the first job."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("capsrun.sweep.start_hydra", full)
+    with pytest.raises(Unfinished, match=r"runs/\.multirun: No space left on device"):
+        run_sweep("train", [*TINY, "--multirun", "seed=0,1"], lambda *_: None)
 
 
 def test_names_that_a_function_makes_are_names(in_tmp, capsys):
