@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from capsrun.yaml_files import (
     with_place,
 )
 
+HYDRA = threading.RLock()
 # What is missing where a plugin of Hydra is not installed, as an extra of this package.
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",
@@ -88,14 +90,16 @@ def _compose(name: str, overrides: Sequence[str] = (), **how: Any) -> Any:
     from hydra.core.global_hydra import GlobalHydra
 
     # A command asks for another one's configuration, or a program with a Hydra of its own for ours.
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-            words = for_hydra(name, overrides, several=False)
-            return hydra.compose(config_name=name, overrides=words, **how)
-    finally:
-        GlobalHydra.instance().hydra = running
+    # It is one for all threads.
+    with HYDRA:
+        running = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
+                words = for_hydra(name, overrides, several=False)
+                return hydra.compose(config_name=name, overrides=words, **how)
+        finally:
+            GlobalHydra.instance().hydra = running
 
 
 def start_hydra(name: str, arguments: Sequence[str], job: Callable[[Any], Any]) -> None:

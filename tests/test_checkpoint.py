@@ -19,8 +19,10 @@ import capsrun
 from capsrun.errors import UserError
 from capsrun.models.authors import to_authors_arrays
 from capsrun.runs.checkpoint import (
+    check_dataset,
     find_checkpoint,
     load_checkpoint,
+    output_folder,
     read_checkpoint,
     save_checkpoint,
 )
@@ -374,3 +376,27 @@ def test_an_interrupted_write_leaves_the_old_file(saved, monkeypatch):
         save_checkpoint(path, {}, 6, model={})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_files_of_one_name_have_folders_of_their_own(tmp_path):
+    """`best.pt` is in many folders, and what is made of one is not that of another."""
+    one, other = (tmp_path / name / "best.pt" for name in ("a", "b"))
+    assert output_folder(one, "runs") != output_folder(other, "runs")
+    assert output_folder(one, "runs") == output_folder(tmp_path / "a/../a/best.pt", "runs")
+    assert output_folder(one, "runs").name.startswith("best-")
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested"),
+    [
+        (["dataset=mnist"], ["dataset=mnist5k", "dataset.validation=200"]),
+        (["dataset=mnist5k"], ["dataset=mnist", "dataset.validation=6000"]),
+        (["dataset=multimnist"], ["dataset=multimnist", "dataset.source=mnist5k"]),
+    ],
+)
+def test_held_out_images_of_a_set_that_shares_images_are_refused(trained, tested):
+    """They may be training images of the model."""
+    dataset = train_config(*tested).dataset
+    with pytest.raises(UserError, match="may be among its training images"):
+        check_dataset(dataset, train_config(*trained), "validation")
+    check_dataset(dataset, train_config(*tested), "validation")

@@ -96,6 +96,11 @@ def test_commands_write_beside_the_default_checkpoint(tiny_run, in_tmp, printed,
     assert "images is 0" in refused("eval", "dataset=mnist5k", "images=0")
 
 
+def test_an_ensemble_is_of_several_models(tiny_run, refused, in_tmp):
+    words = ["eval", "dataset=mnist5k", f"checkpoint={tiny_run}"]
+    assert "one of them is named twice" in refused(*words, f"ensemble=['{tiny_run}/checkpoint.pt']")
+
+
 @pytest.mark.parametrize(
     ("overrides", "name", "said"),
     [
@@ -104,6 +109,18 @@ def test_commands_write_beside_the_default_checkpoint(tiny_run, in_tmp, printed,
         (["weights=averaged", "dataset.test=all"], "eval-multimnist-test-all-averaged", None),
         (["dataset.split_seed=7"], "eval-multimnist-test-split_seed-7", "split_seed=0, tested"),
         (["dataset=mnist", "dataset.shift_px=0"], "eval-mnist-test", None),
+        # Whose test images are moved too, by more or less than is usual for them.
+        (["dataset=mnist_padded"], "eval-mnist_padded-test", None),
+        (
+            ["dataset=mnist_padded", "dataset.shift_px=0"],
+            "eval-mnist_padded-test-shift_px-0",
+            None,
+        ),
+        (
+            ["dataset=mnist", "split=validation", "dataset.validation=200"],
+            "eval-mnist-validation-validation-200",
+            None,
+        ),
     ],
 )
 def test_what_is_tested_otherwise_has_its_own_folder(overrides, name, said):

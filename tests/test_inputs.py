@@ -1,11 +1,13 @@
 """What a network was not made for is refused, in one sentence, instead of giving wrong numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import train_config
+from hydra.core.global_hydra import GlobalHydra
 
 import capsrun
 from capsrun.data.splits import standardise
@@ -112,6 +114,27 @@ def test_networks_that_are_made_by_hand_take_standardised_images_too():
 def test_margin_loss_wants_one_flag_a_capsule(present):
     with pytest.raises(ValueError, match="present_BJ is torch"):
         margin_loss(torch.rand(3, 10), present, train_config().loss)
+
+
+def test_a_gradient_for_each_image(model):
+    """`torch.func` computes many at once, whose numbers are not at hand."""
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image):
+        output = torch.func.functional_call(model, weights, (image[None],))
+        return output.scores_BJ.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, IMAGES)
+    assert all(gradient.shape[0] == 3 for gradient in found.values())
+
+
+def test_configurations_in_several_threads():
+    """Hydra has one state for all of them."""
+    with ThreadPoolExecutor(6) as pool:
+        words = [f"seed={seed}" for seed in range(24)]
+        found = list(pool.map(capsrun.training_config, words))
+    assert [config.seed for config in found] == list(range(24))
+    assert not GlobalHydra.instance().is_initialized()
 
 
 def test_what_else_is_not_taken_from_python():

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import TINY, run_python
+from conftest import TINY, run_python, without_root
 from omegaconf import OmegaConf
 from recorded import EXPERIMENTS, eval_result, train_result
 
@@ -286,6 +286,34 @@ def test_means_say_which_seed_was_run_twice_and_what_differs(runs, capsys):
     assert cli.main(["list", "means=true", "json=true", "columns=[seed]"]) == 0
     (group,) = json.loads(capsys.readouterr().out)
     assert (group["settings"], group["seeds_run_twice"]) == ({"seed": [0, 1]}, [0])
+
+
+def test_the_latest_of_a_day_counts_everywhere(runs, capsys):
+    """Whatever the names, and wherever they were copied to."""
+    for name, errors, second in (("z_first", 55, 1), ("a_second", 57, 2)):
+        folder = finished(runs, name, 60, errors)
+        values = json.loads((folder / "result.json").read_text())
+        values["time"] = f"10:00:0{second}.000"
+        (folder / "result.json").write_text(json.dumps(values))
+    assert cli.main(["list", "means=true"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(" 0.57 % ")
+    assert cli.main(["report"]) == 0
+    said = "a_second, z_first: seed 0 was run more than once, with different results; the latest"
+    assert f"{said} counts." in (runs / "report/report.md").read_text()
+    assert re.search(r"^a_second, z_first .* 0\.57 +0$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(runs, capsys):
+    finished(runs, "a", 60)
+    (runs / "b").mkdir()
+    for folder in (runs.parent, *runs.parent.parents[:2]):
+        folder.chmod(0o755)
+    (runs / "b").chmod(0)
+    with without_root():
+        assert cli.main(["list"]) == 0
+    said = capsys.readouterr()
+    assert "runs/a/seed0" in said.out
+    assert "note: runs/b cannot be looked into: Permission denied\n" in said.err
 
 
 def test_means_of_nothing(runs, capsys):

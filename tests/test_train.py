@@ -5,6 +5,8 @@ import json
 import shlex
 import signal
 import time
+import types
+from functools import partial
 
 import pytest
 import torch
@@ -16,20 +18,21 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from capsrun.cli import main
 from capsrun.commands import train as train_command
 from capsrun.commands import writer as training
-from capsrun.commands.train import train
+from capsrun.commands.train import refuse_another, train
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.names import run_name
 from capsrun.runs import progress
 from capsrun.runs.checkpoint import load_checkpoint, read_checkpoint
+from capsrun.runs.folder import RunFolder
 from capsrun.runs.recorder import Recorder
 from capsrun.training.distributed import Ranks
 from capsrun.training.stopping import is_out_of_patience, stopped_line
 
 # Numbers that tell of the machine and the clock, not of the computation.
 # The same in two runs by chance only; the date too, around midnight.
-OF_THE_MACHINE = {"images_per_second", "memory_gb", "train_seconds", "date"}
+OF_THE_MACHINE = {"images_per_second", "memory_gb", "train_seconds", "date", "time"}
 
 
 def metrics(folder):
@@ -598,3 +601,15 @@ def test_a_stop_while_it_is_tested_leaves_the_test_for_later(tiny_run, tmp_path,
         assert not (folder / "result.json").exists()
     train(config, folder)
     assert_same_run(folder, tiny_run)
+
+
+def test_a_run_does_not_go_on_with_other_files_or_beyond_its_end(tmp_path):
+    """Its result would be of neither data; files that nobody vouches for are told by their MD5."""
+    dataset = types.SimpleNamespace(name="cifar10", unverified=["a"])
+    refuse = partial(refuse_another, dataset=dataset, steps=10, folder=RunFolder(tmp_path, {}))
+    refuse({"step": 10, "data": ["a"]})
+    refuse({"step": 10})  # of a time when it was not kept
+    with pytest.raises(UserError, match="was begun with other files of cifar10 than are there now"):
+        refuse({"step": 10, "data": ["b"]})
+    with pytest.raises(UserError, match="is of step 1,000,000, but the run has 10; delete it"):
+        refuse({"step": 10**6, "data": ["a"]})

@@ -20,7 +20,7 @@ from capsrun.data.splits import Dataset, Split
 from capsrun.errors import UserError, notice
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import route
-from capsrun.names import model_words, suggest, uses_of_model
+from capsrun.names import model_words, suggest, uses_of_model, usual_dataset
 from capsrun.report import figures
 from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
 from capsrun.report.routing_maps import routed, routing_figure
@@ -102,6 +102,8 @@ def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
     averaged = config.weights == "averaged"
     ensemble = [checkpoints.load_checkpoint(path, averaged=averaged) for path in paths]
     first = ensemble[0]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("an ensemble is of several models, but one of them is named twice")
     for member in ensemble:
         checkpoints.check_dataset(config.dataset, member.config, config.split)
         if type(member.config.loss) is not type(first.config.loss):
@@ -131,8 +133,13 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     dataset = config.dataset
     parts = ["eval", dataset.name, config.split]
     same = dataset.name == trained.dataset.name
-    for key in ("source", "split_seed", *(["shift_px"] if same else [])):
-        value, other = getattr(dataset, key), getattr(trained.dataset, key)
+    compared = dict.fromkeys(("source", "split_seed"), trained.dataset)
+    if config.split == "validation":
+        compared["validation"] = trained.dataset
+    if same or dataset.source is not None:  # whose test images are moved too
+        compared["shift_px"] = trained.dataset if same else usual_dataset(dataset.name)
+    for key, like in compared.items():
+        value, other = getattr(dataset, key), getattr(like, key)
         if value is not None and value != other:
             parts.append(f"{key}-{value}")
             if same:

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import functools
+import itertools
 import json
 import operator
 import re
@@ -183,10 +184,8 @@ def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
             ]
         )
     print_columns(lines, MEANS, SIDES_OF_MEANS, columns)
-    for group in groups:
-        for seed in group.twice:
-            said = f"seed {seed} was run more than once, with different results; the latest counts"
-            print(printable(f"{', '.join(group.names)}: {said}"))
+    for remark in itertools.chain(*(group.remarks for group in groups)):
+        print(printable(remark))
 
 
 def together(group: Group, key: str) -> Any:

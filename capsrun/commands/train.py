@@ -197,11 +197,7 @@ def open_run(
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         ended = checkpoint["optimizer"] is None and step < steps
-        if step > steps:
-            raise UserError(
-                f"{folder.checkpoint} is of step {step:,}, but the run has {steps:,}; delete it to "
-                "train from the start"
-            )
+        refuse_another(checkpoint, dataset, steps, folder)
     trainer = trainer_class(device, config.compile, ranks.count)(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
     )
@@ -209,6 +205,22 @@ def open_run(
         restore(trainer, checkpoint, folder.checkpoint)
     clock = Stopwatch(seconds)
     return Run(config, ranks, dataset, batches, trainer, steps, step, clock, ended), checkpoint
+
+
+def refuse_another(
+    checkpoint: Mapping[str, Any], dataset: Dataset, steps: int, folder: RunFolder
+) -> None:
+    """Raise UserError for a checkpoint of more steps than the run has, or of other data files."""
+    if checkpoint.get("data", dataset.unverified) != dataset.unverified:
+        raise UserError(
+            f"{folder.path} was begun with other files of {dataset.name} than are there now; bring "
+            "those back, or choose another name=…"
+        )
+    if (step := checkpoint["step"]) > steps:
+        raise UserError(
+            f"{folder.checkpoint} is of step {step:,}, but the run has {steps:,}; delete it to "
+            "train from the start"
+        )
 
 
 def restore(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path) -> None:

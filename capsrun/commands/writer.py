@@ -257,6 +257,7 @@ class Writer:
             train_seconds=run.clock.seconds,
             metrics_bytes=self.recorder.metrics_bytes(),
             parts=segments.extended(self.earlier, run.step, self.provenance),
+            data=run.dataset.unverified,
         )
 
     def _refuse_another_folder(self) -> None:
@@ -299,6 +300,7 @@ class Writer:
             "images_per_second": run.step * config.recipe.batch_size / run.clock.seconds,
             "memory_gb": memory_gb(run.trainer.device),
             **self.provenance,
+            "data_md5": data.unverified,
             "stopped": stopped,
             "parts": computed_on,
             "notes": [*errors.notices, *segments.changes(computed_on)],

@@ -236,6 +236,11 @@ class Dataset:
     sources: tuple[Source, ...]
     """Where it came from, and what vouches for it."""
 
+    @property
+    def unverified(self) -> list[str]:
+        """The MD5 of each file that nobody vouches for: it may hold anything."""
+        return sorted(source.md5 for source in self.sources if not source.verified)
+
     def split(self, name: str) -> Split:
         """The split called `name`. Raises UserError when it is empty."""
         split = {"train": self.train, "validation": self.validation, "test": self.test}[name]

@@ -90,7 +90,10 @@ def _check_tensor(name: str, given: object) -> None:
 
 
 def _can_be_read(tensor: Tensor) -> bool:
-    """Whether its numbers are at hand: not while a program is traced or a graph is captured."""
+    """Whether its numbers are at hand: not while a program is traced or a graph is captured, nor
+    where `torch.func` computes many at once.
+    """
     traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
     captured = tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not (traced or captured or tensor.device.type == "meta")
+    mapped = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (traced or captured or mapped or tensor.device.type == "meta")

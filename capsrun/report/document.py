@@ -90,13 +90,7 @@ def group_tables(rows: Sequence[Row]) -> list[str | None]:
             f"{tables.published(n)} {tables.CHOSEN[n.chosen]}, {n.source}" for n in row.about.public
         )
         parts += [f"Public, {row.about.title}: {public}."] if public else []
-    parts += [
-        f"{row.about.title}: seed {seed} was run more than once, with different results; the "
-        "latest counts."
-        for row in rows
-        for group in row.groups
-        for seed in group.twice
-    ]
+    parts += [f"{remark}." for row in rows for group in row.groups for remark in group.remarks]
     return parts
 
 

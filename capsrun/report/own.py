@@ -102,6 +102,7 @@ def section(groups: Iterable[Group], experiments: Experiments, pictures: Picture
     parts = []
     for name, own in by_images(groups).items():
         parts += [f"Trained on {name}:", table(HEADER, lines(own, experiments))]
+        parts += [f"{remark}." for group in own for remark in group.remarks]
         trained = [group for group in own if group.metrics]
         if 1 < len(trained) <= MOST_CURVES:
             names = [group.first.values["name"] for group in trained]

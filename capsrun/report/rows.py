@@ -35,7 +35,7 @@ class Group:
     results: Sequence[Result]
     """One for each seed, in the order of the seeds."""
     twice: Sequence[int] = ()
-    """Seeds of which there are several, different results; the one of the latest day counts."""
+    """Seeds of which there are several, different results; the latest counts."""
     earlier: Sequence[Result] = ()
     """The others, which do not count."""
 
@@ -47,6 +47,12 @@ class Group:
     def names(self) -> list[str]:
         """Those of all its runs, each once."""
         return list(dict.fromkeys(r.values["name"] for r in (*self.results, *self.earlier)))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said of seeds that were run twice."""
+        said = "was run more than once, with different results; the latest counts"
+        return [f"{', '.join(self.names)}: seed {seed} {said}" for seed in self.twice]
 
     @property
     def errors(self) -> list[float]:
@@ -179,10 +185,10 @@ def grouped(results: Iterable[Result]) -> list[Group]:
 
 
 def one_of_each_seed(results: Sequence[Result]) -> Group:
-    """One result of each seed, of the latest day: a second one would not be another sample."""
+    """One result of each seed, the latest: a second one would not be another sample."""
     newest: dict[int, Result] = {}
     twice, earlier = set(), []
-    for result in sorted(results, key=lambda r: r.values["date"]):
+    for result in sorted(results, key=lambda r: (r.values["date"], r.values.get("time", ""))):
         before = newest.get(result.seed)
         if before is not None and before.values["errors"] != result.values["errors"]:
             twice.add(result.seed)

@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain types, written whole or not at all, read without running code."""
 
+import hashlib
 import io
 import os
 import re
@@ -148,10 +149,14 @@ def near_run(path: Path) -> str:
 
 
 def output_folder(checkpoint: Path, runs_dir: str) -> Path:
-    """Where what is made of a model goes: its run's folder; of a lone file, one named after it."""
+    """Where what is made of a model goes: its run's folder; of a lone file, one named after it.
+
+    Files of one name, in two folders, have folders of their own.
+    """
     if checkpoint.name == FILE_NAME:
         return checkpoint.parent
-    return Path(runs_dir) / checkpoint.stem
+    place = hashlib.sha256(os.fsencode(checkpoint.resolve())).hexdigest()[:6]
+    return Path(runs_dir) / f"{checkpoint.stem}-{place}"
 
 
 def load_checkpoint(
@@ -248,6 +253,13 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
         raise UserError(
             f"the images of {ours_from} are training images of {theirs_from}, on which the model "
             f"was trained; test it with dataset={trained.dataset.name}"
+        )
+    pair = (dataset, trained.dataset), (trained.dataset, dataset)
+    if split == "validation" and any(is_part_of(*both) for both in pair):
+        raise UserError(
+            f"those images of {ours_from} were held out of another data set than {theirs_from}, on "
+            f"which the model was trained, and may be among its training images; test it on "
+            f"dataset={trained.dataset.name}"
         )
     for key in must_match(dataset, split):
         value, unseen = getattr(trained.dataset, key), key in ("split_seed", "validation")

@@ -4,6 +4,7 @@ Nothing here imports PyTorch when it is imported, so that a list of runs is ther
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"
 FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", "damaged"
 
 # What reading a file raises that is damaged, or is another program's.
-UNSOUND = (OSError, ValueError, LookupError, TypeError, AttributeError)
+UNSOUND = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 NUMBER: Any = int | float
 # What a result holds: the type of each value, or what it holds itself; with a `?`, if anything.
 SHAPE: dict[str, Any] = {
@@ -31,7 +32,7 @@ SHAPE: dict[str, Any] = {
     "config": dict,
     "versions": {"torch": str},
     "parameters?": int,
-    **dict.fromkeys(("git_commit?", "checkpoint?"), str),
+    **dict.fromkeys(("git_commit?", "checkpoint?", "time?"), str),
     "finished?": bool,
     "stopped?": {"reached": bool},
     **dict.fromkeys(("ensemble?", "others_trained?"), list),
@@ -188,13 +189,21 @@ def find_runs(runs_dir: Path) -> list[Run]:
 def visible(folder: Path, name: str) -> Iterator[Path]:
     """The files of a name below a folder, but for those in hidden folders.
 
-    Raises OSError for a folder that cannot be looked into, as there may be some.
+    Raises OSError for a folder that cannot be looked into, as there may be some; of one below it
+    the user is told.
     """
-    if folder.exists():
-        os.listdir(folder)
-    for path in sorted(folder.rglob(name)):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
+
+    def tell(error: OSError) -> None:
+        notice(f"{error.filename} cannot be looked into: {error.strerror}")
+
+    if not folder.exists():
+        return
+    os.listdir(folder)
+    found = []
+    for place, folders, files in os.walk(folder, onerror=tell):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [Path(place, name)] if name in files else []
+    yield from sorted(found)
 
 
 def results_below(folder: Path) -> Iterator[Result]:
@@ -225,6 +234,9 @@ def sound_result(path: Path) -> Result:
     check_training(result.training)
     if result.command != "perturb":
         _ = result.tested, result.members_alike
+        counted = 100 * result.values["errors"] / result.values["count"]
+        if not math.isclose(result.error_percent, counted, rel_tol=1e-6, abs_tol=1e-9):
+            raise ValueError("its 'error_percent' is not that of its 'errors' and 'count'")
     return result
 
 

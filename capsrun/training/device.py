@@ -156,10 +156,12 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
         versions["cudnn"] = str(torch.backends.cudnn.version())
+    now = datetime.datetime.now(datetime.UTC)
     return {
         "device": describe_device(device),
         "precision": precision,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("milliseconds"),
         "versions": versions,
         "git_commit": git_commit(),
     }
