@@ -132,6 +132,7 @@ def test_what_is_no_result_is_left_out_and_said(tmp_path, capsys):
     assert left
     assert all(f"note: {path} is left out" in said for path in left)
     assert "no sound 'best_on_test'" in said
+    assert re.search(r"stop lacks a setting, or has one too many: .*accuracy_percent", said)
     with pytest.raises(UserError, match="there is no finished run"):
         build(tmp_path, tmp_path / "out")
 

@@ -265,6 +265,8 @@ def check_training(config: Any) -> None:
     named = {"model": {"name": str}, "record": {"evaluate_images": int}}
     check_shape(config, {"seed": int, "name?": str, **named})
     for key, schema in (("dataset", DatasetConfig), ("recipe", RecipeConfig), ("stop", StopConfig)):
+        if differing := {*config[key]} ^ {setting.name for setting in fields(schema)}:
+            raise TypeError(f"{key} lacks a setting, or has one too many: {', '.join(differing)}")
         section: Any = schema(**config[key])
         for setting in fields(section):
             kind: Any = setting.type
