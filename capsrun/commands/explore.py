@@ -50,7 +50,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     dataset = load_test_images(config, trained, device)
     folder = output_folder(checkpoint, config.runs_dir)
     path = Path(config.out or folder / f"explore-{dataset.name}.html")
-    refuse_foreign(path)
+    refuse_another_file(path)
     disk.make_folder(path.parent)
     to_device(model, device, fast=False)
     shown = choose(config.explore, model, dataset.test)
@@ -78,7 +78,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     return path
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_another_file(path: Path) -> None:
     """Raise UserError where something is that capsrun did not write."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; out= is the file to write")

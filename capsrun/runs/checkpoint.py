@@ -29,8 +29,8 @@ FILE_NAME = "checkpoint.pt"
 # The weights of the largest network that is made, their average and Adam's moments.
 MOST_BYTES = 16 * MOST_PARAMETERS
 # What a checkpoint holds at least; see `check_shape`.
-SHAPE: dict[str, Any] = {"config": dict, "step": int, "model": dict, "optimizer?": dict}
-SHAPE["train_seconds"] = int | float
+SHAPE: dict[str, Any] = {"config": dict, "step": (int, 0), "model": dict, "optimizer?": dict}
+SHAPE["train_seconds"] = (int | float, 0)
 
 
 class Trained(NamedTuple):
@@ -89,11 +89,8 @@ def read_checkpoint(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]
         raise UserError(f"{path} is not a checkpoint of capsrun, or of another version of it")
     try:
         check_shape(checkpoint, {**SHAPE, **shape})
-        if (
-            "optimizer" not in checkpoint
-            or min(checkpoint["step"], checkpoint["train_seconds"]) < 0
-        ):
-            raise ValueError("no sound 'step', 'train_seconds' or 'optimizer'")
+        if "optimizer" not in checkpoint:  # None is that of a finished run
+            raise ValueError("no sound 'optimizer'")
     except ValueError as error:
         raise UserError(f"checkpoint {path} is incomplete or damaged: it has {error}") from error
     return checkpoint

@@ -18,7 +18,7 @@ from capsrun.settings import differing_keys, role
 # What a command leaves of what it finds out about a run.
 OUTPUT = (RESULT, "index.html", "predictions.csv", "pictures/*")
 # What a checkpoint holds of an unfinished run beside what makes a model of it.
-TO_GO_ON = {"precision": str, "metrics_bytes": int, "parts": list}
+TO_GO_ON = {"precision": str, "metrics_bytes": (int, 0), "parts": [segments.SHAPE]}
 # What `train` leaves in its folder beside the checkpoint, the settings and the result.
 RUN = ("index.html", METRICS, "pictures/*", "tensorboard/*")
 
@@ -129,10 +129,6 @@ class RunFolder:
             return None
         try:
             found = read_checkpoint(self.checkpoint, TO_GO_ON)
-            if found["metrics_bytes"] < 0 or not all(map(segments.is_sound, found["parts"])):
-                raise UserError(
-                    f"{self.checkpoint} is damaged: no sound 'metrics_bytes' or 'parts'"
-                )
             if different := self._differing(found["config"]):
                 raise UserError(f"{self.checkpoint} is of a run with other settings: {different}")
         except UserError as error:

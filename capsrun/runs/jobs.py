@@ -151,9 +151,8 @@ def make_jobs(config: ReproduceConfig, experiments: Experiments) -> list[Job]:
         budget = budget_of(entry, config.budget)
         for name in chosen(entry.targets, experiments):
             # An ensemble has one result, whatever the seeds, where there are any.
-            for seed in (
-                entry.seeds if experiments.about(name).models == 1 else [0][: len(entry.seeds)]
-            ):
+            seeds = entry.seeds if experiments.about(name).models == 1 else entry.seeds and [0]
+            for seed in seeds:
                 for job in jobs_of(name, seed, budget, config, experiments):
                     if jobs.setdefault(job.folder, job).arguments != job.arguments:
                         raise UserError(

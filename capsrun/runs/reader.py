@@ -25,7 +25,8 @@ FINISHED, RUNNING, INTERRUPTED, DAMAGED = "finished", "running", "interrupted", 
 # What reading a file raises that is damaged, or is another program's.
 UNSOUND = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 NUMBER: Any = int | float
-# What a result holds: the type of each value, or what it holds itself; with a `?`, if anything.
+# What a result holds: the type of each value, with the least that a number may be, or what it holds
+# itself, in a list all alike; with a `?`, if anything.
 SHAPE: dict[str, Any] = {
     **dict.fromkeys(("name", "model", "date", "device", "precision"), str),
     **dict.fromkeys(("seed", "steps"), int),
@@ -242,12 +243,16 @@ def sound_result(path: Path) -> Result:
 
 def check_shape(value: Any, shape: Any, name: str = "result") -> None:
     """Raise ValueError where plain data is not of a shape; see `SHAPE`."""
-    kind = dict if isinstance(shape, dict) else shape
+    kind: Any = type(shape) if isinstance(shape, dict | list) else shape
+    kind, least = shape if isinstance(shape, tuple) else (kind, -LARGEST)
     # True counts as a number in Python, but not here.
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"no sound {name!r}")
-    if isinstance(value, NUMBER) and not abs(value) <= LARGEST:  # which NaN is not either
+    if isinstance(value, NUMBER) and not least <= value <= LARGEST:  # which NaN is not either
         raise ValueError(f"no sound {name!r}")
+    items: list[Any] = value if isinstance(shape, list) else []
+    for item in items:
+        check_shape(item, shape[0], name)
     for key, part in shape.items() if isinstance(shape, dict) else ():
         found = value.get(key.removesuffix("?"))
         if found is not None or not key.endswith("?"):

@@ -9,21 +9,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capsrun.runs.reader import check_shape
-
 Segment = dict[str, Any]
 
+# As `reader.check_shape` checks it.
+SHAPE: dict[str, Any] = dict.fromkeys(("first_step", "last_step", "processes"), (int, 1))
+SHAPE |= {"device": str, "precision": str, "versions": {"python": str}, "git_commit?": str}
 SAID = ("device", "precision", "processes", "versions", "git_commit")
-
-
-def is_sound(segment: Any) -> bool:
-    """Whether it is one, as a checkpoint may hold anything."""
-    shape = {"first_step": int, "last_step": int, "device": str, "precision": str}
-    try:
-        check_shape(segment, {**shape, "processes": int, "versions": dict, "git_commit?": str})
-    except ValueError:
-        return False
-    return True
 
 
 def extended(
