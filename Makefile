@@ -57,7 +57,7 @@ report: $(INSTALLED) ## build the report of the committed results again: results
 
 explorers: $(INSTALLED) ## make the pages in docs/ of the committed checkpoints again
 	$(CAPSRUN) explore checkpoint=results/capsnet-mnist.pt out=docs/explorer.html explore.search=10000 explore.mistakes=44
-	$(CAPSRUN) explore checkpoint=results/capsnet-mnist-small.pt out=docs/explorer-draw.html explore.search=10000 explore.mistakes=49
+	$(CAPSRUN) explore checkpoint=small out=docs/explorer-draw.html explore.search=10000 explore.mistakes=49
 	$(CAPSRUN) explore dataset=multimnist checkpoint=results/capsnet-multimnist-small.pt out=docs/explorer-multimnist.html
 
 # As many tests at once as there are cores, up to four, each with one thread.

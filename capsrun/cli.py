@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from capsrun import __version__, completion, compose, errors
+from capsrun import __version__, completion, compose, data, errors
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, process_rank
 from capsrun.terminal import BOLD, RED, printable_lines, styled
 from capsrun.yaml_files import without_config_dir
@@ -44,6 +44,10 @@ COMMANDS = {
     "perturb": Command(
         "move each dimension of a capsule and draw what comes out",
         "capsrun perturb perturb.digit=5",
+    ),
+    "predict": Command(
+        "say of which class images of one's own are",
+        "capsrun predict photo.jpg",
     ),
     "explore": Command(
         "make a page in which capsules are moved by hand",
@@ -167,6 +171,8 @@ def answer(name: str, arguments: list[str]) -> None:
             words = [word for word in arguments if not word.startswith("-")]
             return print(command_help(name, *COMMANDS[name], words), flush=True)
         arguments = [compose.FLAGS.get(name, {}).get(word, word) for word in arguments]
+        if name == "predict":
+            arguments = compose.with_images(arguments)
         compose.refuse_unknown_options(name, arguments)
         # Hydra wants the settings side by side: an option between them ends them.
         arguments.sort(key=lambda word: "=" in word and not word.startswith("-"))
@@ -184,6 +190,8 @@ def run_command(name: str, cfg: Any, overrides: list[str]) -> Any:
 
     errors.begin_run()
     config: Any = settings_for(compose.schema_of(name), cfg, overrides)
+    if hasattr(config, "dataset"):
+        config.dataset = data.found(config.dataset)
     return importlib.import_module(f"capsrun.commands.{name}").main(config, overrides)
 
 

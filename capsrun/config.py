@@ -5,6 +5,8 @@ A field's `setting(...)` says what is allowed; `settings.from_dict` makes these 
 
 import dataclasses
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,42 @@ class DatasetConfig:
     """The contrast of training images is multiplied by 1 − this to 1 + this."""
     standardise: bool
     """Whether the network sees each image with mean 0 and standard deviation 1."""
+
+    @property
+    def title(self) -> str:
+        """What it is called in names and pictures."""
+        return self.name
+
+
+@dataclass(kw_only=True)
+class OwnDataConfig(DatasetConfig):
+    """Images of one's own. Values: `configs/dataset/folder.yaml`, `idx.yaml`, `table.yaml`."""
+
+    path: str = setting(path=True)
+    """A folder or a file; see `data/own_data.py`."""
+    image_px: int = setting(minimum=0)
+    """0: as large as the images are; see `own_data.found`, and so the next ones."""
+    channels: int = setting(minimum=0)
+    classes: int = setting(minimum=0)
+    class_names: list[str]
+    """In the order of their numbers; empty: as the folders or labels are called."""
+    train_images: int = setting(minimum=0)
+    """How many there are, those that cannot be used among them; 0: found out, as the next one."""
+    test_images: int = setting(minimum=0)
+    test_percent: float = setting(above=0, below=100)
+    """How much of each class is tested on, where the data has no test images of its own."""
+    transposed: bool
+    """Whether rows and columns of the stored images are exchanged, as EMNIST's are."""
+    drawn: bool
+    """Whether an image file of one's own is made as MNIST was; see `own_image.read_image`."""
+    faulty: str = setting(choices=("refuse", "skip"))
+    """What is done about images that cannot be used, and test images that are trained on."""
+
+    @property
+    def title(self) -> str:
+        """The name of the folder or file."""
+        stem = os.path.basename(os.path.abspath(self.path)).partition(".")[0]
+        return re.sub(r"[^\w-]+", "_", stem) or self.name
 
 
 @dataclass(kw_only=True)
@@ -288,7 +326,8 @@ class EvalConfig(CheckpointConfig):
 class SweepConfig:
     """Which image `capsrun perturb` takes and how it moves the capsule's dimensions."""
 
-    digit: int | None = setting(minimum=0)
+    digit: str | None
+    """The name of a class, or its number."""
     index: int | None = setting(minimum=0)
     image: str | None = setting(path=True)
     invert: str = setting(choices=("auto", "true", "false"))
@@ -306,6 +345,19 @@ class PerturbConfig(CheckpointConfig):
     out_dir: str | None = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     perturb: SweepConfig
+
+
+@dataclass(kw_only=True)
+class PredictConfig(CheckpointConfig):
+    """Everything that `capsrun predict` needs; the model comes from the checkpoint."""
+
+    images: list[str] = setting(path=True)
+    """Files, and folders of them."""
+    out_dir: str | None = setting(path=True)
+    device: str = setting(choices=("auto", "cpu", "cuda"))
+    invert: str = setting(choices=("auto", "true", "false"))
+    json: bool
+    csv: str | None = setting(path=True)
 
 
 @dataclass(kw_only=True)

@@ -43,7 +43,9 @@ def training_config(*overrides: str) -> TrainConfig:
     capsrun.errors.UserError: there is no setting 'iterations', did you mean ...
     """
     refuse_lists(overrides)
-    return experiments.training_config(overrides)
+    config = experiments.training_config(overrides)
+    config.dataset = data_sets.found(config.dataset)
+    return config
 
 
 def refuse_lists(overrides: Sequence[str]) -> None:
@@ -83,7 +85,7 @@ def load_dataset(
         dataset = from_dict(DataConfig, composed).dataset
     elif overrides:
         raise UserError("overrides go with the name of a data set; a configuration has its values")
-    return data_sets.load_dataset(dataset, checked_device(device))
+    return data_sets.load_dataset(data_sets.found(dataset), checked_device(device))
 
 
 def save_model(path: str | os.PathLike[str], model: "Model", config: TrainConfig) -> None:

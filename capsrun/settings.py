@@ -21,10 +21,12 @@ from capsrun.config import (
     CapsNetConfig,
     CNNConfig,
     CrossEntropyConfig,
+    DatasetConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
     OtherRoutingConfig,
+    OwnDataConfig,
     RecipeConfig,
     RoutingConfig,
     TrainConfig,
@@ -68,6 +70,7 @@ ROLES = {
     # Test errors of one run are compared, and so are of the same images.
     "record.evaluate_images": Role(result=False, name=False),
     "dataset.data_dir": _NOTHING,
+    "dataset.path": Role(name=False),  # whose last part is the name
     "dataset.trained_on": _NOTHING,
     "dataset.trained_by": _NOTHING,
     "dataset.validation": _NO_TEST,
@@ -175,10 +178,14 @@ def _check_stored(value: Any) -> None:
 
 def _structured(schema: type, given: Any) -> Any:
     """An empty `schema` with the kinds of model, routing and loss that the values are about."""
+    if schema is DatasetConfig and _has(given, "path"):
+        schema = OwnDataConfig
     node = OmegaConf.structured(schema)
     names = {field.name for field in dataclasses.fields(schema)}
     if not isinstance(given, DictConfig):
         return node  # merging will say what is wrong
+    if "dataset" in names and _has(given, "dataset.path"):
+        node.dataset = OmegaConf.structured(OwnDataConfig)
     if "model" in names:
         is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
         node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
@@ -188,6 +195,13 @@ def _structured(schema: type, given: Any) -> Any:
         by_entropy = OmegaConf.select(given, "loss.activation") is not None
         node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)
     return node
+
+
+def _has(given: Any, key: str) -> bool:
+    """Whether some values have a setting (its name with dots), with a value or without."""
+    section, _, name = key.rpartition(".")
+    values = OmegaConf.select(given, section) if section else given
+    return isinstance(values, DictConfig) and name in values.keys()  # noqa: SIM118
 
 
 def _with_lists(schema: type, given: Any) -> Any:
@@ -223,7 +237,7 @@ def _refuse_misread(schema: type, given: Any, prefix: str = "") -> None:
 def describe_config_error(error: OmegaConfBaseException) -> str:
     """One sentence for what OmegaConf says in several lines."""
     if isinstance(error, MissingMandatoryValue):
-        return f"setting {error.full_key} has no value"
+        return f"setting {error.full_key} has no value: {error.full_key}=…"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"there is no setting {error.full_key!r}"
     reason = str(error.msg or error).split("\n")[0].rstrip(".")

@@ -66,8 +66,7 @@ def random_images(dataset: DatasetConfig, count: int) -> RawData:
     shape = (count, dataset.channels, side, side)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, dataset.classes, (count,), dtype=torch.uint8, generator=generator)
-    names = tuple(str(number) for number in range(dataset.classes))
-    return RawData(Part(images, labels), Part(images[:0], labels[:0]), names, ())
+    return RawData(Part(images, labels), Part(images[:0], labels[:0]), ())
 
 
 def random_split(dataset: DatasetConfig, count: int, device: torch.device) -> TrainingSplit:

@@ -44,7 +44,8 @@ def main(config: DataConfig, overrides: Sequence[str]) -> None:
 def show(config: DataConfig, dataset: Dataset, folder: Path) -> None:
     """Print what a data set is like, and leave that and a contact sheet in a folder."""
     for source in dataset.sources:
-        state = "verified" if source.verified else "not verified: no published checksum for it"
+        unknown = "your own" if known(config.dataset.name).own else "no published checksum for it"
+        state = "verified" if source.verified else f"not verified: {unknown}"
         print(f"{source.name}: MD5 {source.md5} ({state})")
     print_counts(dataset)
     statistics: dict[str, Any] = {"command": "data", "dataset": dataset.name}
@@ -55,7 +56,7 @@ def show(config: DataConfig, dataset: Dataset, folder: Path) -> None:
     if isinstance(dataset.test, TransformedDigits):
         statistics["transforms"] = keep_transforms(dataset.test, folder / TRANSFORMS)
     disk.write_json(folder / STATISTICS, statistics)
-    figures.save(contact_sheet(dataset, config.samples), folder / SHEET)
+    figures.save(contact_sheet(dataset, config.dataset.name, config.samples), folder / SHEET)
     print(f"contact sheet: {folder / SHEET}")
 
 
@@ -152,24 +153,27 @@ def keep_transforms(split: TransformedDigits, path: Path) -> dict[str, dict[str,
     return found
 
 
-def contact_sheet(dataset: Dataset, samples: int) -> Figure:
-    """Images of each class, a row a class; two digits in their colours too."""
+def contact_sheet(dataset: Dataset, name: str, samples: int) -> Figure:
+    """Images of each class, a row a class; two digits in their colours too.
+
+    name: which kind of data set it is.
+    """
     split: Split = dataset.train
     kind = "the first training images of each class"
-    if known(dataset.name).read is None or not len(split):  # as they are made for testing
+    if known(name).read is None or not len(split):  # as they are made for testing
         split, kind = dataset.test, "the first test images of each class"
     if isinstance(split, TransformedDigits):
         kind = "one digit of each class in many versions"
     rows = []
     first_labels = split.labels(split.indices(0, LOOKED_THROUGH))[:, 0]
-    for label, name in enumerate(dataset.class_names):
+    for label, class_name in enumerate(dataset.class_names):
         members = (first_labels == label).nonzero().squeeze(1)[:samples]
         if not len(members):
             continue
         if isinstance(split, TransformedDigits):
             members = members[0] + len(split.labels_N) * torch.arange(min(samples, VERSIONS))
         targets_BTCHW = split.batch(members).targets_BTCHW
-        rows.append((name, list(displayed(targets_BTCHW.sum(1).clamp(max=1)))))
+        rows.append((class_name, list(displayed(targets_BTCHW.sum(1).clamp(max=1)))))
         if split.digits > 1:
             rows.append(("", list(in_colours(targets_BTCHW))))
     return figures.image_grid(rows, title=f"{dataset.name}: {kind}")

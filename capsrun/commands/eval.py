@@ -131,13 +131,13 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     Says where the images are others than those of the run.
     """
     dataset = config.dataset
-    parts = ["eval", dataset.name, config.split]
+    parts = ["eval", dataset.title, config.split]
     same = dataset.name == trained.dataset.name
     compared = dict.fromkeys(("source", "split_seed"), trained.dataset)
     if config.split == "validation":
         compared["validation"] = trained.dataset
     if same or dataset.source is not None:  # whose test images are moved too
-        compared["shift_px"] = trained.dataset if same else usual_dataset(dataset.name)
+        compared["shift_px"] = trained.dataset if same else usual_dataset(dataset.name, dataset)
     for key, like in compared.items():
         value, other = getattr(dataset, key), getattr(like, key)
         if value is not None and value != other:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capsrun import disk
-from capsrun.commands.models import load_test_images
+from capsrun.commands.models import find_or_packaged, load_test_images
 from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
@@ -21,7 +21,7 @@ from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import route
 from capsrun.names import model_words, suggest
 from capsrun.report.run_page import refresh_run_page
-from capsrun.runs.checkpoint import find_model, load_drawing_model, output_folder
+from capsrun.runs.checkpoint import load_drawing_model, output_folder
 from capsrun.runs.progress import bar
 from capsrun.terminal import counted, size
 from capsrun.training.device import resolve_device
@@ -34,7 +34,7 @@ BATCH_SIZE = 100
 
 def main(config: ExploreConfig, overrides: Sequence[str]) -> None:
     """`capsrun explore`: make the page, and say what else can be done with the model."""
-    checkpoint = find_model(config)
+    checkpoint = find_or_packaged(config)
     explore(config, checkpoint)
     words = model_words(config, checkpoint)
     suggest(["perturb", *words, "perturb.format=gif"], ["export", *words])

@@ -10,12 +10,25 @@ import torch
 from matplotlib.figure import Figure
 
 from capsrun import disk
-from capsrun.config import CheckpointConfig, EvalConfig, PerturbConfig
+from capsrun.config import (
+    CheckpointConfig,
+    EvalConfig,
+    ExploreConfig,
+    PerturbConfig,
+    PredictConfig,
+)
 from capsrun.data import load_dataset
 from capsrun.data.splits import Dataset
+from capsrun.errors import UserError
+from capsrun.names import ABOUT, SMALL, packaged, usual_dataset
 from capsrun.report import figures
 from capsrun.report.run_page import write_run_page
-from capsrun.runs.checkpoint import Trained, check_dataset, output_folder
+from capsrun.runs.checkpoint import (
+    Trained,
+    check_dataset,
+    find_model,
+    output_folder,
+)
 from capsrun.runs.folder import output
 from capsrun.runs.recorder import show_in_tensorboard
 from capsrun.terminal import counted, printable
@@ -30,6 +43,26 @@ def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
         )
 
 
+def find_or_packaged(
+    config: PerturbConfig | ExploreConfig | PredictConfig, quiet: bool = False
+) -> Path:
+    """The checkpoint that a command is to look into.
+
+    Where none is named, and no network was trained on MNIST yet, it is the one that comes with
+    capsrun, and the images are the test digits that do; this is said, unless `quiet`.
+    Raises UserError, with the command that makes it, when there is none.
+    """
+    try:
+        return find_model(config)
+    except UserError:
+        if config.checkpoint or config.seed or config.dataset != usual_dataset("mnist"):
+            raise
+    config.dataset = usual_dataset("mnist1k")
+    if not quiet:
+        print(f"there is no run of dataset=mnist in {config.runs_dir}, so this is {ABOUT[SMALL]}")
+    return packaged(SMALL)
+
+
 def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.device) -> Dataset:
     """The data set, if the model can be tested on it. Raises UserError if it cannot."""
     check_dataset(config.dataset, trained.config, "test")
@@ -38,7 +71,7 @@ def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.d
 
 @contextlib.contextmanager
 def result_folder(
-    config: EvalConfig | PerturbConfig, checkpoint: Path, name: str
+    config: EvalConfig | PerturbConfig | PredictConfig, checkpoint: Path, name: str
 ) -> Iterator[Path]:
     """Make `out_dir`, or a folder of this name beside the model, for this process alone.
 

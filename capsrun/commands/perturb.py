@@ -6,6 +6,7 @@ Shapes: C channels, H and W pixels, D dimensions of a capsule, V values, J class
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +16,24 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from capsrun.commands.models import load_test_images, model_facts, result_folder, write_result
+from capsrun.commands.models import (
+    find_or_packaged,
+    load_test_images,
+    model_facts,
+    result_folder,
+    write_result,
+)
 from capsrun.config import DatasetConfig, PerturbConfig, SweepConfig
+from capsrun.data import class_names
 from capsrun.data.batches import in_class_order
 from capsrun.data.own_image import read_image
 from capsrun.data.splits import Dataset, Split, standardise
-from capsrun.errors import UserError
+from capsrun.errors import UserError, did_you_mean
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import folder_words, model_words, suggest
 from capsrun.report import figures
 from capsrun.report.pictures import displayed
-from capsrun.runs.checkpoint import find_model, load_drawing_model
+from capsrun.runs.checkpoint import load_drawing_model
 from capsrun.runs.progress import bar
 from capsrun.terminal import counted
 from capsrun.training.device import provenance, resolve_device
@@ -48,6 +56,7 @@ class Subject:
     pixels_CHW: Tensor
     """As it is shown."""
     label: int
+    class_name: str
     title: str
     file_name: str
 
@@ -58,7 +67,7 @@ Swept = list[tuple[Subject, Tensor]]
 
 def main(config: PerturbConfig, overrides: Sequence[str]) -> None:
     """`capsrun perturb`: draw, and say what else can be done with the model."""
-    checkpoint = find_model(config)
+    checkpoint = find_or_packaged(config)
     perturb(config, checkpoint)
     suggest(["explore", *model_words(config, checkpoint)], ["report", *folder_words(config)])
 
@@ -72,14 +81,13 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     device = resolve_device(config.device)
     trained, model = load_drawing_model(checkpoint)
     to_device(model, device, fast=False).eval()
-    digit, dataset = config.perturb.digit, None
-    if digit is not None and digit >= model.classes:
-        raise UserError(f"perturb.digit is {digit}; the classes are 0 to {model.classes - 1}")
+    names, dataset = class_names(trained.config.dataset), None
+    digit = None if config.perturb.digit is None else class_called(config.perturb.digit, names)
     if config.perturb.image is not None:
-        subjects = [own_image(config.perturb, model, trained.config.dataset, device)]
+        subjects = [own_image(config.perturb, digit, model, trained.config.dataset, device)]
     else:
         dataset = load_test_images(config, trained, device)
-        subjects = chosen_images(config.perturb, model, dataset)
+        subjects = chosen_images(config.perturb.index, digit, model, dataset)
     name = f"perturb-{dataset.name if dataset else 'own-image'}"
     with result_folder(config, checkpoint, name) as folder:
         swept = [(s, perturbed(model, s.image_CHW, s.label, values)) for s in subjects]
@@ -98,6 +106,17 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
         drawn = {name: {f"perturb/{name}": still} for name, still in stills.items()}
         print(f"page: {write_result(folder, result, drawn)}")
     return paths
+
+
+def class_called(said: str, names: Sequence[str]) -> int:
+    """The number of the class that a name, or a number, means. Raises UserError for no class."""
+    if said in names:
+        return names.index(said)
+    if said.isdecimal() and int(said) < len(names):
+        return int(said)
+    raise UserError(
+        f"perturb.digit is {said}{did_you_mean(said, names)}; the classes are {', '.join(names)}"
+    )
 
 
 def sweep_values(sweep: SweepConfig) -> list[float]:
@@ -191,37 +210,48 @@ def frame_of_one(subject: Subject, images_DVCHW: Tensor, number: int, value: flo
 def frame_of_all(swept: Swept, number: int, value: float) -> Figure:
     """A row for each subject and a column for each dimension, moved by the value of this number."""
     rows = [
-        (f"class {subject.label}", list(displayed(images_DVCHW[:, number])))
+        (f"class {subject.class_name}", list(displayed(images_DVCHW[:, number])))
         for subject, images_DVCHW in swept
     ]
     title = f"Each dimension of each class capsule, moved by {value:+.2f}"
     return figures.image_grid(rows, [f"{d}" for d in range(len(swept[0][1]))], title)
 
 
-def chosen_images(sweep: SweepConfig, model: CapsNet, dataset: Dataset) -> list[Subject]:
-    """The test image of one class, or of each, that `sweep` says."""
+def chosen_images(
+    index: int | None, digit: int | None, model: CapsNet, dataset: Dataset
+) -> list[Subject]:
+    """The test image of one class, `digit`, or of each.
+
+    index: which one; None: the first that is classified rightly.
+    """
     names, test = dataset.class_names, dataset.test
     # With two digits in an image it is the first one that is perturbed.
     labels_N = test.labels(test.indices(0, LOOK_THROUGH_TEST))[:, 0]
     subjects = []
-    for label in range(len(names)) if sweep.digit is None else [sweep.digit]:
+    for label in range(len(names)) if digit is None else [digit]:
         members = (labels_N == label).nonzero().squeeze(1)
-        if sweep.index is not None and sweep.index >= len(members):
+        if index is not None and index >= len(members):
             raise UserError(
-                f"perturb.index is {sweep.index}, but class {names[label]} has only "
+                f"perturb.index is {index}, but class {names[label]} has only "
                 f"{counted(len(members), 'test image')} (from 0)"
             )
         if not len(members):
             raise UserError(f"{dataset.name} has no test image of class {names[label]}")
-        index = sweep.index
-        if index is None:
-            index = first_right(model, test, members[:LOOK_THROUGH])
-        batch = test.batch(members[index : index + 1])
+        nth = first_right(model, test, members[:LOOK_THROUGH]) if index is None else index
+        batch = test.batch(members[nth : nth + 1])
         pixels = batch.targets_BTCHW[0].sum(0).clamp(max=1)
-        title = f"{dataset.name}: class {names[label]}, its test image {index}"
-        name = f"digit_{label}" + (f"_index_{index}" if sweep.index is not None else "")
-        subjects.append(Subject(batch.images_BCHW[0], pixels, label, title, name))
+        title = f"{dataset.name}: class {names[label]}, its test image {nth}"
+        name = file_name(label, names) + (f"_index_{index}" if index is not None else "")
+        seen = batch.images_BCHW[0]
+        subjects.append(Subject(seen, pixels, label, names[label], title, name))
     return subjects
+
+
+def file_name(label: int, names: Sequence[str]) -> str:
+    """What the picture of a class is called: `digit_5`, `class_0_cat`."""
+    if names[label] == str(label):
+        return f"digit_{label}"
+    return f"class_{label}_" + re.sub(r"[^\w-]+", "_", names[label])[:100]
 
 
 @torch.inference_mode()
@@ -235,9 +265,13 @@ def first_right(model: CapsNet, test: Split, members: Tensor) -> int:
 
 @torch.inference_mode()
 def own_image(
-    sweep: SweepConfig, model: CapsNet, dataset: DatasetConfig, device: torch.device
+    sweep: SweepConfig,
+    digit: int | None,
+    model: CapsNet,
+    dataset: DatasetConfig,
+    device: torch.device,
 ) -> Subject:
-    """The image `perturb.image`, as `perturb.digit` or as the class that the model sees in it.
+    """The image `perturb.image`, as a class, or as the one that the model sees in it.
 
     dataset: what the model was trained on. Says which classes, as many as its images show, are
     seen most.
@@ -254,11 +288,13 @@ def own_image(
     lengths_BJ = model(image[None]).lengths_BJ
     seen = predicted_classes(lengths_BJ, dataset.digits)[0].tolist()
     seen.sort(key=lambda label: -lengths_BJ[0, label])
-    found = [f"class {label} (capsule length {lengths_BJ[0, label]:.2f})" for label in seen]
+    names = class_names(dataset)
+    found = [f"class {names[label]} (capsule length {lengths_BJ[0, label]:.2f})" for label in seen]
     print(f"{path}: looks most like {' and '.join(found)}")
-    label = seen[0] if sweep.digit is None else sweep.digit
+    label = seen[0] if digit is None else digit
     # Two images of one name, in two folders, have pictures of their own.
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]
     stem = path.stem.encode(errors="replace")[:150].decode(errors="ignore")
     name = f"{stem}-{place}_as_{label}"
-    return Subject(image, pixels, label, f"{path.name}: as {label}", name)
+    title = f"{path.name}: as {names[label]}"
+    return Subject(image, pixels, label, names[label], title, name)

@@ -62,7 +62,7 @@ def load(config: DatasetConfig) -> RawData:
     check(images_NHW, labels_N, sources[0].name if len(sources) == 1 else folder)
     test = Part(torch.from_numpy(images_NHW)[:, None], torch.from_numpy(labels_N))
     nothing = Part(test.images_NCHW[:0], test.labels_N[:0])
-    return RawData(nothing, test, tuple("0123456789"), sources)
+    return RawData(nothing, test, sources)
 
 
 def find(folder: Path) -> list[Path]:

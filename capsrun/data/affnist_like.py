@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsrun.config import DatasetConfig
+from capsrun.data import class_names
 from capsrun.data.batches import WARP, Batch, random_unit, to_pixels
 from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset, OfDigits, StoredImages, parts, refuse_changes
@@ -158,4 +159,4 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     _, validation, test = parts(raw, config, device)
     nothing = StoredImages(*validation, config)
     digits = TransformedDigits(*test, config)
-    return Dataset(config.name, raw.class_names, nothing, nothing, digits, raw.sources)
+    return Dataset(config.name, class_names(config), nothing, nothing, digits, raw.sources)

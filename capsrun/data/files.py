@@ -48,7 +48,6 @@ class RawData(NamedTuple):
 
     train: Part
     test: Part
-    class_names: tuple[str, ...]
     sources: tuple[Source, ...]
 
 

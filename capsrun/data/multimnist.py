@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data import batches, splits
+from capsrun.data import batches, class_names, splits
 from capsrun.data.batches import PARTNER, SHIFT, Batch
 from capsrun.data.files import Part, RawData
 from capsrun.data.splits import Dataset, OfDigits, TrainingSplit
@@ -128,7 +128,7 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
         digit_pairs(validation, config, sampled, 1),
         digit_pairs(test, config, sampled, 2),
     )
-    return Dataset(config.name, raw.class_names, *pairs, raw.sources)
+    return Dataset(config.name, class_names(config), *pairs, raw.sources)
 
 
 def digit_pairs(part: Part, config: DatasetConfig, partners: int, key: int) -> DigitPairs:

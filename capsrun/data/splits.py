@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capsrun.config import DatasetConfig
-from capsrun.data import batches
+from capsrun.data import batches, class_names
 from capsrun.data.batches import Batch
 from capsrun.data.files import Part, RawData, Source
 from capsrun.errors import UserError
@@ -257,15 +257,9 @@ class Dataset:
 def parts(raw: RawData, config: DatasetConfig, device: torch.device) -> tuple[Part, Part, Part]:
     """The training, validation and test images, on the device, each in the order of its file.
 
-    Raises UserError when more are to be held out than there are, or for another number of classes
-    or channels.
+    Raises UserError when more are to be held out than there are, or for another number of channels.
     """
     images_NCHW, labels_N = raw.train
-    if len(raw.class_names) != config.classes:
-        raise UserError(
-            f"{config.name} has {len(raw.class_names)} classes, but dataset.classes is "
-            f"{config.classes}"
-        )
     if images_NCHW.shape[1] != config.channels:
         raise UserError(
             f"{config.name} has images of {images_NCHW.shape[1]} channel(s), but "
@@ -301,7 +295,7 @@ def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) ->
     # Images as large as the canvas may be moved over its edge (§5), by less than their size.
     check_shift(config, stored_px, stored_px - 1 if config.image_px == stored_px else 0)
     train, validation, test = (StoredImages(*part, config) for part in parts(raw, config, device))
-    return Dataset(config.name, raw.class_names, train, validation, test, raw.sources)
+    return Dataset(config.title, class_names(config), train, validation, test, raw.sources)
 
 
 def check_shift(config: DatasetConfig, stored_px: int, over_px: int = 0) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,13 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from capsrun.config import CheckpointConfig, DatasetConfig, TrainConfig
-from capsrun.data import is_part_of
+from capsrun.config import CheckpointConfig, DatasetConfig, OwnDataConfig, TrainConfig
+from capsrun.data import class_names, is_part_of
 from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
-from capsrun.names import default_run, must_match, train_command
+from capsrun.names import (
+    ABOUT,
+    WEIGHTS,
+    dataset_words,
+    default_run,
+    must_match,
+    packaged,
+    train_command,
+)
 from capsrun.runs.foreign import kind_of_content, kind_of_file
 from capsrun.runs.reader import check_shape
 from capsrun.settings import from_dict
@@ -31,6 +40,10 @@ MOST_BYTES = 16 * MOST_PARAMETERS
 # What a checkpoint holds at least; see `check_shape`.
 SHAPE: dict[str, Any] = {"config": dict, "step": (int, 0), "model": dict, "optimizer?": dict}
 SHAPE["train_seconds"] = (int | float, 0)
+
+
+# What decides which of the images of a data set are tested on.
+OF_THE_SAME = "split_seed", "validation", "test_percent", "transposed"
 
 
 class Trained(NamedTuple):
@@ -131,6 +144,8 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     if re.match(r"\w+://", os.fspath(path)):
         raise UserError(f"{path} is to be downloaded first: a checkpoint is a file or a folder")
     meant = Path(os.path.expanduser(path))
+    if os.fspath(path) in ABOUT and not meant.exists():
+        return packaged(os.fspath(path))
     if not meant.exists() and Path(f"{meant}.index").is_file():  # as TensorFlow's are named
         return Path(f"{meant}.index")
     return meant / FILE_NAME if meant.is_dir() else meant
@@ -152,6 +167,8 @@ def output_folder(checkpoint: Path, runs_dir: str) -> Path:
     """
     if checkpoint.name == FILE_NAME:
         return checkpoint.parent
+    if checkpoint.parent == WEIGHTS:
+        return Path(runs_dir) / checkpoint.stem
     place = hashlib.sha256(os.fsencode(checkpoint.resolve())).hexdigest()[:6]
     return Path(runs_dir) / f"{checkpoint.stem}-{place}"
 
@@ -233,7 +250,7 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
     instead = f"train one for such images (`{train_command(dataset, split)}`), or test this one on "
-    instead += f"dataset={trained.dataset.name}"
+    instead += shlex.join(dataset_words(trained.dataset) or ["dataset=mnist"])
     if ours != theirs:
         text = "the checkpoint is of a model for images of {}×{}×{} and {} classes (trained on {})"
         text += ", but dataset={} has {}×{}×{} and {}; {}"
@@ -245,7 +262,13 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"({trained.dataset.name}), but those of dataset={dataset.name} have "
             f"{counts[dataset.digits]}; {instead}"
         )
-    ours_from, theirs_from = (d.source or d.name for d in (dataset, trained.dataset))
+    names = class_names(dataset), class_names(trained.dataset)
+    if isinstance(dataset, OwnDataConfig) and names[0] != names[1]:
+        raise UserError(
+            f"the classes of {dataset.path} are {', '.join(names[0])}, but the model was trained "
+            f"on {', '.join(names[1])}; {instead}"
+        )
+    ours_from, theirs_from = (origin(d) for d in (dataset, trained.dataset))
     if split == "test" and is_part_of(dataset, trained.dataset):
         raise UserError(
             f"the images of {ours_from} are training images of {theirs_from}, on which the model "
@@ -259,14 +282,25 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
             f"dataset={trained.dataset.name}"
         )
     for key in must_match(dataset, split):
-        value, unseen = getattr(trained.dataset, key), key in ("split_seed", "validation")
+        value, unseen = getattr(trained.dataset, key, None), key in OF_THE_SAME
         if getattr(dataset, key) != value and (ours_from == theirs_from or not unseen):
             raise UserError(
                 f"the model was trained with dataset.{key}={value}: say the same here"
                 + (", or images that it was trained on are counted as unseen" if unseen else "")
             )
-    if dataset.trained_on != trained.dataset.name:
-        notice(f"this model was trained on {trained.dataset.name}, not on {dataset.trained_on}")
+    # Of one's own any files of the same classes are as good.
+    if dataset.trained_on != trained.dataset.name or (
+        isinstance(dataset, OwnDataConfig) and ours_from != theirs_from
+    ):
+        usual = dataset.title if isinstance(dataset, OwnDataConfig) else dataset.trained_on
+        notice(f"this model was trained on {trained.dataset.title}, not on {usual}")
+
+
+def origin(dataset: DatasetConfig) -> str:
+    """The data set, or the files, that images are from or are made of."""
+    if isinstance(dataset, OwnDataConfig):
+        return os.path.realpath(dataset.path)
+    return dataset.source or dataset.name
 
 
 def load_drawing_model(path: Path) -> tuple[Trained, CapsNet]:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from capsrun import disk
-from capsrun.config import DatasetConfig, RecipeConfig, StopConfig, TrainConfig
+from capsrun.config import (
+    DatasetConfig,
+    OwnDataConfig,
+    RecipeConfig,
+    StopConfig,
+    TrainConfig,
+)
 from capsrun.data import sizes
 from capsrun.errors import UserError, notice
 from capsrun.settings import deciding, deciding_test, from_dict, is_name
@@ -320,7 +326,9 @@ def best_on_test(
 
 def training_images(training: Mapping[str, Any]) -> int:
     """How many images an epoch of a training configuration has."""
-    return sizes(DatasetConfig(**training["dataset"]))[0]
+    dataset = training["dataset"]
+    kind = OwnDataConfig if "path" in dataset else DatasetConfig
+    return sizes(kind(**dataset))[0]
 
 
 def epochs_of_a_step(training: Mapping[str, Any]) -> float:

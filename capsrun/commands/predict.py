@@ -1,0 +1,221 @@
+"""`capsrun predict`: classes for images of one's own.
+
+Shapes: N images, J classes, T digits in one image, C channels, H and W pixels.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+
+from capsrun import disk
+from capsrun.commands.models import find_or_packaged, model_facts, result_folder
+from capsrun.config import DatasetConfig, PredictConfig
+from capsrun.data import class_names
+from capsrun.data.own_folder import ENDINGS
+from capsrun.data.own_image import read_image
+from capsrun.data.splits import standardise
+from capsrun.errors import UserError
+from capsrun.models import Model
+from capsrun.models.capsnet import CapsNet
+from capsrun.names import model_words, suggest, word
+from capsrun.report import figures
+from capsrun.report.pictures import displayed
+from capsrun.runs.checkpoint import load_checkpoint
+from capsrun.runs.progress import bar
+from capsrun.terminal import counted, printable
+from capsrun.training.device import resolve_device
+from capsrun.training.metrics import predicted_classes
+from capsrun.training.step import to_device
+
+# So many images are classified at once.
+AT_ONCE = 100
+# Of so many, from the first, the sheet shows what was seen.
+MOST_SHOWN = 48
+SHEET = "sheet.png"
+# A shorter capsule, or lower probability, says that the model knows nothing like it, and so does a
+# drawing that leaves so much of the image, in squares, unexplained. Of MNIST's test digits the
+# network that comes with capsrun has 1 % beyond each.
+LEAST_LENGTH = 0.6
+MOST_UNEXPLAINED = 0.35
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model sees in an image."""
+
+    path: Path
+    pixels_CHW: Tensor
+    """As prepared, in [0, 1]."""
+    remarks: list[str]
+    """What was done to it."""
+    scores_J: Tensor
+    seen: list[int]
+    """The T classes that are seen most, the surest first."""
+    second: int
+    """The next one."""
+    drawn_CHW: Tensor | None
+    """What the decoder makes of the classes that are seen."""
+
+    @property
+    def doubt(self) -> str:
+        """Why the answer is worth little; empty where nothing speaks against it."""
+        if float(self.scores_J[self.seen].min()) < LEAST_LENGTH:
+            return "unlike all that the model knows"
+        if self.drawn_CHW is not None:
+            left = (self.drawn_CHW - self.pixels_CHW).square().sum()
+            if left > MOST_UNEXPLAINED * self.pixels_CHW.square().sum():
+                return "unlike what the model draws of it"
+        return ""
+
+
+def main(config: PredictConfig, overrides: Sequence[str]) -> None:
+    """`capsrun predict`: print what is seen in each image, and draw a sheet of them.
+
+    Raises UserError, once all others are answered, where some images cannot be used.
+    """
+    paths = paths_of(config.images)
+    checkpoint = find_or_packaged(config, quiet=config.json)
+    device = resolve_device(config.device)
+    trained = load_checkpoint(checkpoint)
+    model = to_device(trained.model, device, fast=False).eval()
+    dataset = trained.config.dataset
+    names = class_names(dataset)
+    predictions, faults = predict(paths, model, dataset, config.invert, device)
+    if config.json:
+        plain = [as_plain(prediction, names) for prediction in predictions]
+        print(json.dumps(plain, indent=2, ensure_ascii=False))
+    else:
+        show(predictions, names, "length" if isinstance(model, CapsNet) else "probability")
+    if config.csv is not None:
+        write_csv(Path(config.csv), predictions, names)
+    if predictions and not config.json:
+        with result_folder(config, checkpoint, "predict") as folder:
+            facts = {"command": "predict", **model_facts(trained, checkpoint)}
+            facts["predictions"] = [as_plain(prediction, names) for prediction in predictions]
+            facts["config"] = dataclasses.asdict(config)
+            disk.write_json(folder / "result.json", facts)
+            figures.save(sheet(predictions, names), folder / SHEET)
+            print(f"what it saw, and what it draws: {folder / SHEET}")
+    if faults:
+        more = f" {counted(len(faults), 'image')} of {len(paths)} could not be used:"
+        raise UserError(faults[0] if len(paths) == 1 else "\n".join([more.strip(), *faults]))
+    if isinstance(model, CapsNet) and model.decoder is not None and not config.json:
+        words = model_words(config, checkpoint)
+        suggest(["perturb", *words, word("perturb.image", predictions[0].path)])
+
+
+def paths_of(images: Sequence[str]) -> list[Path]:
+    """The images, and those in folders among them. Raises UserError where there are none."""
+    if not images:
+        raise UserError("give images, or folders of them: capsrun predict IMAGE …")
+    found = []
+    for image in images:
+        path = Path(os.path.expanduser(image))
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        if path.is_dir() and not inside:
+            raise UserError(f"there are no pictures in {path}")
+        found += inside if path.is_dir() else [path]
+    return found
+
+
+@torch.inference_mode()
+def predict(
+    paths: Sequence[Path], model: Model, dataset: DatasetConfig, invert: str, device: torch.device
+) -> tuple[list[Prediction], list[str]]:
+    """What the model sees in each image, and what is wrong with those that cannot be used.
+
+    dataset: what the model was trained on.
+    """
+    found: list[Prediction] = []
+    faults: list[str] = []
+    for start in bar(range(0, len(paths), AT_ONCE), doing="predicting"):
+        read = []
+        for path in paths[start : start + AT_ONCE]:
+            try:
+                read.append((path, *read_image(path, dataset, invert)))
+            except UserError as error:
+                faults.append(printable(str(error)))
+        if not read:
+            continue
+        pixels_BCHW = torch.stack([pixels for _, pixels, _ in read]).to(device)
+        seen_BCHW = standardise(pixels_BCHW) if dataset.standardise else pixels_BCHW
+        scores_BJ = model(seen_BCHW).scores_BJ
+        order_BJ = scores_BJ.argsort(dim=1, descending=True, stable=True)
+        seen_BT = predicted_classes(scores_BJ, dataset.digits)
+        drawn = [None] * len(read)
+        if isinstance(model, CapsNet) and model.decoder is not None:
+            drawn_BTCHW = model.decode_all(model.encode(seen_BCHW), seen_BT)
+            drawn = list(drawn_BTCHW.sum(1).clamp(max=1).cpu())
+        for number, (path, pixels_CHW, remarks) in enumerate(read):
+            *seen, second = order_BJ[number, : dataset.digits + 1].tolist()
+            scores_J = scores_BJ[number].cpu()
+            found.append(
+                Prediction(path, pixels_CHW, remarks, scores_J, seen, second, drawn[number])
+            )
+    return found, faults
+
+
+def show(predictions: Sequence[Prediction], names: Sequence[str], measure: str) -> None:
+    """Print a line for each image."""
+    rows = []
+    for found in predictions:
+        classes = " and ".join(names[label] for label in found.seen)
+        lengths = " and ".join(f"{found.scores_J[label]:.2f}" for label in found.seen)
+        runner_up = f"{names[found.second]} ({found.scores_J[found.second]:.2f})"
+        rows.append((printable(str(found.path)), classes, lengths, runner_up, found.doubt))
+    if rows:
+        header = ["image", "class", measure, "runner-up", ""]
+        print(tabulate(rows, header, tablefmt="plain", disable_numparse=True))
+    if len(predictions) == 1:
+        for remark in predictions[0].remarks:
+            print(remark)
+
+
+def as_plain(found: Prediction, names: Sequence[str]) -> dict[str, Any]:
+    """A prediction for programs."""
+    scores = {name: round(float(score), 6) for name, score in zip(names, found.scores_J)}
+    return {
+        "image": str(found.path).encode(errors="replace").decode(),
+        "classes": [names[label] for label in found.seen],
+        "runner_up": names[found.second],
+        "scores": scores,
+        "doubt": found.doubt or None,
+        "remarks": found.remarks,
+    }
+
+
+def write_csv(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """A line for each image: its file, what is seen, the runner-up, and every score."""
+    disk.make_folder(path.parent)
+    with disk.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow(["image", "class", "runner_up", "doubt", *names])
+        for plain in (as_plain(found, names) for found in predictions):
+            scores = [f"{score:.4f}" for score in plain["scores"].values()]
+            classes = " ".join(plain["classes"])
+            lines.writerow([plain["image"], classes, plain["runner_up"], plain["doubt"], *scores])
+    print(f"scores: {path}")
+
+
+def sheet(predictions: Sequence[Prediction], names: Sequence[str]) -> Figure:
+    """What the network saw of each image, above what its decoder draws, if it has one."""
+    blocks = []
+    for found in predictions[:MOST_SHOWN]:
+        images = [found.pixels_CHW[None]]
+        images += [] if found.drawn_CHW is None else [found.drawn_CHW[None]]
+        classes = " and ".join(f"{names[k]} {found.scores_J[k]:.2f}" for k in found.seen)
+        name = printable(found.path.name)
+        short = name if len(name) < 20 else f"{name[:17]}…"
+        blocks.append((f"{short}: {classes}", [list(displayed(torch.cat(images)))]))
+    shown = f", the first {MOST_SHOWN}" if len(predictions) > MOST_SHOWN else ""
+    title = f"What the network saw, and what its decoder draws of that{shown}"
+    return figures.sheet(blocks, [""], [], title, scale=3)
