@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class DatasetConfig:
     @property
     def title(self) -> str:
         """What it is called in names and pictures."""
-        return self.name
+        return title_of(vars(self))
 
 
 @dataclass(kw_only=True)
@@ -94,11 +95,18 @@ class OwnDataConfig(DatasetConfig):
     faulty: str = setting(choices=("refuse", "skip"))
     """What is done about images that cannot be used, and test images that are trained on."""
 
-    @property
-    def title(self) -> str:
-        """The name of the folder or file."""
-        stem = os.path.basename(os.path.abspath(self.path)).partition(".")[0]
-        return re.sub(r"[^\w-]+", "_", stem) or self.name
+
+def dataset_schema(values: Mapping[str, Any]) -> type[DatasetConfig]:
+    """The kind of data set that some settings are about."""
+    return OwnDataConfig if "path" in values else DatasetConfig
+
+
+def title_of(dataset: Mapping[str, Any]) -> str:
+    """What a data set is called in names and pictures: of one's own, as its folder or file is."""
+    if "path" not in dataset:
+        return dataset["name"]
+    stem = os.path.basename(os.path.abspath(dataset["path"])).partition(".")[0]
+    return re.sub(r"[^\w-]+", "_", stem) or dataset["name"]
 
 
 @dataclass(kw_only=True)

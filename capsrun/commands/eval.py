@@ -198,7 +198,7 @@ def about(config: EvalConfig, ensemble: list[Trained], paths: list[Path]) -> dic
     return {
         "command": "eval",
         **model_facts(ensemble[0], paths[0]),
-        "dataset": config.dataset.name,
+        "dataset": config.dataset.title,
         "split": config.split,
         "mask": config.mask,
         "weights": config.weights,

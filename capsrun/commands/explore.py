@@ -58,7 +58,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     title = (
         f"{run.name or 'CapsNet'}, seed {run.seed}: "
         f"{counted(iterations, 'routing iteration')}, trained for {counted(trained.step, 'step')} "
-        f"on {run.dataset.name}{'' if trained.finished else ', not finished'}; test images of "
+        f"on {run.dataset.title}{'' if trained.finished else ', not finished'}; test images of "
         f"{dataset.name}"
     )
     text, reason = page_within_limit(

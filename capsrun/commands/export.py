@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from capsrun import disk
 from capsrun.commands.models import announce, model_facts
 from capsrun.config import ExportConfig
+from capsrun.data import class_names
 from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models import Model
@@ -119,7 +120,7 @@ def main(config: ExportConfig, overrides: Sequence[str]) -> None:
     dataset = trained.config.dataset
     model = Exportable(trained.model, dataset.digits, dataset.standardise).requires_grad_(False)
     folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / "export")
-    text = f"{trained.config.model.name}, trained on {dataset.name}"
+    text = f"{trained.config.model.name}, trained on {dataset.title}"
     with disk.own_folder(folder, RECORD, *FILES.values(), command="export"):
         announce(checkpoint, trained, text, "exported")
         files = write_formats(formats, model, folder)
@@ -256,7 +257,8 @@ def describe(model: Exportable, trained: Trained, checkpoint: Path) -> dict[str,
     return {
         "command": "export",
         **model_facts(trained, checkpoint),
-        "dataset": trained.config.dataset.name,
+        "dataset": trained.config.dataset.title,
+        "classes": class_names(trained.config.dataset),
         "finished": trained.finished,
         "input": {
             "name": "pixels",

@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from capsrun.config import TrainConfig, setting
+from capsrun.config import TrainConfig, setting, title_of
 from capsrun.disk import finite
 from capsrun.errors import UserError, did_you_mean
 from capsrun.names import folder_words, model_words, suggest
@@ -176,7 +176,9 @@ def print_means(groups: Sequence[Group], columns: Sequence[str]) -> None:
             [
                 f"{mean_and_spread(group.errors)} %",
                 span(group.steps, ","),
-                *printable([group.first.training["dataset"]["name"], group.first.values["model"]]),
+                *printable(
+                    [title_of(group.first.training["dataset"]), group.first.values["model"]]
+                ),
                 *(" ".join(dict.fromkeys(column)) for column in zip(*of_each)),
                 " ".join(str(result.seed) for result in group.results),
                 ago(now - last_written(group)),
@@ -199,7 +201,7 @@ def mean_as_plain(group: Group, columns: Sequence[str]) -> dict[str, object]:
     spread = statistics.stdev(group.errors) if len(group.errors) > 1 else None
     return {
         "names": group.names,
-        "dataset": group.first.training["dataset"]["name"],
+        "dataset": title_of(group.first.training["dataset"]),
         "model": group.first.values["model"],
         "settings": {
             key: together(group, key) for key in columns if settings_of(group.first.training, [key])

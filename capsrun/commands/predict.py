@@ -40,7 +40,7 @@ from capsrun.training.step import to_device
 AT_ONCE = 100
 # Of so many, from the first, the sheet shows what was seen.
 MOST_SHOWN = 48
-SHEET = "sheet.png"
+RECORD, SHEET = "predictions.json", "sheet.png"
 # A shorter capsule, or lower probability, says that the model knows nothing like it, and so does a
 # drawing that leaves so much of the image, in squares, unexplained. Of MNIST's test digits the
 # network that comes with capsrun has 1 % beyond each.
@@ -102,7 +102,7 @@ def main(config: PredictConfig, overrides: Sequence[str]) -> None:
             facts = {"command": "predict", **model_facts(trained, checkpoint)}
             facts["predictions"] = [as_plain(prediction, names) for prediction in predictions]
             facts["config"] = dataclasses.asdict(config)
-            disk.write_json(folder / "result.json", facts)
+            disk.write_json(folder / RECORD, facts)
             figures.save(sheet(predictions, names), folder / SHEET)
             print(f"what it saw, and what it draws: {folder / SHEET}")
     if faults:

@@ -288,7 +288,7 @@ class Writer:
         result = {
             "command": "train",
             "name": config.name,
-            "dataset": config.dataset.name,
+            "dataset": config.dataset.title,
             "model": config.model.name,
             "seed": config.seed,
             "steps": run.step,

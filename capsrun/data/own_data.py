@@ -34,7 +34,7 @@ class Facts(NamedTuple):
     """What is known of images of one's own before all of them are read."""
 
     class_names: list[str]
-    """As the folders or labels are called, in natural order."""
+    """As the folders or labels are called."""
     channels: int
     image_px: int
     """0: the images have no size of their own."""
@@ -48,6 +48,14 @@ class Labelled(NamedTuple):
     images_NCHW: Tensor
     """uint8."""
     names: Sequence[str]
+    order: Sequence[str] = ()
+    """All classes in the order of their numbers, where these are known."""
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes that there are, each once."""
+        there = {*self.names}
+        return [name for name in self.order if name in there] or natural(there)
 
 
 def _of_kind(function: str, config: OwnDataConfig) -> Any:
@@ -56,7 +64,7 @@ def _of_kind(function: str, config: OwnDataConfig) -> Any:
     try:
         return getattr(reader, function)(config)
     except UserError as error:  # nobody's files but one's own are downloaded again
-        raise UserError(str(error).removesuffix(files.AGAIN)) from error
+        raise UserError(printable(str(error).removesuffix(files.AGAIN))) from error
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
@@ -101,7 +109,7 @@ def load(config: OwnDataConfig) -> RawData:
     config: as `found` returns it. Raises UserError for images, labels or settings that do not fit.
     """
     parts = _of_kind("read", config)
-    class_names = natural({*parts["train"].names})
+    class_names = parts["train"].classes
     given = config.class_names
     # The same names are in another order; others are new names of the classes in their order.
     order = given if {*given} == {*class_names} else class_names
@@ -111,8 +119,8 @@ def load(config: OwnDataConfig) -> RawData:
     for name in {*parts.get("test", parts["train"]).names} - {*numbers}:
         raise UserError(f"test images of {config.path} are of class {name}, which is not trained")
     made = {
-        part: Part(sized(images_NCHW, config), torch.tensor([numbers[name] for name in names]))
-        for part, (images_NCHW, names) in parts.items()
+        name: Part(sized(part.images_NCHW, config), torch.tensor([numbers[n] for n in part.names]))
+        for name, part in parts.items()
     }
     if "test" not in made:
         made["train"], made["test"] = split_off(made["train"], config)
@@ -200,29 +208,50 @@ def split_off(part: Part, config: OwnDataConfig) -> tuple[Part, Part]:
 
     The same image in several files is on one side. Raises UserError for a class of one image.
     """
-    same: dict[tuple[int, bytes], list[int]] = {}
-    for number, key in enumerate(zip(part.labels_N.tolist(), digests(part.images_NCHW))):
-        same.setdefault(key, []).append(number)
     tested: list[int] = []
-    for label, name in enumerate(config.class_names):
-        groups = [members for (of, _), members in same.items() if of == label]
+    classes = same_images(part, config)
+    for same, name in zip(classes, config.class_names):
+        groups = list(same.values())
         if len(groups) < 2:
             raise UserError(
                 f"class {name} of {config.path} has one image only, which cannot be trained and "
                 "tested on; add some, or give folders train and test"
             )
         wanted = max(1, round(sum(map(len, groups)) * config.test_percent / 100))
-        drawn = random_bits(torch.arange(len(groups)), config.split_seed, SPLIT, label)
+        drawn = random_bits(torch.arange(len(groups)), config.split_seed, SPLIT)
         chosen: list[int] = []
         for group in drawn.argsort()[:-1].tolist():  # one is left to train on
             if len(chosen) >= wanted:
                 break
             chosen += groups[group]
         tested += chosen
-    is_tested_N = torch.zeros(len(part.labels_N), dtype=torch.bool)
-    is_tested_N[tested] = True
-    train, test = (Part(*(array[which] for array in part)) for which in (~is_tested_N, is_tested_N))
+    used = {n for same in classes for group in same.values() for n in group}
+    train, test = (
+        Part(*(array[torch.tensor(sorted(numbers))] for array in part))
+        for numbers in (used - {*tested}, tested)
+    )
     return train, test
+
+
+def same_images(part: Part, config: OwnDataConfig) -> list[dict[bytes, list[int]]]:
+    """The numbers of the same images of each class, by their digest.
+
+    Raises UserError for an image that is of two classes, or leaves it out of the latter.
+    """
+    found: list[dict[bytes, list[int]]] = [{} for _ in config.class_names]
+    first: dict[bytes, int] = {}
+    for number, (label, digest) in enumerate(
+        zip(part.labels_N.tolist(), digests(part.images_NCHW))
+    ):
+        if first.setdefault(digest, label) == label:
+            found[label].setdefault(digest, []).append(number)
+        elif config.faulty == "refuse":
+            names = [config.class_names[of] for of in (first[digest], label)]
+            raise UserError(
+                f"an image of class {names[0]} of {config.path} is of class {names[1]}, too; "
+                "dataset.faulty=skip keeps it in one of them"
+            )
+    return found
 
 
 def without_tested(train: Part, test: Part, config: OwnDataConfig) -> Part:

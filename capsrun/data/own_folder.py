@@ -3,7 +3,6 @@
 Shapes: N pictures, C channels, H and W pixels.
 """
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,7 +94,6 @@ def read(config: OwnDataConfig) -> dict[str, Labelled]:
     return parts
 
 
-@functools.lru_cache(maxsize=1)
 def files_of(root: Path, faulty: str) -> Files:
     """The pictures in a folder. Raises UserError where there are none, or some lead elsewhere."""
     check_there(root, "folder")

@@ -5,7 +5,7 @@ from pathlib import Path
 from capsrun.config import OwnDataConfig
 from capsrun.data import files
 from capsrun.data.official import parse_idx
-from capsrun.data.own_data import Facts, Labelled, check_there, natural, part_named
+from capsrun.data.own_data import Facts, Labelled, check_there, part_named
 from capsrun.errors import UserError
 
 KINDS = {"images": 3, "labels": 1}
@@ -16,9 +16,8 @@ def look(config: OwnDataConfig) -> Facts:
     """See `own_data.READERS`."""
     parts = read(config)
     train, test = parts["train"], parts.get("test")
-    names = natural({*train.names})
     counts = len(train.names), len(test.names) if test else 0
-    return Facts(names, 1, max(train.images_NCHW.shape[2:]), counts)
+    return Facts(train.classes, 1, max(train.images_NCHW.shape[2:]), counts)
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
@@ -37,9 +36,8 @@ def read(config: OwnDataConfig) -> dict[str, Labelled]:
         images, labels = arrays
         if len(images) != len(labels):
             raise UserError(f"{config.path}: {len(images)} {part} images but {len(labels)} labels")
-        parts[part] = Labelled(
-            images[:, None], [names.get(label, str(label)) for label in labels.tolist()]
-        )
+        of_images = [names.get(label, str(label)) for label in labels.tolist()]
+        parts[part] = Labelled(images[:, None], of_images, [*names.values()])
     if "train" not in parts:
         raise UserError(f"{config.path} has no training images, but only test images")
     return parts

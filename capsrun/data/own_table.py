@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from capsrun.config import OwnDataConfig
 from capsrun.data import files
-from capsrun.data.own_data import Facts, Labelled, check_there, natural, part_named
+from capsrun.data.own_data import Facts, Labelled, check_there, part_named
 from capsrun.errors import UserError, notice
 from capsrun.terminal import printable
 
@@ -34,14 +34,16 @@ def look(config: OwnDataConfig) -> Facts:
     train, test = parts["train"], parts.get("test")
     counts = len(train.names), len(test.names) if test else 0
     _, channels, *sides = train.images_NCHW.shape
-    return Facts(natural({*train.names}), channels, max(sides), counts)
+    return Facts(train.classes, channels, max(sides), counts)
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
     """See `own_data.READERS`. Raises UserError for files that are missing, damaged or others."""
     found: dict[str, list[Labelled]] = {}
-    for path in files_of(Path(config.path)):
-        for part, labelled in read_file(path, path.stat().st_mtime_ns).items():
+    root = Path(config.path)
+    for path in files_of(root):
+        place = str(path.relative_to(root)) if root.is_dir() else path.name
+        for part, labelled in read_file(path, place, path.stat().st_mtime_ns).items():
             found.setdefault(part, []).append(labelled)
     if "train" not in found:
         raise UserError(f"{config.path} has no labelled training images")
@@ -53,13 +55,13 @@ def joined(pieces: list[Labelled], path: str) -> Labelled:
     if len({piece.images_NCHW.shape[1:] for piece in pieces}) > 1:
         raise UserError(f"the files of {path} hold images of several sizes")
     names = [name for piece in pieces for name in piece.names]
-    return Labelled(torch.cat([piece.images_NCHW for piece in pieces]), names)
+    return Labelled(torch.cat([piece.images_NCHW for piece in pieces]), names, pieces[0].order)
 
 
 def files_of(path: Path) -> list[Path]:
     """The file, or those of a folder. Raises UserError where there is none."""
     check_there(path, "file or folder")
-    found = [path] if path.is_file() else sorted(path.iterdir())
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
     found = [file for file in found if file.name.lower().endswith(ENDINGS)]
     if not found:
         raise UserError(f"{path} is, or has, no table: {', '.join(ENDINGS)}")
@@ -67,13 +69,16 @@ def files_of(path: Path) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=8)
-def read_file(path: Path, modified: int) -> Mapping[str, Labelled]:
-    """The labelled images of each part in a file. modified: when it was, in ns."""
+def read_file(path: Path, place: str, modified: int) -> Mapping[str, Labelled]:
+    """The labelled images of each part in a file.
+
+    place: what it is called, which says the part. modified: when it was, in ns.
+    """
     content = files.read_file(path)
     with files.parsing(path):
         if path.name.endswith(".npz"):
             return parse_npz(content, path)
-        part = part_named(path.name) or "train"
+        part = part_named(place) or "train"
         if path.name.endswith(".parquet"):
             return {part: parse_parquet(content, path)}
         labelled = parse_csv(files.unpacked(path, content), path)
@@ -86,12 +91,14 @@ def parse_csv(content: bytes, path: Path) -> Labelled | None:
     The label is in the column that is called so, or in the first one where they have no names.
     """
     text = content.decode("utf-8-sig")
-    first, *_ = text.splitlines() or [""]
+    first = text.partition("\n")[0]
+    if not text.strip():
+        raise ValueError("it is empty")
     separator = max(",;\t", key=first.count)
     cells = next(csv.reader([first], delimiter=separator))
     # A row of an image has numbers, but for its label.
-    has_header = sum(not is_number(cell) for cell in cells) > 1
     label = next((i for i, cell in enumerate(cells) if cell.strip().lower() in LABELS), None)
+    has_header = label is not None or sum(not is_number(cell) for cell in cells) > 1
     if not has_header:
         label = 0
     elif label is None:
@@ -168,14 +175,14 @@ def parse_parquet(content: bytes, path: Path) -> Labelled:
     rows, labels = (table[columns[kind]].to_pylist() for kind in ("images", "labels"))
     info = json.loads((table.schema.metadata or {}).get(FEATURES, "{}"))
     feature = info.get("info", {}).get("features", {}).get(columns["labels"], {})
-    if named := feature.get("names"):
-        labels = [named[label] for label in labels]
+    named = feature.get("names", ())
+    labels = [named[label] for label in labels] if named else labels
     images = [pixels_of(row, number, path) for number, row in enumerate(rows)]
     if len({image.shape for image in images}) > 1:
         raise UserError(
             f"{path} holds images of several sizes; write them out as files for dataset=folder"
         )
-    return labelled_images(np.stack(images), np.asarray(labels), path)
+    return labelled_images(np.stack(images), np.asarray(labels), path)._replace(order=named)
 
 
 def pixels_of(row: Any, number: int, path: Path) -> Array:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from capsrun.compose import group_choices
+from capsrun.config import title_of
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.report import plots
@@ -18,6 +19,7 @@ from capsrun.settings import deciding
 from capsrun.terminal import counted
 
 HEADER = ("run", "settings", "tested on", "test error %", *HOW)
+FOUND = ("class_names", "classes", "channels", "image_px", "train_images", "test_images")
 MOST_CURVES = 7  # as many colours as can be told apart
 
 
@@ -43,7 +45,7 @@ def by_images(groups: Iterable[Group]) -> dict[str, list[Group]]:
     """The groups of each data set that was trained on, in the order of their names."""
     found: dict[str, list[Group]] = {}
     for group in sorted(groups, key=lambda group: group.first.values["name"]):
-        found.setdefault(group.first.training["dataset"]["name"], []).append(group)
+        found.setdefault(title_of(group.first.training["dataset"]), []).append(group)
     return dict(sorted(found.items()))
 
 
@@ -58,20 +60,27 @@ def words(group: Group, experiments: Experiments) -> str:
         if training[choice]["name"] in group_choices("train")[choice]
     }
     own_loss = chosen.pop("loss", None)
-    usual = experiments.training(list(chosen.values()))
+    where = path_words(training["dataset"])
+    usual = experiments.training([*chosen.values(), *where])
     if own_loss is not None and usual.loss.name != training["loss"]["name"]:
         with contextlib.suppress(UserError):  # which somebody else's model may have, and no other
-            usual = experiments.training([*chosen.values(), own_loss])
+            usual = experiments.training([*chosen.values(), *where, own_loss])
             chosen["loss"] = own_loss
     chosen.pop("dataset", None)
     found = [*chosen.values(), *changed(result.settings, deciding(asdict(usual)))]
     if result.tested:
-        known = result.tested_on in group_choices("eval")["dataset"]
-        test = experiments.tested(["eval", *([f"dataset={result.tested_on}"] if known else [])])
+        kind = result.tested["name"]
+        known = [f"dataset={kind}"] if kind in group_choices("eval")["dataset"] else []
+        test = experiments.tested(["eval", *known, *path_words(result.tested)])
         assert test is not None
         differing = changed(result.tested, whole_test(asdict(test.dataset)))
         found += [f"tested with {word}" for word in differing]
     return ", ".join(found)
+
+
+def path_words(dataset: Mapping[str, Any]) -> list[str]:
+    """What says where images of one's own are, as Hydra reads it."""
+    return [f"dataset.path={dataset['path']}"] if "path" in dataset else []
 
 
 def changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
@@ -79,7 +88,10 @@ def changed(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}={shown(value)}"
         for key, value in settings.items()
-        if key != "precision" and value != usual.get(key)
+        if key != "precision"
+        and value != usual.get(key)
+        # What was found out about images of one's own was not changed by anybody.
+        and not (key.removeprefix("dataset.") in FOUND and usual.get(key) in (0, "[]", []))
     ]
 
 

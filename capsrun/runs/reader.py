@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from capsrun import disk
 from capsrun.config import (
-    DatasetConfig,
-    OwnDataConfig,
     RecipeConfig,
     StopConfig,
     TrainConfig,
+    dataset_schema,
+    title_of,
 )
 from capsrun.data import sizes
 from capsrun.errors import UserError, notice
@@ -117,7 +117,7 @@ class Result:
     @property
     def tested_on(self) -> str:
         """The name of the data set whose images it was tested on."""
-        return self.tested.get("name") or self.training["dataset"]["name"]
+        return title_of(self.tested if self.tested else self.training["dataset"])
 
     @property
     def written(self) -> float:
@@ -275,14 +275,16 @@ def check_training(config: Any) -> None:
     """Raise LookupError, TypeError or ValueError where a run's settings are not of their types."""
     named = {"model": {"name": str}, "record": {"evaluate_images": int}}
     check_shape(config, {"seed": int, "name?": str, **named})
-    for key, schema in (("dataset", DatasetConfig), ("recipe", RecipeConfig), ("stop", StopConfig)):
+    dataset = dataset_schema(config["dataset"])
+    for key, schema in (("dataset", dataset), ("recipe", RecipeConfig), ("stop", StopConfig)):
         if differing := {*config[key]} ^ {setting.name for setting in fields(schema)}:
             raise TypeError(f"{key} lacks a setting, or has one too many: {', '.join(differing)}")
         section: Any = schema(**config[key])
         for setting in fields(section):
             kind: Any = setting.type
             number = float in (kind, *get_args(kind))  # for which 1 does as well as 1.0
-            if not isinstance(getattr(section, setting.name), kind | int if number else kind):
+            kind = kind | int if number else list if get_origin(kind) is list else kind
+            if not isinstance(getattr(section, setting.name), kind):
                 raise TypeError(f"{key}.{setting.name} is not of type {kind}")
 
 
@@ -327,8 +329,7 @@ def best_on_test(
 def training_images(training: Mapping[str, Any]) -> int:
     """How many images an epoch of a training configuration has."""
     dataset = training["dataset"]
-    kind = OwnDataConfig if "path" in dataset else DatasetConfig
-    return sizes(kind(**dataset))[0]
+    return sizes(dataset_schema(dataset)(**dataset))[0]
 
 
 def epochs_of_a_step(training: Mapping[str, Any]) -> float:
@@ -371,7 +372,7 @@ def add_settings(run: Run, config: Mapping[str, Any]) -> None:
     """Note with which settings a run was trained."""
     run.config, run.seed = config, config["seed"]
     run.name = config.get("name") or run.folder.parent.name
-    run.dataset, run.model = config["dataset"]["name"], config["model"]["name"]
+    run.dataset, run.model = title_of(config["dataset"]), config["model"]["name"]
 
 
 def add_progress(run: Run) -> None:
