@@ -172,7 +172,7 @@ def answer(name: str, arguments: list[str]) -> None:
             return print(command_help(name, *COMMANDS[name], words), flush=True)
         arguments = [compose.FLAGS.get(name, {}).get(word, word) for word in arguments]
         if name == "predict":
-            arguments = compose.with_images(arguments)
+            arguments = with_images(arguments)
         compose.refuse_unknown_options(name, arguments)
         # Hydra wants the settings side by side: an option between them ends them.
         arguments.sort(key=lambda word: "=" in word and not word.startswith("-"))
@@ -182,6 +182,19 @@ def answer(name: str, arguments: list[str]) -> None:
             run_sweep(name, arguments, run_command)
         elif (found := compose.composed(name, arguments)) is not None:
             run_command(name, *found)
+
+
+def with_images(words: Sequence[str]) -> list[str]:
+    """The words after `predict` with the files and folders among them as the setting `images`."""
+    images = [
+        word
+        for word in words
+        if not word.startswith("-") and ("=" not in word or os.path.exists(word))
+    ]
+    if not images:
+        return list(words)
+    rest = [word for word in words if word not in images]
+    return [*rest, f"images=[{','.join(map(compose.in_quotes, images))}]"]
 
 
 def run_command(name: str, cfg: Any, overrides: list[str]) -> Any:

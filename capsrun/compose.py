@@ -176,19 +176,6 @@ def as_typed(command: str, word: str, several: bool) -> str:
     return f"{key}={','.join(map(in_quotes, value.split(',')))}"
 
 
-def with_images(words: Sequence[str]) -> list[str]:
-    """The words after `predict` with the files and folders among them as the setting `images`."""
-    images = [
-        word
-        for word in words
-        if not word.startswith("-") and ("=" not in word or os.path.exists(word))
-    ]
-    if not images:
-        return list(words)
-    rest = [word for word in words if word not in images]
-    return [*rest, f"images=[{','.join(map(in_quotes, images))}]"]
-
-
 def quoted(value: Any) -> str:
     """A value, a path say, as it is written in an override: in quotes where it needs them."""
     if value is None or isinstance(value, bool):

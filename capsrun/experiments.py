@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from capsrun.compose import GROUPS, compose
-from capsrun.config import EvalConfig, TrainConfig, setting
+from capsrun.config import EvalConfig, TrainConfig
 from capsrun.errors import UserError, did_you_mean
+from capsrun.fields import setting
 from capsrun.settings import Config, from_dict
 from capsrun.yaml_files import choices_of, chosen_files, keys_of, own_dir, path_of, with_place
 

@@ -1,4 +1,4 @@
-"""What `config.py` says of a setting: its kind, and what it may be."""
+"""What is said of a setting in `config.py`: its kind, and what it may be."""
 
 import dataclasses
 import math
@@ -11,6 +11,24 @@ LIMITS = {
     "maximum": ("at most", lambda value, limit: value <= limit),
     "below": ("below", lambda value, limit: value < limit),
 }
+
+
+def setting(
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    path: bool | None = None,
+) -> Any:
+    """A dataclass field with the values that it may take: bounds or choices.
+
+    `above` and `below` are exclusive. For a list the bounds hold for each element. path: it is one
+    of a file or a folder, in which `~` is the user's own.
+    """
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    limits = {**bounds, "choices": choices, "path": path}
+    return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
 
 
 def allowed_values(schema: type, key: str) -> list[str]:

@@ -15,7 +15,8 @@ import torch
 from capsrun import data as data_sets
 from capsrun import disk, experiments
 from capsrun.compose import compose
-from capsrun.config import DataConfig, DatasetConfig, TrainConfig
+from capsrun.config import DataConfig, TrainConfig
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import Model, plan_model
 from capsrun.runs import checkpoint

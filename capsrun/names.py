@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from capsrun.compose import EITHER, compose, group_choices, quoted
-from capsrun.config import (
-    CapsNetConfig,
-    DatasetConfig,
-    ModelConfig,
-    OwnDataConfig,
-    TrainConfig,
-)
-from capsrun.data import found, known
+from capsrun.config import CapsNetConfig, ModelConfig, TrainConfig
+from capsrun.data import found
+from capsrun.data.sets import known
+from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.settings import differing_keys, from_dict, role
 from capsrun.yaml_files import own_option
 

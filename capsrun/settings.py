@@ -21,16 +21,15 @@ from capsrun.config import (
     CapsNetConfig,
     CNNConfig,
     CrossEntropyConfig,
-    DatasetConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
     OtherRoutingConfig,
-    OwnDataConfig,
     RecipeConfig,
     RoutingConfig,
     TrainConfig,
 )
+from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.errors import UserError, did_you_mean
 from capsrun.fields import LIMITS, is_text
 

@@ -10,8 +10,9 @@ from conftest import REPOSITORY
 ROOMS = [
     "errors terminal",
     "disk yaml_files",
-    "config",
     "fields",
+    "data_config",
+    "config",
     "settings",
     "compose",
     "experiments",

@@ -16,10 +16,12 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from capsrun.bench.textbook import textbook_steps
-from capsrun.config import BenchConfig, DatasetConfig
-from capsrun.data import known, make_dataset
+from capsrun.config import BenchConfig
+from capsrun.data import make_dataset
 from capsrun.data.files import Part, RawData
+from capsrun.data.sets import known
 from capsrun.data.splits import TrainingBatches, TrainingSplit
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet

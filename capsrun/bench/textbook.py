@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from capsrun.config import DatasetConfig
+from capsrun.data_config import DatasetConfig
 from capsrun.models.capsnet import CapsNet
 
 

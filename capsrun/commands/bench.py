@@ -13,7 +13,7 @@ from capsrun import disk, errors
 from capsrun.bench import tasks
 from capsrun.bench.timing import Task, ratio, time_in_turns
 from capsrun.config import BenchConfig, CapsNetConfig
-from capsrun.data import known
+from capsrun.data.sets import known
 from capsrun.errors import Noisy, UserError
 from capsrun.models.fast.native import cpu_features
 from capsrun.names import suggest

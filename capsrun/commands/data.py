@@ -12,9 +12,10 @@ from tabulate import tabulate
 
 from capsrun import disk
 from capsrun.config import DataConfig
-from capsrun.data import known, load_dataset
+from capsrun.data import load_dataset
 from capsrun.data.affnist_like import VERSIONS, TransformedDigits, Transforms
 from capsrun.data.multimnist import DigitPairs, ink_overlap
+from capsrun.data.sets import known
 from capsrun.data.splits import Dataset, Split
 from capsrun.names import dataset_words, suggest
 from capsrun.report import figures

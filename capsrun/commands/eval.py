@@ -15,7 +15,8 @@ from torch import Tensor
 from capsrun import disk
 from capsrun.commands.models import announce, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import known, load_dataset
+from capsrun.data import load_dataset
+from capsrun.data.sets import known
 from capsrun.data.splits import Dataset, Split
 from capsrun.errors import UserError, notice
 from capsrun.models.capsnet import CapsNet

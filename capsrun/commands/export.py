@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from capsrun import disk
 from capsrun.commands.models import announce, model_facts
 from capsrun.config import ExportConfig
-from capsrun.data import class_names
+from capsrun.data.sets import class_names
 from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models import Model

@@ -16,9 +16,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from capsrun.config import TrainConfig, setting, title_of
+from capsrun.config import TrainConfig
+from capsrun.data_config import title_of
 from capsrun.disk import finite
 from capsrun.errors import UserError, did_you_mean
+from capsrun.fields import setting
 from capsrun.names import folder_words, model_words, suggest
 from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import mean_and_spread, span

@@ -23,11 +23,12 @@ from capsrun.commands.models import (
     result_folder,
     write_result,
 )
-from capsrun.config import DatasetConfig, PerturbConfig, SweepConfig
-from capsrun.data import class_names
+from capsrun.config import PerturbConfig, SweepConfig
 from capsrun.data.batches import in_class_order
 from capsrun.data.own_image import read_image
+from capsrun.data.sets import class_names
 from capsrun.data.splits import Dataset, Split, standardise
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError, did_you_mean
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import folder_words, model_words, suggest
@@ -114,9 +115,10 @@ def class_called(said: str, names: Sequence[str]) -> int:
         return names.index(said)
     if said.isdecimal() and int(said) < len(names):
         return int(said)
-    raise UserError(
-        f"perturb.digit is {said}{did_you_mean(said, names)}; the classes are {', '.join(names)}"
-    )
+    numbers = [str(number) for number in range(len(names))]
+    classes = f"0 to {numbers[-1]}" if list(names) == numbers else ", ".join(names)
+    hint = did_you_mean(said, names)
+    raise UserError(f"perturb.digit is {said}{hint}; the classes are {classes}")
 
 
 def sweep_values(sweep: SweepConfig) -> list[float]:

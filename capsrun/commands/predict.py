@@ -18,11 +18,12 @@ from torch import Tensor
 
 from capsrun import disk
 from capsrun.commands.models import find_or_packaged, model_facts, result_folder
-from capsrun.config import DatasetConfig, PredictConfig
-from capsrun.data import class_names
+from capsrun.config import PredictConfig
 from capsrun.data.own_folder import ENDINGS
 from capsrun.data.own_image import read_image
+from capsrun.data.sets import class_names
 from capsrun.data.splits import standardise
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from capsrun import disk
-from capsrun.config import setting
 from capsrun.errors import UserError, notice
 from capsrun.experiments import GROUPS, Experiments
+from capsrun.fields import setting
 from capsrun.names import folder_words, suggest
 from capsrun.report import own
 from capsrun.report.document import document, main_tables, own_runs, trainings

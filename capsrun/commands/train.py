@@ -14,7 +14,8 @@ import torch
 from capsrun import errors
 from capsrun.commands.writer import NOT_FINITE, Run, Writer, batch_numbers
 from capsrun.config import TrainConfig
-from capsrun.data import known, load_dataset
+from capsrun.data import load_dataset
+from capsrun.data.sets import known
 from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.errors import Stopped, UserError
 from capsrun.experiments import Experiments

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from capsrun.config import DatasetConfig
 from capsrun.data.files import (
     Home,
     Part,
@@ -29,6 +28,7 @@ from capsrun.data.files import (
     read_mat,
 )
 from capsrun.data.splits import refuse_changes
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"

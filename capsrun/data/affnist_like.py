@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import DatasetConfig
-from capsrun.data import class_names
 from capsrun.data.batches import WARP, Batch, random_unit, to_pixels
 from capsrun.data.files import RawData
+from capsrun.data.sets import class_names
 from capsrun.data.splits import Dataset, OfDigits, StoredImages, parts, refuse_changes
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 VERSIONS = 32

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capsrun.config import DatasetConfig
-from capsrun.data import batches, class_names, splits
+from capsrun.data import batches, splits
 from capsrun.data.batches import PARTNER, SHIFT, Batch
 from capsrun.data.files import Part, RawData
+from capsrun.data.sets import class_names
 from capsrun.data.splits import Dataset, OfDigits, TrainingSplit
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 PARTNERS = 1000

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capsrun.config import DatasetConfig
 from capsrun.data import files
 from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.files import Part, RawData, Source, damaged
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import OwnDataConfig
 from capsrun.data import files
 from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.files import Part, RawData, Source
+from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.terminal import counted, printable
 

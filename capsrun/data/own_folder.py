@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from capsrun.config import OwnDataConfig
 from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.own_data import Facts, Labelled, check_there, natural
 from capsrun.data.own_image import opened, read_image
+from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, notice
 from capsrun.terminal import counted, printable
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from capsrun.config import OwnDataConfig
 from capsrun.data import files
 from capsrun.data.official import parse_idx
 from capsrun.data.own_data import Facts, Labelled, check_there, part_named
+from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError
 
 KINDS = {"images": 3, "labels": 1}

@@ -13,8 +13,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import DatasetConfig
-from capsrun.data import made_of
+from capsrun.data.sets import made_of
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 Pixels = NDArray[np.float32]

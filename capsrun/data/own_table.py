@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capsrun.config import OwnDataConfig
 from capsrun.data import files
 from capsrun.data.own_data import Facts, Labelled, check_there, part_named
+from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, notice
 from capsrun.terminal import printable
 

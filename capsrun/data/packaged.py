@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capsrun.config import DatasetConfig
 from capsrun.data import files
 from capsrun.data.files import Part, RawData
+from capsrun.data_config import DatasetConfig
 
 CLASSES, OF_EACH, SIDE_PX = 10, 100, 28
 # A row of digits for each class.

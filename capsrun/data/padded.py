@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capsrun.config import DatasetConfig
-from capsrun.data import batches, class_names, splits
+from capsrun.data import batches, splits
 from capsrun.data.batches import Batch
 from capsrun.data.files import RawData
+from capsrun.data.sets import class_names
 from capsrun.data.splits import Dataset
+from capsrun.data_config import DatasetConfig
 
 
 @dataclass(frozen=True)

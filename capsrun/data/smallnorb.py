@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import DatasetConfig
 from capsrun.data.batches import to_pixels
 from capsrun.data.files import (
     Home,
@@ -24,6 +23,7 @@ from capsrun.data.files import (
     unpacked,
     verify,
 )
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from capsrun.config import DatasetConfig
-from capsrun.data import batches, class_names
+from capsrun.data import batches
 from capsrun.data.batches import Batch
 from capsrun.data.files import Part, RawData, Source
+from capsrun.data.sets import class_names
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
 

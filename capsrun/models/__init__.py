@@ -2,7 +2,8 @@
 
 import torch
 
-from capsrun.config import CapsNetConfig, CNNConfig, DatasetConfig, ModelConfig, RoutingConfig
+from capsrun.config import CapsNetConfig, CNNConfig, ModelConfig, RoutingConfig
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models.capsnet import CapsNet, CapsNetOutput
 from capsrun.models.cnn import CNN, CNNOutput

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from capsrun.compose import group_choices
-from capsrun.config import title_of
+from capsrun.data_config import title_of
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
 from capsrun.report import plots

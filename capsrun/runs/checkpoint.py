@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from capsrun.config import CheckpointConfig, DatasetConfig, OwnDataConfig, TrainConfig
-from capsrun.data import class_names, is_part_of
+from capsrun.config import CheckpointConfig, TrainConfig
+from capsrun.data import is_part_of
+from capsrun.data.sets import class_names
+from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.disk import replacing
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from capsrun.config import setting
 from capsrun.disk import LOCK, holder
 from capsrun.errors import UserError, did_you_mean
 from capsrun.experiments import GROUPS, Experiments
+from capsrun.fields import setting
 from capsrun.names import folder_words, quoted, word
 from capsrun.runs.reader import find_results, read_metrics
 
