@@ -23,10 +23,15 @@ ACTIONS = ("install", "uninstall", *SHELLS)
 # What argcomplete's scripts set when they want to know what comes next.
 WANTED = "_ARGCOMPLETE"
 # Settings that are paths, by the last part of their names, with the endings of the files that fit.
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint": (".pt",),
     "ensemble": (".pt",),
-    "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    "image": PICTURES,
+    "images": PICTURES,
+    "path": (".csv", ".gz", ".npz", ".parquet"),
+    "csv": (".csv",),
+    "init": (".pt",),
     "out": (".html",),
     "sources": (),
     "keep": (),
@@ -82,6 +87,7 @@ def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
         possible = values(before[0], word)
     else:
         possible = keys(before[0], before[1:])
+        possible += paths(word, PICTURES) if before[0] == "predict" else []
     return [candidate for candidate in possible if candidate.startswith(word)]
 
 

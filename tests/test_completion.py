@@ -58,7 +58,7 @@ OFFERED = {
     "completion un": "uninstall",
     "completion install ": "bash zsh fish",
     "completion install zsh ": "",
-    "train dataset=mnist": "dataset=mnist dataset=mnist5k dataset=mnist_padded",
+    "train dataset=mnist": ("dataset=mnist dataset=mnist1k dataset=mnist5k dataset=mnist_padded"),
     "train dataset.s": "dataset.source= dataset.shift_px= dataset.standardise= dataset.split_seed=",
     "train routing.i": "routing.iterations=",
     "train model=cnn_baseline routing.": "",
@@ -92,10 +92,19 @@ def test_what_is_offered(typed):
     assert sorted(offered(typed)) == sorted(OFFERED[typed].split())
 
 
+def test_images_and_folders_are_offered_to_predict(in_tmp):
+    for name in ("a.png", "b.jpg", "notes.txt"):
+        (in_tmp / name).write_bytes(b"")
+    (in_tmp / "photos").mkdir()
+    assert {"a.png", "b.jpg", "photos/", "checkpoint="} <= {*offered("predict ")}
+    assert offered("predict a") == ["a.png"]
+    assert "notes.txt" not in offered("predict n")
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_group_and_setting_is_offered_and_nothing_else(command):
     """What is offered with a value that it has can be composed."""
-    keys = {key.removesuffix("=") for key in offered(f"{command} ")}
+    keys = {key.removesuffix("=") for key in offered(f"{command} ") if key.endswith("=")}
     settings = set(compose.setting_names(command, []))
     groups = set(compose.group_choices(command))
     assert groups <= keys <= settings | groups
