@@ -18,7 +18,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY, train_config, untrained, without_root
+from conftest import REPOSITORY, TINY, load_data, train_config, untrained, without_root
+from PIL import Image
 
 from capsrun import cli, compose, experiments, names, terminal, yaml_files
 from capsrun.config import EvalConfig, TrainConfig
@@ -464,12 +465,27 @@ def test_the_wheel_holds_everything_and_works_from_another_directory(tmp_path):
     files = subprocess.run(listed, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     ours = [file for file in files.stdout.split() if (REPOSITORY / file).exists()]
     assert {f.replace("configs/", "capsrun/configs/", 1) for f in ours} <= held
-    command = [sys.executable, "-m", "capsrun", "train", *TINY, "name=w"]
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": os.environ["PATH"]}
-    trained = subprocess.run(
-        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    (tmp_path / "empty").mkdir()
+    digit = load_data("mnist1k").test.images_NCHW[5, 0]
+    Image.fromarray(digit.numpy()).save(tmp_path / "empty/five.png")
+
+    def run(*words: str) -> list[str]:
+        """The lines that a command prints in an empty folder, offline, with the wheel alone."""
+        command = [sys.executable, "-m", "capsrun", *words]
+        environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    assert run("train", *TINY, "name=w")[-1].startswith("test error ")
+    assert run("predict", "five.png")[2].split()[:2] == ["five.png", "5"]
+    assert "page: runs/small/perturb-mnist1k/index.html" in run("perturb", "perturb.digit=5")
+    assert any("explore-mnist1k.html: 6" in line for line in run("explore"))
+    assert (
+        run("eval", "dataset=mnist1k", "checkpoint=small")[-1] == "test error 0.60 % (6 of 1,000)"
     )
-    assert trained.stdout.splitlines()[-1].startswith("test error ")
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
