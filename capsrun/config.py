@@ -220,6 +220,8 @@ class TrainConfig:
     name: str | None
     """Name of the run's folder; None: made from what was chosen on the command line."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
+    init: str | None = setting(path=True)
+    """A file or a run's folder, whose weights a new run begins with; None: random ones."""
     runs_dir: str = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
