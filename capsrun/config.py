@@ -322,6 +322,8 @@ class ExploreSettings:
     """Among how many test images, from the first, both are looked for."""
     encoder: str = setting(choices=("auto", "true", "false"))
     """Whether the encoder is in the page, so that digits can be drawn."""
+    limit_mb: float = setting(above=0)
+    """The page is not larger, in 10⁶ bytes, unless it is to have the encoder in any case."""
 
 
 @dataclass(kw_only=True)
