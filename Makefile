@@ -34,13 +34,16 @@ $(SWEEPS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps hydra-ray-launcher
 	@touch $@
 
-quickstart: $(INSTALLED) ## train, evaluate and perturb a CapsNet on 5,000 real digits (no download, 3 to 5 minutes)
-	$(CAPSRUN) train dataset=mnist5k recipe.epochs=6 name=quickstart
+quickstart: $(INSTALLED) ## train, test and look into a small CapsNet, on 5,000 real digits (no download, 2 to 3 minutes)
+	$(CAPSRUN) train dataset=mnist5k model=capsnet_small recipe.epochs=20 name=quickstart
 	$(CAPSRUN) eval dataset=mnist5k checkpoint=runs/quickstart/seed0
 	$(CAPSRUN) perturb dataset=mnist5k checkpoint=runs/quickstart/seed0
+	$(CAPSRUN) predict docs/five.jpg checkpoint=runs/quickstart/seed0
+	$(CAPSRUN) explore dataset=mnist5k checkpoint=runs/quickstart/seed0
 	@echo
 	@echo "Digits and their reconstructions:  runs/quickstart/seed0/eval-mnist5k-test/pictures/reconstructions.png"
 	@echo "What each capsule dimension does:  runs/quickstart/seed0/perturb-mnist5k/pictures/digit_5.png"
+	@echo "Draw digits, and move capsules:    runs/quickstart/seed0/explore-mnist5k.html (open it in a browser)"
 	@echo "Next, the real thing:              $(CAPSRUN) train dataset=mnist"
 
 TARGETS ?= all

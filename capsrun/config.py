@@ -167,6 +167,8 @@ class TrainConfig:
     name: str | None
     """Name of the run's folder; None: made from what was chosen on the command line."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)
+    init: str | None = setting(path=True)
+    """A file or a run's folder, whose weights a new run begins with; None: random ones."""
     runs_dir: str = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))
     precision: str = setting(choices=("auto", "fp32", "bf16"))
@@ -281,6 +283,8 @@ class ExploreSettings:
     """Among how many test images, from the first, both are looked for."""
     encoder: str = setting(choices=("auto", "true", "false"))
     """Whether the encoder is in the page, so that digits can be drawn."""
+    limit_mb: float = setting(above=0)
+    """The page is not larger, in 10⁶ bytes, unless it is to have the encoder in any case."""
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from capsrun.compose import EITHER, compose, group_choices, quoted
@@ -53,8 +53,23 @@ def with_choices(base: str, overrides: Iterable[str]) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         other_says_it = value == "null" and any(key in pair for pair in EITHER)
         if role(key).name and not other_says_it:
+            value = run_of(value) if key == "init" else value
             chosen.append(re.sub(r"[^\w.-]+", "_", f"{key}-{value}").strip("_"))
     return shortened("+".join([base, *sorted(chosen)]))
+
+
+def run_of(path: str) -> str:
+    """What a run's folder, or a file, is called in the names of runs that begin with its weights.
+
+    >>> run_of("runs/mnist-capsnet-quick/seed1/checkpoint.pt"), run_of("results/capsnet-mnist.pt")
+    ('mnist-capsnet-quick-seed1', 'capsnet-mnist')
+    """
+    parts = PurePath(path.strip("'\"")).parts
+    parts = parts[:-1] if parts[-1:] == ("checkpoint.pt",) else parts
+    run, last = parts[-2:] if len(parts) > 1 else ("", "".join(parts))
+    if not re.fullmatch("seed[0-9]+", last):
+        return last.removesuffix(".pt")
+    return run if run and last == "seed0" else "-".join(filter(None, (run, last)))
 
 
 def shortened(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, make_model, stored, train_config
+from conftest import REPOSITORY, TINY, make_model, stored, train_config, untrained
 
 from capsrun.cli import main
 from capsrun.commands.train import train
@@ -134,13 +134,15 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
     [
         pytest.param([*SHORT, *CNN, TINY[0], "model.hidden=[16]"], marks=pytest.mark.slow),
         pytest.param([*SHORT, *PAIRS], marks=pytest.mark.slow),
+        pytest.param([*SHORT, *TINY[:4], "init=../given.pt"], marks=pytest.mark.slow),
         pytest.param(ON_GPU, marks=[pytest.mark.gpu, TWO_GPUS]),
     ],
-    ids=["cnn", "multimnist", "two GPUs"],
+    ids=["cnn", "multimnist", "init", "two GPUs"],
 )
 def test_other_models_data_and_devices_are_shared_too(words, tmp_path):
     """Dropout, the places of digits and their pairs do not depend on the number of processes."""
     folders = [tmp_path / "one", tmp_path / "two"]
+    untrained(tmp_path / "given.pt", *TINY, "seed=9")
     for processes, folder in enumerate(folders, 1):
         folder.mkdir()
         code, _, errors = ended(torchrun(processes, *TRAIN, *words, "name=run", cwd=folder))

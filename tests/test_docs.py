@@ -15,6 +15,7 @@ from conftest import REPOSITORY, run_python
 
 import capsrun
 from capsrun import cli
+from capsrun.data.own_image import read_image
 from capsrun.errors import UserError
 
 MODULES = [
@@ -22,6 +23,7 @@ MODULES = [
     "capsrun.models.authors",
     "capsrun.models.capsnet",
     "capsrun.models.routing",
+    "capsrun.names",
     "capsrun.runs.checkpoint",
     "capsrun.training.losses",
 ]
@@ -142,6 +144,17 @@ def test_the_readme_in_python_works(monkeypatch):
     exec(text, names)
     assert names["model"].routing.iterations == 1
     assert names["lengths"].shape == (100, 10)
+
+
+def test_the_picture_of_the_quickstart_is_a_five():
+    picture = REPOSITORY / "docs" / "five.jpg"
+    assert f" predict docs/{picture.name} " in (REPOSITORY / "Makefile").read_text()
+    assert picture.stat().st_size < 60_000
+    trained = capsrun.load_checkpoint(REPOSITORY / "results" / "capsnet-mnist-small.pt")
+    digit_CHW, _ = read_image(picture, trained.config.dataset, "auto")
+    lengths_J = trained.model(digit_CHW[None]).lengths_BJ[0]
+    assert lengths_J.argmax() == 5
+    assert lengths_J[5] > 0.8
 
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

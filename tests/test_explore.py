@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import browser as browsers
@@ -19,7 +20,7 @@ from capsrun.commands.explore import chosen_numbers, page_within_limit
 from capsrun.commands.perturb import perturbed
 from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.errors import UserError
-from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page, part
+from capsrun.explorer.page import Shown, build_page, part
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import squash
 from capsrun.report.figures import TWO_COLOURS
@@ -197,7 +198,7 @@ def test_the_committed_page_draws_what_the_committed_model_draws(browser):
 )
 def test_the_committed_pages_are_made_of_the_present_files(name):
     page = (REPOSITORY / "docs" / name).read_text()
-    assert len(page.encode()) < LIMIT_BYTES
+    assert len(page.encode()) < 8e6
     assert all(part(file) in page for file in ("style.css", "network.js", "explorer.js"))
 
 
@@ -544,7 +545,7 @@ def test_a_phone(browser, one_digit, two_digits, digits, width, height):
 
 def settings(**changes) -> ExploreSettings:
     return ExploreSettings(
-        **{"images": 24, "mistakes": 12, "search": 2000, "encoder": "auto"} | changes
+        **{"images": 24, "mistakes": 12, "search": 2000, "encoder": "auto", "limit_mb": 8} | changes
     )
 
 
@@ -568,20 +569,26 @@ def test_when_a_page_has_no_encoder():
         assert 'id="encoder"' not in page
 
 
-def test_the_page_stays_within_the_limit(monkeypatch):
+def test_the_page_stays_within_the_limit():
     grey = capsnet()
     text, reason = built(grey)
     assert reason == ""
     assert 'id="encoder"' in text
-    monkeypatch.setattr(exploring, "LIMIT_BYTES", len(text.encode()) - 1)
-    shorter, reason = built(grey)
+    limit = len(text.encode()) / 1e6
+    assert built(grey, limit_mb=limit) == (text, "")
+    shorter, reason = built(grey, limit_mb=limit - 1e-6)
     assert 'id="encoder"' not in shorter
-    assert "the encoder would make the page" in reason
-    with pytest.raises(UserError, match=r"explore\.encoder=true cannot be done: the encoder would"):
-        built(grey, encoder="true")
-    monkeypatch.setattr(exploring, "LIMIT_BYTES", len(shorter.encode()) - 1)
-    with pytest.raises(UserError, match=r"more than .* take fewer explore\.images"):
-        built(grey)
+    assert re.fullmatch("the encoder would .*B, more than explore[.]limit_mb=[0-9.]+", reason)
+    with pytest.raises(UserError, match=r"more than explore\.limit_mb=0\.001; set that higher, or"):
+        built(grey, limit_mb=0.001)
+
+
+def test_who_asks_for_the_encoder_has_it_at_any_size():
+    page, reason = built(capsnet(), encoder="true", limit_mb=0.001)
+    assert reason == ""
+    assert 'id="encoder"' in page
+    with pytest.raises(UserError, match=r"explore\.encoder=true cannot be done: only grey images"):
+        built(capsnet(channels=3), encoder="true", limit_mb=0.001)
 
 
 def test_images_and_mistakes_are_chosen():

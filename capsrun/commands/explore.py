@@ -16,7 +16,7 @@ from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
 from capsrun.errors import UserError
-from capsrun.explorer.page import LIMIT_BYTES, Shown, build_page
+from capsrun.explorer.page import Shown, build_page
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import route
 from capsrun.names import model_words, suggest
@@ -132,9 +132,10 @@ def page_within_limit(
     """The page, with the encoder if it may be there, and why it is not; empty when it is.
 
     standardised: whether the network sees images with mean 0 and deviation 1.
-    Raises UserError for a page beyond the limit.
+    Raises UserError for a page beyond the limit, unless the encoder is asked for, and where that
+    cannot be in it.
     """
-    reason, limit = "", size(LIMIT_BYTES)
+    reason = ""
     if settings.encoder == "false":
         reason = "explore.encoder=false"
     elif model.channels != 1:
@@ -143,15 +144,19 @@ def page_within_limit(
         reason = "the network sees standardised images"
     elif model.algorithm is not route:
         reason = "the page computes dynamic routing, and this network has another one"
-    text = build_page(model, shown, class_names, title, reason)
-    if not reason and len(text.encode()) > LIMIT_BYTES:
-        reason = f"the encoder would make the page {size(len(text.encode()))}, more than {limit}"
-        text = build_page(model, shown, class_names, title, reason)
-    if reason and settings.encoder == "true":
+    asked = settings.encoder == "true"
+    if reason and asked:
         raise UserError(f"explore.encoder=true cannot be done: {reason}")
-    if len(text.encode()) > LIMIT_BYTES:
+    text = build_page(model, shown, class_names, title, reason)
+    if asked or len(text.encode()) <= settings.limit_mb * 1e6:
+        return text, reason
+    beyond = f"more than explore.limit_mb={settings.limit_mb:g}"
+    if not reason:
+        reason = f"the encoder would make the page {size(len(text.encode()))}, {beyond}"
+        text = build_page(model, shown, class_names, title, reason)
+    if len(text.encode()) > settings.limit_mb * 1e6:
         raise UserError(
-            f"the page would have {size(len(text.encode()))}, more than {limit}; take fewer "
-            "explore.images, or a model with a narrower decoder"
+            f"the page would have {size(len(text.encode()))}, {beyond}; set that higher, or take "
+            "fewer explore.images, or a model with a narrower decoder"
         )
     return text, reason

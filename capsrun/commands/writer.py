@@ -59,6 +59,8 @@ class Run:
     """Runs while the model is trained, not while it is tested or saved."""
     ended: bool
     """Whether a test has ended it before its last step."""
+    init_md5: str | None
+    """Of the file whose weights it began with, if it did."""
 
     @property
     def evaluate_every(self) -> int:
@@ -258,6 +260,7 @@ class Writer:
             metrics_bytes=self.recorder.metrics_bytes(),
             parts=segments.extended(self.earlier, run.step, self.provenance),
             data=run.dataset.unverified,
+            init_md5=run.init_md5,
         )
 
     def _refuse_another_folder(self) -> None:
@@ -301,6 +304,7 @@ class Writer:
             "memory_gb": memory_gb(run.trainer.device),
             **self.provenance,
             "data_md5": data.unverified,
+            "init_md5": run.init_md5,
             "stopped": stopped,
             "parts": computed_on,
             "notes": [*errors.notices, *segments.changes(computed_on)],

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from capsrun.models.capsnet import CapsNet
 from capsrun.report.figures import TWO_COLOURS
 
-LIMIT_BYTES = 8_000_000
-
 
 @dataclass(frozen=True)
 class Shown:

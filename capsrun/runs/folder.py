@@ -19,6 +19,7 @@ from capsrun.settings import differing_keys, role
 OUTPUT = (RESULT, "index.html", "predictions.csv", "pictures/*")
 # What a checkpoint holds of an unfinished run beside what makes a model of it.
 TO_GO_ON = {"precision": str, "metrics_bytes": (int, 0), "parts": [segments.SHAPE]}
+TO_GO_ON["init_md5?"] = str
 # What `train` leaves in its folder beside the checkpoint, the settings and the result.
 RUN = ("index.html", METRICS, "pictures/*", "tensorboard/*")
 
