@@ -12,18 +12,15 @@ from capsrun.config import CapsNetConfig, ModelConfig, TrainConfig
 from capsrun.data import found
 from capsrun.data.sets import known
 from capsrun.data_config import DatasetConfig, OwnDataConfig
+from capsrun.disk import read_json
 from capsrun.settings import differing_keys, from_dict, role
 from capsrun.yaml_files import own_option
 
 # These choices make the first part of a run's name.
 FIRST_IN_NAME = ("dataset", "model", "recipe")
-# The networks that come with capsrun, and what is said of each.
+# The network that comes with capsrun, beside what it was tested with.
 WEIGHTS = Path(__file__).parent / "weights"
 SMALL = "small"
-ABOUT = {
-    SMALL: "the network that comes with capsrun (checkpoint=small): capsnet_small, 2.1 million "
-    "parameters in half precision, 0.49 % test error on MNIST (49 of 10,000)",
-}
 MOST_BYTES = 200  # file systems take 255, and something may be put before or after it
 
 
@@ -133,9 +130,19 @@ def path_words(dataset: DatasetConfig) -> list[str]:
     return [word("dataset.path", dataset.path)] if isinstance(dataset, OwnDataConfig) else []
 
 
-def packaged(name: str) -> Path:
-    """The checkpoint of a network that comes with capsrun."""
-    return WEIGHTS / f"{name}.pt"
+def packaged() -> Path:
+    """The checkpoint of the network that comes with capsrun."""
+    return WEIGHTS / f"{SMALL}.pt"
+
+
+def about_packaged() -> str:
+    """What it is, and how good."""
+    tested = read_json(packaged().with_suffix(".json"))
+    return (
+        f"the network that comes with capsrun (checkpoint={SMALL}): {tested['model']}, "
+        f"{tested['error_percent']:.2f} % test error on MNIST ({tested['errors']} of "
+        f"{tested['count']:,})"
+    )
 
 
 def model_words(config: Any, checkpoint: Path) -> list[str]:

@@ -137,8 +137,7 @@ def test_pages_work_from_beginning_to_end(page, in_tmp):
     assert {"python", "sh"} <= ran <= {"python", "pycon", "sh"}, "a language that nobody runs"
 
 
-def test_the_readme_in_python_works(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+def test_the_readme_in_python_works(in_tmp):
     (text,) = [text for kind, text, _ in blocks(REPOSITORY / "README.md") if kind == "python"]
     names: dict = {}
     exec(text, names)
@@ -150,7 +149,7 @@ def test_the_picture_of_the_quickstart_is_a_five():
     picture = REPOSITORY / "docs" / "five.jpg"
     assert f" predict docs/{picture.name} " in (REPOSITORY / "Makefile").read_text()
     assert picture.stat().st_size < 60_000
-    trained = capsrun.load_checkpoint(REPOSITORY / "results" / "capsnet-mnist-small.pt")
+    trained = capsrun.load_checkpoint("small")
     digit_CHW, _ = read_image(picture, trained.config.dataset, "auto")
     lengths_J = trained.model(digit_CHW[None]).lengths_BJ[0]
     assert lengths_J.argmax() == 5

@@ -14,7 +14,7 @@ from PIL import Image
 
 import capsrun
 from capsrun.commands.predict import LEAST_LENGTH
-from capsrun.names import ABOUT, SMALL, packaged
+from capsrun.names import SMALL, about_packaged, packaged
 from capsrun.runs.checkpoint import load_checkpoint
 from capsrun.training.metrics import score_split
 
@@ -43,8 +43,7 @@ def test_the_network_that_comes_along_is_as_good_as_is_said():
     small = dataclasses.replace(train_config("model=capsnet_small").model, name="capsnet")
     assert trained.config.model == small
     assert sum(p.numel() for p in trained.model.parameters()) == 2_117_232
-    assert "2.1 million" in ABOUT[SMALL]
-    assert packaged(SMALL).stat().st_size < 4_300_000
+    assert packaged().stat().st_size < 4_300_000
     assert score_split(trained.model, test, "fp32").errors == 6
 
 
@@ -52,7 +51,7 @@ def test_the_network_that_comes_along_is_as_good_as_is_said():
 def test_its_errors_on_mnist(monkeypatch):
     test = load_data("mnist", f"dataset.data_dir={MNIST_DIR}").test
     assert score_split(load_checkpoint(SMALL).model, test, "fp32").errors == 49
-    assert "(49 of 10,000)" in ABOUT[SMALL]
+    assert "(49 of 10,000)" in about_packaged()
     ours = load_data("mnist1k").test
     for number in (0, 7, 995):
         same = (test.images_NCHW == ours.images_NCHW[number]).flatten(1).all(1)
@@ -62,7 +61,7 @@ def test_its_errors_on_mnist(monkeypatch):
 def test_perturb_and_explore_work_at_once(in_tmp, printed, monkeypatch):
     monkeypatch.setenv("CAPSRUN_DATA", "nowhere")
     lines = printed("perturb", "perturb.digit=5", "perturb.step=0.25")
-    assert lines[0] == f"there is no run of dataset=mnist in runs, so this is {ABOUT[SMALL]}"
+    assert lines[0] == f"there is no run of dataset=mnist in runs, so this is {about_packaged()}"
     assert "runs/small/perturb-mnist1k/pictures/digit_5.png" in lines
     lines = printed("explore", "explore.images=2", "explore.search=100")
     assert "digits can be drawn: the encoder is in the page" in lines
@@ -80,7 +79,7 @@ def test_it_is_no_substitute_for_what_was_asked_for(in_tmp, refused):
 
 def test_a_run_of_ones_own_comes_first(in_tmp, printed):
     Path("runs/mnist-capsnet-quick/seed0").mkdir(parents=True)
-    shutil.copy(packaged(SMALL), "runs/mnist-capsnet-quick/seed0/checkpoint.pt")
+    shutil.copy(packaged(), "runs/mnist-capsnet-quick/seed0/checkpoint.pt")
     digit = load_data("mnist1k").test.images_NCHW[4, 0]
     Image.fromarray(digit.numpy()).save("a.png")
     assert not any("comes with capsrun" in line for line in printed("predict", "a.png"))

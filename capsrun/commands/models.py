@@ -20,7 +20,7 @@ from capsrun.config import (
 from capsrun.data import load_dataset
 from capsrun.data.splits import Dataset
 from capsrun.errors import UserError
-from capsrun.names import ABOUT, SMALL, packaged, usual_dataset
+from capsrun.names import about_packaged, packaged, usual_dataset
 from capsrun.report import figures
 from capsrun.report.run_page import write_run_page
 from capsrun.runs.checkpoint import (
@@ -59,8 +59,10 @@ def find_or_packaged(
             raise
     config.dataset = usual_dataset("mnist1k")
     if not quiet:
-        print(f"there is no run of dataset=mnist in {config.runs_dir}, so this is {ABOUT[SMALL]}")
-    return packaged(SMALL)
+        print(
+            f"there is no run of dataset=mnist in {config.runs_dir}, so this is {about_packaged()}"
+        )
+    return packaged()
 
 
 def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.device) -> Dataset:

@@ -19,6 +19,7 @@ from torch import Tensor
 from capsrun import disk
 from capsrun.commands.models import find_or_packaged, model_facts, result_folder
 from capsrun.config import PredictConfig
+from capsrun.data.own_data import natural
 from capsrun.data.own_folder import ENDINGS
 from capsrun.data.own_image import read_image
 from capsrun.data.sets import class_names
@@ -27,7 +28,7 @@ from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
-from capsrun.names import model_words, suggest, word
+from capsrun.names import model_words, packaged, suggest, word
 from capsrun.report import figures
 from capsrun.report.pictures import displayed
 from capsrun.runs.checkpoint import load_checkpoint
@@ -43,10 +44,10 @@ AT_ONCE = 100
 MOST_SHOWN = 48
 RECORD, SHEET = "predictions.json", "sheet.png"
 # A shorter capsule, or lower probability, says that the model knows nothing like it, and so does a
-# drawing that leaves so much of the image, in squares, unexplained. Of MNIST's test digits the
-# network that comes with capsrun has 1 % beyond each.
+# drawing that misses the image by so many times what those of test images do on average. Of MNIST's
+# test digits the networks of `results/` and `weights/` have 1 % beyond each.
 LEAST_LENGTH = 0.6
-MOST_UNEXPLAINED = 0.35
+MOST_TIMES_USUAL = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +67,17 @@ class Prediction:
     drawn_CHW: Tensor | None
     """What the decoder makes of the classes that are seen."""
 
+    usual_error: float | None
+    """By how much drawings of test images miss them, in squares; None: not known."""
+
     @property
     def doubt(self) -> str:
         """Why the answer is worth little; empty where nothing speaks against it."""
         if float(self.scores_J[self.seen].min()) < LEAST_LENGTH:
             return "unlike all that the model knows"
-        if self.drawn_CHW is not None:
-            left = (self.drawn_CHW - self.pixels_CHW).square().sum()
-            if left > MOST_UNEXPLAINED * self.pixels_CHW.square().sum():
+        if self.drawn_CHW is not None and self.usual_error is not None:
+            error = float((self.drawn_CHW - self.pixels_CHW).square().sum())
+            if error > MOST_TIMES_USUAL * self.usual_error:
                 return "unlike what the model draws of it"
         return ""
 
@@ -90,7 +94,8 @@ def main(config: PredictConfig, overrides: Sequence[str]) -> None:
     model = to_device(trained.model, device, fast=False).eval()
     dataset = trained.config.dataset
     names = class_names(dataset)
-    predictions, faults = predict(paths, model, dataset, config.invert, device)
+    given = model, dataset, config.invert, device, usual_error(checkpoint)
+    predictions, faults = predict(paths, *given)
     if config.json:
         plain = [as_plain(prediction, names) for prediction in predictions]
         print(json.dumps(plain, indent=2, ensure_ascii=False))
@@ -114,6 +119,17 @@ def main(config: PredictConfig, overrides: Sequence[str]) -> None:
         suggest(["perturb", *words, word("perturb.image", predictions[0].path)])
 
 
+def usual_error(checkpoint: Path) -> float | None:
+    """By how much the drawings of a model's test images miss them on average, where it is known."""
+    result = checkpoint.with_name("result.json")
+    if checkpoint == packaged():
+        result = checkpoint.with_suffix(".json")
+    try:
+        return disk.read_json(result)["reconstruction_squared_error"]
+    except (OSError, ValueError, LookupError, TypeError):  # of an unfinished run there is none
+        return None
+
+
 def paths_of(images: Sequence[str]) -> list[Path]:
     """The images, and those in folders among them. Raises UserError where there are none."""
     if not images:
@@ -121,7 +137,8 @@ def paths_of(images: Sequence[str]) -> list[Path]:
     found = []
     for image in images:
         path = Path(os.path.expanduser(image))
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        files = {str(file): file for file in path.rglob("*") if file.suffix.lower() in ENDINGS}
+        inside = [files[name] for name in natural(files) if files[name].is_file()]
         if path.is_dir() and not inside:
             raise UserError(f"there are no pictures in {path}")
         found += inside if path.is_dir() else [path]
@@ -130,11 +147,16 @@ def paths_of(images: Sequence[str]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    paths: Sequence[Path], model: Model, dataset: DatasetConfig, invert: str, device: torch.device
+    paths: Sequence[Path],
+    model: Model,
+    dataset: DatasetConfig,
+    invert: str,
+    device: torch.device,
+    usual_error: float | None,
 ) -> tuple[list[Prediction], list[str]]:
     """What the model sees in each image, and what is wrong with those that cannot be used.
 
-    dataset: what the model was trained on.
+    dataset: what the model was trained on. usual_error: see `Prediction`.
     """
     found: list[Prediction] = []
     faults: list[str] = []
@@ -160,7 +182,9 @@ def predict(
             *seen, second = order_BJ[number, : dataset.digits + 1].tolist()
             scores_J = scores_BJ[number].cpu()
             found.append(
-                Prediction(path, pixels_CHW, remarks, scores_J, seen, second, drawn[number])
+                Prediction(
+                    path, pixels_CHW, remarks, scores_J, seen, second, drawn[number], usual_error
+                )
             )
     return found, faults
 

@@ -22,7 +22,7 @@ from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.models import MOST_PARAMETERS, Model, build_model, plan_model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import (
-    ABOUT,
+    SMALL,
     WEIGHTS,
     dataset_words,
     default_run,
@@ -146,8 +146,8 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
     if re.match(r"\w+://", os.fspath(path)):
         raise UserError(f"{path} is to be downloaded first: a checkpoint is a file or a folder")
     meant = Path(os.path.expanduser(path))
-    if os.fspath(path) in ABOUT and not meant.exists():
-        return packaged(os.fspath(path))
+    if os.fspath(path) == SMALL and not meant.exists():
+        return packaged()
     if not meant.exists() and Path(f"{meant}.index").is_file():  # as TensorFlow's are named
         return Path(f"{meant}.index")
     return meant / FILE_NAME if meant.is_dir() else meant

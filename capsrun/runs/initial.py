@@ -8,7 +8,8 @@ from capsrun.data import is_part_of
 from capsrun.data.files import md5_of
 from capsrun.errors import UserError, notice
 from capsrun.models import Model
-from capsrun.runs.checkpoint import find_checkpoint, load_checkpoint
+from capsrun.names import must_match
+from capsrun.runs.checkpoint import OF_THE_SAME, find_checkpoint, load_checkpoint, origin
 from capsrun.terminal import counted, printable
 
 
@@ -53,12 +54,20 @@ def refuse_seen_images(dataset: DatasetConfig, seen: DatasetConfig) -> None:
 
     seen: what the weights were trained on.
     """
-    ours, theirs = (d.source or d.name for d in (dataset, seen))
+    ours, theirs = map(origin, (dataset, seen))
     if is_part_of(dataset, seen):
         raise UserError(
             f"the test images of {ours} are training images of {theirs}, on which the weights of "
             f"init=… were trained, so its test error would say nothing; train on "
             f"dataset={seen.name}, or begin with other weights"
+        )
+    drawn_by = [key for key in must_match(dataset, "test") if key in OF_THE_SAME]
+    differing = [key for key in drawn_by if getattr(dataset, key) != getattr(seen, key, None)]
+    if ours == theirs and differing:
+        said = " ".join(f"dataset.{key}={getattr(seen, key, None)}" for key in differing)
+        raise UserError(
+            "other test images are drawn here than where the weights of init=… were trained, which "
+            f"have seen some of these: say {said}"
         )
     held_out = [(d.validation, d.split_seed) for d in (dataset, seen)]
     shared = is_part_of(seen, dataset) or (ours == theirs and held_out[0] != held_out[1])
