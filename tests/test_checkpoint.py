@@ -58,12 +58,9 @@ def test_what_is_saved_comes_back(saved):
         assert not trained.model.training
     # Other programs and later versions read the weights by these names.
     assert list(model.state_dict()) == [
-        "digitcaps_weight",
-        "digitcaps_bias",
-        "conv1.weight",
-        "conv1.bias",
-        "primarycaps.weight",
-        "primarycaps.bias",
+        *(f"{layer}.{kind}" for layer in ("conv1", "primarycaps") for kind in ("weight", "bias")),
+        "digitcaps.weight",
+        "digitcaps.bias",
         *(f"decoder.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
     ]
 
@@ -291,7 +288,7 @@ def test_tensors_that_are_no_weights(saved, kind):
     checkpoint = torch.load(path)
     weights = {name: OTHER_WEIGHTS[kind](tensor) for name, tensor in checkpoint["model"].items()}
     torch.save({**checkpoint, "model": weights}, path)
-    with pytest.raises(UserError, match=r"it is damaged: digitcaps_weight is .*, and no weights"):
+    with pytest.raises(UserError, match=r"it is damaged: conv1.weight is .*, and no weights"):
         load_checkpoint(path)
 
 
