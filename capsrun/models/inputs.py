@@ -89,6 +89,34 @@ def check_choice(name: str, value: object, *choices: str) -> None:
         raise ValueError(f"{name} is {value!r}: it can be one of: {', '.join(choices)}")
 
 
+def check_lengths(lengths_BJ: Tensor) -> None:
+    """Raise ValueError for what are not the lengths (B, J) of capsules."""
+    _check_tensor("lengths", lengths_BJ)
+    if lengths_BJ.dim() != 2 or not lengths_BJ.is_floating_point():
+        found = f"{lengths_BJ.dtype} of shape {tuple(lengths_BJ.shape)}"
+        hint = "; of capsules they are capsules.norm(dim=2)" if lengths_BJ.dim() == 3 else ""
+        raise ValueError(f"lengths of {found}: they are to be floats of shape (B, J){hint}")
+
+
+def check_same_shape(reconstructions: Tensor, targets: Tensor) -> None:
+    """Raise ValueError for images that cannot be compared pixel by pixel."""
+    _check_tensor("reconstructions", reconstructions)
+    _check_tensor("targets", targets)
+    if reconstructions.shape != targets.shape or targets.dim() < 2:
+        shapes = f"{tuple(reconstructions.shape)}, but targets of {tuple(targets.shape)}"
+        raise ValueError(f"reconstructions of shape {shapes}: they are to have the same")
+    if not (targets.is_floating_point() and reconstructions.is_floating_point()):
+        raise ValueError(
+            f"reconstructions of {reconstructions.dtype} and targets of {targets.dtype}: both are "
+            "to be floats in [0, 1]"
+        )
+
+
+def one_or_several(labels: Tensor) -> Tensor:
+    """Labels (B, T) of labels (B,) or (B, T); anything else as it is."""
+    return labels[:, None] if isinstance(labels, Tensor) and labels.dim() == 1 else labels
+
+
 def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
     """Raise ValueError for labels that are not the classes (B, T) of the digits in each image."""
     _check_tensor("labels", labels_BT)

@@ -25,6 +25,7 @@ from capsrun.models.inputs import (
     check_maps,
     check_positive,
     check_sizes,
+    one_or_several,
 )
 from capsrun.models.routing import RoutingIteration, algorithm_of, capsule_votes, route, squash
 
@@ -380,11 +381,10 @@ class Decoder(Layer, nn.Sequential):
     ) -> Tensor:
         """Draw the classes `labels`, (B,) or (B, T), each from its capsule alone."""
         check_capsules(capsules_BJD, self.inputs, self.input_dim, self[0].weight)
-        several = isinstance(labels, Tensor) and labels.dim() != 1
-        labels_BT = labels if several or not isinstance(labels, Tensor) else labels[:, None]
+        labels_BT = one_or_several(labels)
         check_labels(labels_BT, len(capsules_BJD), self.inputs)
         drawn = [self._draw(capsules_BJD, labels_B) for labels_B in labels_BT.unbind(1)]
-        return torch.stack(drawn, dim=1) if several else drawn[0]
+        return torch.stack(drawn, dim=1) if labels.dim() == 2 else drawn[0]
 
     def _draw(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
         mask_BJ = F.one_hot(labels_B, self.inputs).to(capsules_BJD.dtype)
