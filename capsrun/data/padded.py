@@ -15,7 +15,7 @@ from capsrun.data.files import RawData
 from capsrun.data.splits import Dataset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlacedDigits(splits.OfDigits):
     """Each of N digits at one place, or at each of the (2·shift_px + 1)² places.
 
