@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from capsrun.errors import notice
+from capsrun.models.fast.derivatives import only_first
 from capsrun.models.fast.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -105,7 +105,7 @@ class _Squash(torch.autograd.Function):
         return inputs_BIK
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         maps_BCHW, bias_C = ctx.saved_tensors
         to_inputs_BIK = gradients[0].contiguous()
@@ -155,7 +155,7 @@ class _Route(torch.autograd.Function):
         return capsules_BJD
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs_BIK, weights_IKJD, sums_BRJD, couplings = ctx.saved_tensors
         batch, count = inputs_BIK.shape[:2]
