@@ -141,7 +141,7 @@ def page_within_limit(
         reason = "only grey images can be drawn"
     elif standardised:
         reason = "the network sees standardised images"
-    elif model.algorithm is not route:
+    elif model.digitcaps.algorithm is not route:
         reason = "the page computes dynamic routing, and this network has another one"
     text = build_page(model, shown, class_names, title, reason)
     if not reason and len(text.encode()) > LIMIT_BYTES:

@@ -104,7 +104,8 @@ class CapsNet(Layer, nn.Module):
         routing = routing_config() if routing is None else routing
         image_px = defaults().dataset.image_px if image_px is None else image_px
         if not isinstance(config, CapsNetConfig):
-            raise ValueError(f"settings of a CapsNet are wanted, not {type(config).__name__}")
+            hint = f": CapsNet(image_px={config})" if isinstance(config, int) else ""
+            raise ValueError(f"settings of a CapsNet are wanted, not {type(config).__name__}{hint}")
         check_sizes(image_px=image_px, channels=channels, classes=classes)
         super().__init__()
         self.config = config
@@ -221,7 +222,7 @@ class CapsNet(Layer, nn.Module):
         Raises ValueError for images and labels that this network was not made for.
         """
         if labels_BT is not None:
-            check_labels(labels_BT, len(images_BCHW), self.classes)
+            check_labels(labels_BT, images_BCHW.shape[0], self.classes)
         capsules_BJD = self.encode(images_BCHW)
         lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
         reconstructions = None

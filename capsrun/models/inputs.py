@@ -120,7 +120,7 @@ def one_or_several(labels: Tensor) -> Tensor:
 def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
     """Raise ValueError for labels that are not the classes (B, T) of the digits in each image."""
     _check_tensor("labels", labels_BT)
-    if labels_BT.dim() != 2 or len(labels_BT) != batch or not labels_BT.shape[1]:
+    if labels_BT.dim() != 2 or labels_BT.shape[0] != batch or not labels_BT.shape[1]:
         hint = "; of one digit an image they are labels[:, None]" if labels_BT.dim() == 1 else ""
         raise ValueError(
             f"labels of shape {tuple(labels_BT.shape)} for {batch} images: they are to have shape "
