@@ -1,7 +1,8 @@
 """capsrun reproduces *Dynamic Routing Between Capsules* (Sabour, Frosst, Hinton, NIPS 2017).
 
-As a library: the network, its equations, the data sets and trained models. `docs/tutorial.md` goes
-from the equations to a trained model; `help(capsrun.route)` and the like are the reference.
+As a library: the network, its layers and equations, the data sets and trained models.
+`docs/tutorial.md` goes from the equations to a trained model; `help(capsrun.route)` and the like
+are the reference.
 
     import capsrun
 
@@ -17,17 +18,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from capsrun.library import load_dataset, save_model, training_config
+    from capsrun.library import load_dataset, save_checkpoint, training_config
     from capsrun.models.authors import load_authors_weights
     from capsrun.models.capsnet import CapsNet
+    from capsrun.models.layers import CapsuleLayer, Decoder, PrimaryCaps
     from capsrun.models.routing import capsule_votes, coupling_coefficients, route, squash
     from capsrun.runs.checkpoint import load_checkpoint
-    from capsrun.training.losses import margin_loss
+    from capsrun.training.losses import margin_loss, reconstruction_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CapsNet",
+    "CapsuleLayer",
+    "Decoder",
+    "PrimaryCaps",
     "__version__",
     "capsule_votes",
     "coupling_coefficients",
@@ -35,8 +40,9 @@ __all__ = [
     "load_checkpoint",
     "load_dataset",
     "margin_loss",
+    "reconstruction_loss",
     "route",
-    "save_model",
+    "save_checkpoint",
     "squash",
     "training_config",
 ]
@@ -44,14 +50,18 @@ __all__ = [
 # Where each name is found once it is asked for: `capsrun --help` needs none of them, nor PyTorch.
 _MODULES = {
     "CapsNet": "capsrun.models.capsnet",
+    "CapsuleLayer": "capsrun.models.layers",
+    "Decoder": "capsrun.models.layers",
+    "PrimaryCaps": "capsrun.models.layers",
     "capsule_votes": "capsrun.models.routing",
     "coupling_coefficients": "capsrun.models.routing",
     "load_authors_weights": "capsrun.models.authors",
     "load_checkpoint": "capsrun.runs.checkpoint",
     "load_dataset": "capsrun.library",
     "margin_loss": "capsrun.training.losses",
+    "reconstruction_loss": "capsrun.training.losses",
     "route": "capsrun.models.routing",
-    "save_model": "capsrun.library",
+    "save_checkpoint": "capsrun.library",
     "squash": "capsrun.models.routing",
     "training_config": "capsrun.library",
 }

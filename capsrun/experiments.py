@@ -1,6 +1,7 @@
 """The rows and figures of the paper: what `configs/experiment/` says of each."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,12 @@ def settings_for(schema: type[Config], cfg: Any, overrides: Sequence[str] = ()) 
 def training_config(overrides: Sequence[str] = ()) -> TrainConfig:
     """The settings of `capsrun train` with these overrides. Raises UserError for a mistake."""
     return settings_for(TrainConfig, compose("train", overrides), overrides)
+
+
+@functools.cache
+def defaults(*overrides: str) -> TrainConfig:
+    """The same, composed once, for whoever does not change it."""
+    return training_config(overrides)
 
 
 class Experiments:

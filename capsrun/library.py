@@ -18,7 +18,7 @@ from capsrun.compose import compose
 from capsrun.config import DataConfig, TrainConfig
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
-from capsrun.models import Model, plan_model
+from capsrun.models import CapsNet, Model, plan_model
 from capsrun.runs import checkpoint
 from capsrun.settings import from_dict
 from capsrun.training.device import checked_device
@@ -89,24 +89,31 @@ def load_dataset(
     return data_sets.load_dataset(data_sets.found(dataset), checked_device(device))
 
 
-def save_model(path: str | os.PathLike[str], model: "Model", config: TrainConfig) -> None:
+def save_checkpoint(
+    model: "Model", path: str | os.PathLike[str], config: TrainConfig | None = None
+) -> None:
     """Write a network, trained or filled here, as a checkpoint that `capsrun eval` and others take.
 
-    config: that it was made with. An earlier file of this name is replaced.
+    config: that it was made with. None: it is made of what the network knows itself (its layers,
+    its routing, the size of its images), and else as `training_config()` says: on MNIST. Say it
+    where it was trained on others, so that it is not tested on those. An earlier file of this name
+    is replaced.
     Raises UserError when it is another network's, or a weight is not finite.
 
     >>> import capsrun, tempfile
-    >>> config = capsrun.training_config("model=capsnet_small")
-    >>> model = capsrun.CapsNet(config.model, config.routing, config.dataset.image_px)
+    >>> model = capsrun.CapsNet(capsrun.training_config("model=capsnet_small").model)
     >>> path = tempfile.mkdtemp() + "/mine.pt"
-    >>> capsrun.save_model(path, model, config)
-    >>> capsrun.load_checkpoint(path).step
-    0
+    >>> capsrun.save_checkpoint(model, path)
+    >>> capsrun.load_checkpoint(path)
+    Trained(capsnet_small, trained on mnist: 0 steps, finished)
     """
     if not isinstance(model, Model):
         raise UserError(f"a CapsNet or a CNN is saved, the module itself, not a {type(model)}")
-    if not isinstance(config, TrainConfig):
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path is to be that of a file, not a {type(path)}")
+    if config is not None and not isinstance(config, TrainConfig):
         raise UserError("config is to be what `training_config` gives")
+    config = _config_of(model) if config is None else config
     facts = dataclasses.asdict(config)
     from_dict(TrainConfig, facts)  # it may have been changed since
     weights, file = model.state_dict(), Path(os.path.expanduser(path))
@@ -118,4 +125,18 @@ def save_model(path: str | os.PathLike[str], model: "Model", config: TrainConfig
             raise UserError(f"the network was made with {key} {ours}, and not with {theirs}")
     rest = {"optimizer": None, "train_seconds": 0.0}
     disk.make_folder(file.parent)
-    checkpoint.save_checkpoint(file, facts, 0, model=weights, **rest)
+    checkpoint.write_checkpoint(file, facts, 0, model=weights, **rest)
+
+
+def _config_of(model: "Model") -> TrainConfig:
+    """What a network knows of the settings that it was made with, and the usual ones."""
+    routing = model.routing if isinstance(model, CapsNet) else None
+    usual = training_config(*(["model=cnn_baseline"] if routing is None else []))  # and its loss
+    dataset = dataclasses.replace(
+        usual.dataset,
+        image_px=model.image_px,
+        channels=model.channels,
+        classes=model.classes,
+        standardise=model.standardised,
+    )
+    return dataclasses.replace(usual, model=model.config, routing=routing, dataset=dataset)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from capsrun.errors import UserError
-from capsrun.runs.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
+from capsrun.runs.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 
 
 def main(source: str, target: str) -> None:
@@ -19,7 +19,7 @@ def main(source: str, target: str) -> None:
     # Where and when the run's own files are is of no use to anybody else.
     state = {key: checkpoint[key] for key in ("precision", "train_seconds")}
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
+    write_checkpoint(
         Path(target),
         checkpoint["config"],
         checkpoint["step"],

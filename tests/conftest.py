@@ -93,12 +93,12 @@ def stored(images, labels, shift_px: int = 2) -> StoredImages:
 def untrained(path: Path, *overrides: str) -> None:
     """Write the checkpoint of a run that would be finished, if its first weights were its last."""
     from capsrun.models import build_model
-    from capsrun.runs.checkpoint import save_checkpoint
+    from capsrun.runs.checkpoint import write_checkpoint
 
     config = train_config(*overrides)
     weights = build_model(config.model, config.routing, config.dataset).state_dict()
     facts = dataclasses.asdict(config)
-    save_checkpoint(path, facts, 1, model=weights, optimizer=None, train_seconds=1.0)
+    write_checkpoint(path, facts, 1, model=weights, optimizer=None, train_seconds=1.0)
 
 
 def run_python(*words: str, **options: Any) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from capsrun.config import TrainConfig
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
-from capsrun.models import capsnet, fast, plan_model
+from capsrun.models import fast, plan_model, routing
 from capsrun.models.routing import capsule_votes, route, squash
 from capsrun.settings import deciding, from_dict
 
@@ -63,8 +63,7 @@ def test_a_capsule_is_eight_channels_at_one_place():
     model = make(*TINY)
     images = torch.rand(2, 1, 28, 28)
     with torch.no_grad():
-        maps = model.primarycaps(F.relu(model.conv1(images)))
-        maps = (maps - model.primarycaps.bias[:, None, None]) / 2
+        maps = F.conv2d(F.relu(model.conv1(images)), model.primarycaps.weight, stride=2) / 2
         maps = maps + model.primarycaps.bias[:, None, None]
         poses = model.primary_poses(images)
     for kind, row, column in [(0, 0, 0), (1, 5, 2), (0, 3, 4)]:
@@ -80,18 +79,18 @@ def test_authors_initialisation():
     assert primary.std().item() == pytest.approx(0.8796 * 0.1, rel=0.01)
     assert conv1.abs().max() <= 0.1
     assert primary.abs().max() <= 0.2
-    assert model.digitcaps_weight.std().item() == pytest.approx(0.8796 * 0.1, rel=0.01)
+    assert model.digitcaps.weight.std().item() == pytest.approx(0.8796 * 0.1, rel=0.01)
     for name, value in model.named_parameters():
         if name.endswith("bias"):
             assert torch.equal(value, torch.full_like(value, 0.1)), name
-    assert model.digitcaps_bias.shape == (10, 16)
+    assert model.digitcaps.bias.shape == (10, 16)
 
 
 def test_pytorch_initialisation_is_each_layers_default():
     model = make("model.initialisation=pytorch")
     assert model.conv1.weight.abs().max().item() == pytest.approx(1 / 9, rel=0.01)
-    assert model.digitcaps_weight.abs().max().item() == pytest.approx(8**-0.5, rel=0.01)
-    assert not model.digitcaps_bias.any()
+    assert model.digitcaps.weight.abs().max().item() == pytest.approx(8**-0.5, rel=0.01)
+    assert not model.digitcaps.bias.any()
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -224,8 +223,8 @@ def test_routing_in_pieces_changes_nothing():
     images = torch.rand(2 * fast.ROUTED_AT_ONCE_ON_CPU + 3, 1, 28, 28)
     history, whole = [], []
     capsules = model.encode(images, history)
-    votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)
-    torch.testing.assert_close(capsules, route(votes, model.digitcaps_bias, 3, history=whole))
+    votes = capsule_votes(model.primary_poses(images), model.digitcaps.weight)
+    torch.testing.assert_close(capsules, route(votes, model.digitcaps.bias, 3, history=whole))
     assert len(history) == 3
     for ours, theirs in zip(history, whole):
         torch.testing.assert_close(tuple(ours), tuple(theirs))
@@ -238,14 +237,13 @@ def test_another_routing_algorithm(monkeypatch):
         return squash(votes_BIJD.mean(1))
 
     monkeypatch.setattr("capsrun.models.routing.mean", mean, raising=False)
-    monkeypatch.setitem(capsnet.ROUTINGS, "mean", "routing.mean")
+    monkeypatch.setitem(routing.ROUTINGS, "mean", "routing.mean")
     config = train_config(*TINY, "+routing.algorithm=mean")
     assert from_dict(TrainConfig, asdict(config)) == config
     assert deciding(asdict(config)) != deciding(asdict(train_config(*TINY)))
     model = make_model(config)
-    model.fast = True
     images = torch.rand(3, 1, 28, 28)
-    votes = capsule_votes(model.primary_poses(images), model.digitcaps_weight)
+    votes = capsule_votes(model.primary_poses(images), model.digitcaps.weight)
     torch.testing.assert_close(model.encode(images), squash(votes.mean(1)))
     with pytest.raises(UserError, match=r"'maen', did you mean 'mean'.*one of: dynamic, mean"):
         make(*TINY, "+routing.algorithm=maen")

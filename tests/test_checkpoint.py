@@ -24,7 +24,7 @@ from capsrun.runs.checkpoint import (
     load_checkpoint,
     output_folder,
     read_checkpoint,
-    save_checkpoint,
+    write_checkpoint,
 )
 from capsrun.runs.folder import RunFolder
 
@@ -36,7 +36,7 @@ def saved(tmp_path):
     config = train_config(*TINY)
     model = make_model(config)
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict(), **REST)
+    write_checkpoint(path, dataclasses.asdict(config), 5, model=model.state_dict(), **REST)
     return path, model, config
 
 
@@ -58,12 +58,9 @@ def test_what_is_saved_comes_back(saved):
         assert not trained.model.training
     # Other programs and later versions read the weights by these names.
     assert list(model.state_dict()) == [
-        "digitcaps_weight",
-        "digitcaps_bias",
-        "conv1.weight",
-        "conv1.bias",
-        "primarycaps.weight",
-        "primarycaps.bias",
+        *(f"{layer}.{kind}" for layer in ("conv1", "primarycaps") for kind in ("weight", "bias")),
+        "digitcaps.weight",
+        "digitcaps.bias",
         *(f"decoder.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
     ]
 
@@ -212,17 +209,53 @@ def test_a_model_that_was_filled_here_becomes_a_checkpoint(saved, tmp_path):
     _, model, config = saved
     other = make_model(config, seed=1)
     capsrun.load_authors_weights(other, to_authors_arrays(model))
-    capsrun.save_model(tmp_path / "mine.pt", other, config)
+    capsrun.save_checkpoint(other, tmp_path / "mine.pt", config)
     trained = load_checkpoint(tmp_path / "mine.pt")
     assert (trained.config, trained.step, trained.finished) == (config, 0, True)
     assert torch.equal(trained.model.conv1.weight, model.conv1.weight)
     with pytest.raises(UserError, match="another network"):
-        capsrun.save_model(tmp_path / "mine.pt", other, train_config())
+        capsrun.save_checkpoint(other, tmp_path / "mine.pt", train_config())
     with torch.no_grad():
         other.conv1.weight[0] = torch.nan
     with pytest.raises(UserError, match="this model holds numbers that are not finite"):
-        capsrun.save_model(tmp_path / "mine.pt", other, config)
+        capsrun.save_checkpoint(other, tmp_path / "mine.pt", config)
     assert load_checkpoint(tmp_path / "mine.pt").step == 0
+
+
+PHOTOS = ["dataset=cifar10", "model=capsnet_cifar10", "model.primary_types=2"]
+SMALL_CNN = ["model.channels=[4]", "model.kernels_px=[5]", "model.pools_px=[2]"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], [*TINY[1:4], "routing.iterations=1"], PHOTOS, ["model=cnn_baseline", *SMALL_CNN]],
+)
+def test_a_model_knows_the_settings_that_it_was_made_with(tmp_path, words):
+    """All that decide what it computes; it is taken for one of MNIST's."""
+    made = train_config(*words)
+    model = make_model(made)
+    capsrun.save_checkpoint(model, tmp_path / "mine.pt")
+    trained = load_checkpoint(tmp_path / "mine.pt")
+    assert (trained.config.model, trained.config.routing) == (made.model, made.routing)
+    sizes = [
+        (d.image_px, d.channels, d.classes, d.standardise)
+        for d in (made.dataset, trained.config.dataset)
+    ]
+    assert sizes[0] == sizes[1]
+    assert trained.config.dataset.name == "mnist"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained.model.state_dict()[name])
+    assert repr(trained) == f"Trained({made.model.name}, trained on mnist: 0 steps, finished)"
+
+
+def test_a_network_that_python_made_is_taken_by_the_commands(in_tmp, printed):
+    config = train_config(*TINY)
+    model = capsrun.CapsNet(config.model)
+    capsrun.save_checkpoint(model, "mine.pt")
+    assert "model.pt2" in " ".join(printed("export", "checkpoint=mine.pt", "format=torch"))
+    capsrun.save_checkpoint(model, "mine.pt", config)
+    words = ["dataset=mnist5k", "checkpoint=mine.pt", "images=20"]
+    assert printed("eval", *words)[-1].startswith("test error ")
 
 
 @pytest.mark.parametrize(
@@ -234,34 +267,36 @@ def test_a_model_of_other_settings_is_not_saved_with_these(words, tmp_path):
     config, other = train_config(*TINY), train_config(*TINY, *words)
     for made, said in ((config, other), (other, config)):
         with pytest.raises(UserError, match="the network was made with"):
-            capsrun.save_model(tmp_path / "mine.pt", make_model(made), said)
+            capsrun.save_checkpoint(make_model(made), tmp_path / "mine.pt", said)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_save_model_says_what_it_does_not_take(tmp_path, monkeypatch):
+def test_save_checkpoint_says_what_it_does_not_take(tmp_path, monkeypatch):
     config = train_config(*TINY)
     model = make_model(config)
     for other in (torch.nn.DataParallel(model), torch.nn.Linear(1, 1), model.state_dict()):
         with pytest.raises(UserError, match="a CapsNet or a CNN is saved"):
-            capsrun.save_model(tmp_path / "mine.pt", other, config)
+            capsrun.save_checkpoint(other, tmp_path / "mine.pt", config)
     for other in (dataclasses.asdict(config), config.model):
         with pytest.raises(UserError, match="`training_config`"):
-            capsrun.save_model(tmp_path / "mine.pt", model, other)
+            capsrun.save_checkpoint(model, tmp_path / "mine.pt", other)
+    with pytest.raises(UserError, match="path is to be that of a file"):
+        capsrun.save_checkpoint(model, config)
     broken = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, steps=None))
     with pytest.raises(UserError, match=r"recipe\.steps"):
-        capsrun.save_model(tmp_path / "mine.pt", model, broken)
+        capsrun.save_checkpoint(model, tmp_path / "mine.pt", broken)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_save_model_takes_the_paths_that_load_checkpoint_takes(tmp_path, monkeypatch):
+def test_save_checkpoint_takes_the_paths_that_load_checkpoint_takes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = train_config(*TINY)
     for path in ("~/mine.pt", "~/new/folder/mine.pt", f"~/{'x' * 252}.pt"):
-        capsrun.save_model(path, make_model(config), config)
+        capsrun.save_checkpoint(make_model(config), path, config)
         assert load_checkpoint(path).step == 0
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written to"):
-        capsrun.save_model("~/file/mine.pt", make_model(config), config)
+        capsrun.save_checkpoint(make_model(config), "~/file/mine.pt", config)
 
 
 def test_a_bit_that_has_changed_is_found(saved):
@@ -291,7 +326,7 @@ def test_tensors_that_are_no_weights(saved, kind):
     checkpoint = torch.load(path)
     weights = {name: OTHER_WEIGHTS[kind](tensor) for name, tensor in checkpoint["model"].items()}
     torch.save({**checkpoint, "model": weights}, path)
-    with pytest.raises(UserError, match=r"it is damaged: digitcaps_weight is .*, and no weights"):
+    with pytest.raises(UserError, match=r"it is damaged: conv1.weight is .*, and no weights"):
         load_checkpoint(path)
 
 
@@ -339,7 +374,7 @@ def test_weights_of_another_shape_are_refused(saved):
         (without, "another network"),
         ({**state, "conv1.weight": 3}, "conv1.weight has shape"),
     ]:
-        save_checkpoint(path, dataclasses.asdict(config), 5, model=changed, **REST)
+        write_checkpoint(path, dataclasses.asdict(config), 5, model=changed, **REST)
         with pytest.raises(UserError, match=message):
             load_checkpoint(path)
 
@@ -351,7 +386,7 @@ def test_a_hostile_configuration_is_refused(saved, key, value):
     path, model, config = saved
     values = dataclasses.asdict(config)
     values["routing"][key] = value
-    save_checkpoint(path, values, 5, model=model.state_dict(), **REST)
+    write_checkpoint(path, values, 5, model=model.state_dict(), **REST)
     with pytest.raises(UserError, match=r"cannot be used.*" + key):
         load_checkpoint(path)
 
@@ -373,7 +408,7 @@ def test_an_interrupted_write_leaves_the_old_file(saved, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, {}, 6, model={})
+        write_checkpoint(path, {}, 6, model={})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

@@ -1,5 +1,6 @@
 """What the documentation shows is what happens: the library, the tutorial, and how to extend it."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import types
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import REPOSITORY, run_python
@@ -17,11 +19,14 @@ import capsrun
 from capsrun import cli
 from capsrun.data.own_image import read_image
 from capsrun.errors import UserError
+from capsrun.models.authors import to_authors_arrays
 
 MODULES = [
+    "capsrun.data.splits",
     "capsrun.library",
     "capsrun.models.authors",
     "capsrun.models.capsnet",
+    "capsrun.models.layers",
     "capsrun.models.routing",
     "capsrun.names",
     "capsrun.runs.checkpoint",
@@ -154,6 +159,27 @@ def test_the_picture_of_the_quickstart_is_a_five():
     lengths_J = trained.model(digit_CHW[None]).lengths_BJ[0]
     assert lengths_J.argmax() == 5
     assert lengths_J[5] > 0.8
+
+
+def test_the_page_about_python_works(in_tmp):
+    """Its weights of the authors' code are made here."""
+    (in_tmp / "results").symlink_to(REPOSITORY / "results")
+    numpy.savez("authors.npz", **to_authors_arrays(capsrun.CapsNet()))
+    names: dict = {}
+    for kind, text, _ in blocks(REPOSITORY / "docs" / "python.md"):
+        assert kind == "python"
+        exec(text, names)
+    assert sum(names["losses"][-5:]) < 0.8 * sum(names["losses"][:5])
+    assert capsrun.load_checkpoint("authors.pt").config == names["config"]
+
+
+def test_types_are_those_of_the_public_names():
+    """What a type checker sees is what is found when a name is asked for."""
+    assert (REPOSITORY / "capsrun" / "py.typed").exists()
+    tree = ast.parse((REPOSITORY / "capsrun" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: line.module for line in block.body for alias in line.names}
+    assert seen == capsrun._MODULES
 
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

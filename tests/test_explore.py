@@ -557,7 +557,7 @@ def built(model: CapsNet, standardised: bool = False, **changes) -> tuple[str, s
 
 def test_when_a_page_has_no_encoder():
     grey, other = capsnet(), capsnet()
-    other.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
+    other.digitcaps.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
     another = "the page computes dynamic routing, and this network has another one"
     for (page, reason), expected in (
         (built(grey, encoder="false"), "explore.encoder=false"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from capsrun.models.fast import frequency_conv
 from capsrun.models.fast.frequency_conv import load_kernels, relu_frequency_conv2d, weights_stay
 from capsrun.models.fast.frequency_gpu import frequency_conv2d
+from capsrun.models.layers import take
 
 # Batch, channels, outputs, pixels, kernel, stride.
 SIZES = [
@@ -278,7 +279,7 @@ def test_a_network_of_any_size(monkeypatch, px, padding, channels):
     for fast, faster in ((False, True), (True, False), (True, True)):
         monkeypatch.setattr(frequency_conv, "is_faster", lambda *_, faster=faster: faster)
         model = make_model(config)
-        model.fast = fast
+        take(model, fast=fast)
         output = model(images, labels)
         (output.lengths_BJ.sum() + output.reconstructions_BTCHW.square().sum()).backward()
         gradients = [parameter.grad for parameter in model.parameters()]

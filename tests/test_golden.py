@@ -108,12 +108,12 @@ def test_forward_and_gradients(name, fast):
     model = to_device(make_model(case.config), torch.device("cpu"), fast)
     load_authors_weights(model, case.weights)
     if fast:
-        assert load_kernels(*model.digitcaps_weight.shape[1:]) is not None
+        assert load_kernels(*model.digitcaps.weight.shape[1:]) is not None
         maps, weight = model.conv1(batch.images_BCHW), model.primarycaps.weight
         assert relu_frequency_conv2d(maps, weight, stride=2) is not None
         assert frequency_conv.is_faster(maps, weight, stride=2)
     poses = model.primary_poses(batch.images_BCHW)
-    votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps_weight)
+    votes_first = torch.einsum("ik,ikjd->ijd", poses[0], model.digitcaps.weight)
     output = model(batch.images_BCHW, batch.labels_BT)
     losses = capsnet_losses(output, batch.labels_BT, batch.targets_BTCHW, case.config.loss)
     losses.total.backward()

@@ -6,7 +6,7 @@ from conftest import TINY, train_config
 from test_step import make_tiny
 
 from capsrun import errors
-from capsrun.models.capsnet import CapsNet
+from capsrun.models.layers import CapsuleLayer
 from capsrun.training import graph
 from capsrun.training.graph import PLAIN, WAYS, CapturedSteps, GraphedTrainer, Way, trainer_class
 from capsrun.training.step import Trainer
@@ -65,7 +65,7 @@ def choose(monkeypatch):
 
     def way_of(trainer):
         compiled = trainer.compute != trainer.forward
-        return Way(compiled, trainer.model.triton, trainer.model.frequency)
+        return Way(compiled, trainer.model.digitcaps.triton, trainer.model.primarycaps.frequency)
 
     def choose(took):
         tried, resets = [], []
@@ -114,12 +114,12 @@ def test_a_gpu_takes_the_fastest_way_that_works(choose, capsys, took, chosen, no
 
 def test_a_way_that_computes_something_else_is_not_taken(choose, monkeypatch, capsys):
     """Even if it is the fastest: here Triton routing gives a tenth more."""
-    original = CapsNet.route_poses
+    original = CapsuleLayer.forward
 
     def wrong_with_triton(self, poses, history=None):
         return original(self, poses, history) * (1.1 if self.triton else 1.0)
 
-    monkeypatch.setattr(CapsNet, "route_poses", wrong_with_triton)
+    monkeypatch.setattr(CapsuleLayer, "forward", wrong_with_triton)
     way, _, _, trainer = choose({way: 2.0 - way.triton for way in WAYS})
     assert way == Way(True)
     assert list(trainer.ways_ms) == ["compiled"]

@@ -108,12 +108,39 @@ def test_networks_that_are_made_by_hand_take_standardised_images_too():
 
 
 @pytest.mark.parametrize(
-    "present",
-    [torch.ones(3, 1, dtype=torch.bool), torch.zeros(1, 10).bool(), torch.eye(10).long()[:3]],
+    ("present", "reason"),
+    [
+        (torch.ones(3, 1, dtype=torch.bool), r"mask of shape \(3, 1\): .* \(B, J\), \(3, 10\)"),
+        (torch.zeros(1, 10).bool(), r"mask of shape \(1, 10\)"),
+        (torch.eye(10).long()[:3], "one-hot labels become classes"),
+        (torch.arange(10).expand(3, 10), r"as many labels as classes, .* present\.bool\(\)"),
+        (torch.tensor([0, 1, 10]), "labels from 0 to 10, but the classes are 0 to 9"),
+        (torch.tensor([0, 1]), r"labels of shape \(2, 1\) for 3 images"),
+        (torch.rand(3, 10), "labels of torch.float32"),
+        (torch.tensor([0, 1, 2]).int(), "labels of torch.int32"),
+        ([0, 1, 2], "labels are a list"),
+    ],
 )
-def test_margin_loss_wants_one_flag_a_capsule(present):
-    with pytest.raises(ValueError, match="present_BJ is torch"):
-        margin_loss(torch.rand(3, 10), present, train_config().loss)
+def test_margin_loss_wants_classes_or_one_flag_a_capsule(present, reason):
+    with pytest.raises(ValueError, match=reason):
+        margin_loss(torch.rand(3, 10), present)
+
+
+def test_losses_of_what_cannot_be_compared():
+    for lengths, reason in (
+        (torch.rand(3, 10, 16), r"of capsules they are capsules\.norm\(dim=2\)"),
+        (torch.ones(3, 10).long(), "lengths of torch.int64"),
+        ([[0.5]], "lengths are a list"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            margin_loss(lengths, torch.tensor([0, 1, 2]))
+    for drawn, target, reason in (
+        (IMAGES[:, None], IMAGES, r"shape \(3, 1, 1, 28, 28\), but targets of \(3, 1, 28, 28\)"),
+        (IMAGES, (255 * IMAGES).byte(), "targets of torch.uint8: both are to be floats"),
+        (IMAGES, None, "targets are a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            capsrun.reconstruction_loss(drawn, target)
 
 
 def test_a_gradient_for_each_image(model):

@@ -1,5 +1,7 @@
 """The losses and the score, by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import make_model, stored, train_config
@@ -39,6 +41,20 @@ def test_margin_loss_by_hand():
     assert margin_loss(lengths, class_presence(torch.tensor([[3]]), 10), PAPER).item() == 0
 
 
+@pytest.mark.parametrize("labels", [[3, 1, 0], [[3], [1], [0]], [[3, 2], [1, 0], [0, 3]]])
+def test_margin_loss_of_class_numbers_is_that_of_their_mask(labels):
+    """With the constants of the text, where none are given."""
+    lengths, labels = torch.rand(3, 4), torch.tensor(labels)
+    mask = torch.zeros(3, 4).bool()
+    mask[torch.arange(3)[:, None], labels.reshape(3, -1)] = True
+    by_hand = torch.where(
+        mask, (0.9 - lengths).clamp(min=0) ** 2, 0.5 * (lengths - 0.1).clamp(min=0) ** 2
+    )
+    for present in (labels, mask):
+        torch.testing.assert_close(margin_loss(lengths, present), by_hand.sum(1).mean())
+    assert torch.equal(margin_loss(lengths, mask), margin_loss(lengths, mask, PAPER))
+
+
 def test_two_digits_are_both_present():
     present = class_presence(torch.tensor([[1, 3], [2, 2]]), 4)
     assert present.tolist() == [[False, True, False, True], [False, False, True, False]]
@@ -48,7 +64,11 @@ def test_reconstruction_is_a_sum_over_pixels_and_a_mean_over_images():
     """A mean over the pixels would be 784 times smaller."""
     drawn, target = torch.zeros(2, 1, 1, 28, 28), torch.zeros(2, 1, 1, 28, 28)
     drawn[0] = 0.5
-    assert reconstruction_loss(drawn, target).item() == pytest.approx(784 * 0.25 / 2)
+    assert PAPER.reconstruction_weight == 0.0005
+    assert reconstruction_loss(drawn, target).item() == pytest.approx(0.0005 * 784 * 0.25 / 2)
+    other = dataclasses.replace(PAPER, reconstruction_weight=3.0)
+    loss = reconstruction_loss(drawn[:, 0], target[:, 0], other)
+    assert loss.item() == pytest.approx(3 * 784 * 0.25 / 2)
 
 
 def test_total_is_margin_plus_weighted_reconstruction():

@@ -75,7 +75,7 @@ def train_on(
         for weight in model.parameters():
             weight.mul_(weights_times)
     if fast:
-        assert load_kernels(*model.digitcaps_weight.shape[1:]) is not None
+        assert load_kernels(*model.digitcaps.weight.shape[1:]) is not None
     trainer = Trainer(model, config.loss, config.recipe, 100, CPU, precision, fast)
     labels_BT = torch.arange(len(images_BCHW))[:, None] + torch.arange(digits)
     targets = images_BCHW.clamp(0, 1)[:, None].expand(-1, digits, -1, -1, -1)

@@ -24,7 +24,7 @@ from capsrun.report.keep import keep
 from capsrun.report.page import to_html
 from capsrun.report.rows import grouped, make_row, standard_error
 from capsrun.report.tables import SUMMARY, mean_and_spread, summary_lines, table, verdict
-from capsrun.runs.checkpoint import load_checkpoint, save_checkpoint
+from capsrun.runs.checkpoint import load_checkpoint, write_checkpoint
 from capsrun.runs.reader import best_on_test, find_results
 from capsrun.training.metrics import score_split
 
@@ -473,7 +473,7 @@ def test_half_precision(in_tmp, tiny_run, monkeypatch):
 
 def test_half_precision_of_an_unfinished_run_is_refused(tmp_path, monkeypatch):
     training = dataclasses.asdict(train_config(*TINY))
-    save_checkpoint(
+    write_checkpoint(
         tmp_path / "checkpoint.pt", training, 3, model={}, optimizer={}, train_seconds=1.0
     )
     with pytest.raises(SystemExit, match="not finished"):

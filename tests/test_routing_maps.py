@@ -32,7 +32,7 @@ def capsnet(*overrides: str, px: int = 28) -> CapsNet:
     with torch.no_grad():
         model.conv1.weight.mul_(3)
         model.primarycaps.weight.mul_(30)
-        model.digitcaps_weight.mul_(5)
+        model.digitcaps.weight.mul_(5)
     return model
 
 

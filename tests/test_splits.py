@@ -1,5 +1,6 @@
 """Data sets that are made of others: where digits are put, how they are paired and transformed."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import MNIST_DIR, train_config
@@ -28,6 +29,70 @@ def digits():
 
 def everything(split, count=None):
     return split.batch(split.indices(0, len(split) if count is None else count))
+
+
+# By number
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "multimnist", "mnist_padded", "affnist_like"])
+def test_an_image_by_its_number(name):
+    split = plain_split("test") if name == "mnist5k" else load(name).test
+    last = len(split) - 1
+    for index in (0, 7, last, np.int64(7), torch.tensor(7)):
+        image, label = split[index]
+        batch = split.batch(torch.tensor([int(index)]))
+        assert torch.equal(image, batch.images_BCHW[0])
+        assert 0 <= image.min() < image.max() <= 1
+        if split.digits == 1:
+            assert type(label) is int
+            assert label == int(batch.labels_BT)
+        else:
+            assert torch.equal(label, batch.labels_BT[0])
+    for index, same in ((-1, last), (-last - 1, 0)):
+        assert torch.equal(split[index][0], split[same][0])
+    for beyond in (last + 1, -last - 2, 10**30):
+        with pytest.raises(IndexError, match="there is no image"):
+            split[beyond]
+    for wrong in (slice(3), [0, 1], "0", 1.0, None, torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match=r"by its number, not .*split\.batch\(indices\)"):
+            split[wrong]
+
+
+def plain_split(part, *overrides):
+    return load_dataset(train_config("dataset=mnist5k", *overrides).dataset, CPU).split(part)
+
+
+def test_iteration_ends():
+    few = plain_split("validation", "dataset.validation=3")
+    assert [label for _, label in few] == few.labels_N.tolist()
+    assert len(list(few)) == len(few) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["mnist5k", "multimnist"])
+def test_a_data_loader_takes_a_split(name, workers):
+    split = plain_split("test") if name == "mnist5k" else load(name).test
+    some = torch.utils.data.Subset(split, range(50))
+    loader = torch.utils.data.DataLoader(some, 16, shuffle=True, num_workers=workers)
+    found = [(images, labels) for images, labels in loader]
+    images, labels = map(torch.cat, zip(*found))
+    expected = split.batch(torch.arange(50))
+    assert images.shape == expected.images_BCHW.shape
+    assert labels.dtype == torch.int64
+    assert labels.shape == ((50,) if name == "mnist5k" else (50, 2))
+    ours, theirs = (t.flatten(1).sum(1).sort().values for t in (images, expected.images_BCHW))
+    torch.testing.assert_close(ours, theirs)
+    whole = torch.utils.data.DataLoader(split, 16, shuffle=True)
+    assert next(iter(whole))[0].shape == (16, *images.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "multimnist", "mnist_padded", "affnist_like"])
+def test_what_a_data_set_shows_of_itself_is_one_line(name):
+    overrides = [] if name == "mnist5k" else [FROM_5K]
+    dataset = load_dataset(train_config(f"dataset={name}", *overrides).dataset, CPU)
+    shown = [repr(dataset), repr(dataset.train), repr(dataset.validation), repr(dataset.test)]
+    assert all(len(line) < 100 and "\n" not in line and name in line for line in shown)
+    assert f"{len(dataset.test):,} images" in shown[3]
 
 
 # Padded MNIST

@@ -25,6 +25,7 @@ from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import build_model
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.layers import take
 from capsrun.training.device import memory_gb, resolve_device
 from capsrun.training.graph import capture, own_stream, trainer_class
 from capsrun.training.metrics import score_split
@@ -127,13 +128,12 @@ def routing_alone(
 ) -> Run:
     """Votes and routing of a batch, forward and backward; on a GPU, when fast, compiled."""
     model = make_model(config, device, fast)
-    model.triton = triton
+    take(model, triton=triton)
     shape = (config.recipe.batch_size, model.primary_capsules, model.config.primary_dimensions)
     poses_BIK = (torch.rand(shape, device=device) / 10).requires_grad_()
-    inputs = [poses_BIK, model.digitcaps_weight]
-    inputs += [] if model.digitcaps_bias is None else [model.digitcaps_bias]
+    inputs = [poses_BIK, *model.digitcaps.parameters()]
     compiled = fast and device.type == "cuda"
-    route = torch.compile(model.route_poses, dynamic=False) if compiled else model.route_poses
+    route = torch.compile(model.digitcaps, dynamic=False) if compiled else model.digitcaps
 
     def once() -> None:
         capsules_BJD = route(poses_BIK)

@@ -142,7 +142,7 @@ def page_within_limit(
         reason = "only grey images can be drawn"
     elif standardised:
         reason = "the network sees standardised images"
-    elif model.algorithm is not route:
+    elif model.digitcaps.algorithm is not route:
         reason = "the page computes dynamic routing, and this network has another one"
     asked = settings.encoder == "true"
     if reason and asked:

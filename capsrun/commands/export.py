@@ -27,6 +27,7 @@ from capsrun.data.splits import standardise
 from capsrun.errors import UserError
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.layers import take
 from capsrun.runs.checkpoint import Trained, find_model, load_checkpoint, output_folder
 from capsrun.terminal import size
 from capsrun.training.device import provenance
@@ -118,6 +119,7 @@ def main(config: ExportConfig, overrides: Sequence[str]) -> None:
         )
     trained = load_checkpoint(checkpoint)
     dataset = trained.config.dataset
+    take(trained.model, fast=False)  # a file is compared with what it consists of
     model = Exportable(trained.model, dataset.digits, dataset.standardise).requires_grad_(False)
     folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / "export")
     text = f"{trained.config.model.name}, trained on {dataset.title}"

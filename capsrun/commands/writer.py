@@ -21,7 +21,7 @@ from capsrun.models.routing import RoutingIteration
 from capsrun.report import figures, pictures
 from capsrun.report.run_page import write_run_page
 from capsrun.runs import segments
-from capsrun.runs.checkpoint import save_checkpoint
+from capsrun.runs.checkpoint import write_checkpoint
 from capsrun.runs.folder import RunFolder
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stoppable
 from capsrun.runs.reader import best_on_test, read_metrics
@@ -248,7 +248,7 @@ class Writer:
     def _save(self, path: Path, finished: bool = False) -> None:
         run, trainer = self.run, self.run.trainer
         self._refuse_another_folder()
-        save_checkpoint(
+        write_checkpoint(
             path,
             self.folder.config,
             run.step,

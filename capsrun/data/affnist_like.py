@@ -52,7 +52,7 @@ def _matrix(a_B: Tensor, b_B: Tensor, c_B: Tensor, d_B: Tensor) -> Tensor:
     return torch.stack([a_B, b_B, c_B, d_B], dim=1).unflatten(1, (2, 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TransformedDigits(OfDigits):
     """32 versions of each of N digits; image k is version k div N.
 

@@ -26,7 +26,7 @@ OVER_PX = 2
 of 4, and about one digit in a hundred loses some ink."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DigitPairs(OfDigits, TrainingSplit):
     """Each of N base digits with some partners of other classes, added and clipped at 255.
 

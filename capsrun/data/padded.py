@@ -16,7 +16,7 @@ from capsrun.data.splits import Dataset
 from capsrun.data_config import DatasetConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlacedDigits(splits.OfDigits):
     """Each of N digits at one place, or at each of the (2·shift_px + 1)² places.
 

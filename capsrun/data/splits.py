@@ -3,11 +3,13 @@
 Shapes: N images, B batch, T digits in one image, C channels, H and W pixels.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils import data
 
 from capsrun.data import batches
 from capsrun.data.batches import Batch
@@ -16,9 +18,21 @@ from capsrun.data.sets import class_names
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 
+SPLITS = "train", "validation", "test"
 
-class Split(ABC):
-    """Some images and what they show, N of them stored."""
+
+class Split(data.Dataset[tuple[Tensor, int | Tensor]], ABC):
+    """Some images and what they show, N of them stored.
+
+    By number it gives one image and its label, as a `torch.utils.data.DataLoader` takes them;
+    `batch` makes many at once, on the device.
+
+    >>> import capsrun
+    >>> test = capsrun.load_dataset("mnist5k").test
+    >>> image, label = test[0]
+    >>> image.shape, label == int(test.labels_N[0])
+    (torch.Size([1, 28, 28]), True)
+    """
 
     labels_N: Tensor
     """int64 class numbers of what is stored."""
@@ -37,6 +51,28 @@ class Split(ABC):
     @abstractmethod
     def batch(self, indices_B: Tensor) -> Batch:
         """Some images as they are tested, not changed at random."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        """Image number `index`, negative from the end, as it is tested: not moved or lit at random.
+
+        Returns it (C, H, W), with pixels in [0, 1] unless the data set says `standardise`, and its
+        class; the classes (T,) where it shows several digits.
+        Raises IndexError beyond the last one, and TypeError for what is no number.
+        """
+        try:
+            number = operator.index(index)
+        except TypeError:
+            many = "many are split.batch(indices), or torch.utils.data.Subset(split, indices)"
+            raise TypeError(f"an image is taken by its number, not {index!r}; {many}") from None
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no image {number} among {len(self)}")
+        batch = self.batch(torch.tensor([number % len(self)], device=self.device))
+        labels_T = batch.labels_BT[0]
+        return batch.images_BCHW[0], int(labels_T) if self.digits == 1 else labels_T
+
+    def __repr__(self) -> str:
+        size = f"{self.config.channels}×{self.config.image_px}×{self.config.image_px}"
+        return f"{type(self).__name__}({len(self):,} images of {size}, {self.config.name})"
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +149,7 @@ class TrainingBatches:
         return batch._replace(noise_B=batches.random_bits(positions_B, self.seed, batches.NOISE))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredImages(TrainingSplit):
     """Images that are kept as they are, and put in the middle of the canvas or cut to it.
 
@@ -206,7 +242,7 @@ def standardise(pixels_BCHW: Tensor) -> Tensor:
     return ((flat_BN - flat_BN.mean(1, keepdim=True)) / deviation_B1).reshape(pixels_BCHW.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OfDigits(Split):
     """Images that are made of N digits: image k, of however many, of digit k mod N."""
 
@@ -223,7 +259,7 @@ class OfDigits(Split):
         return self.labels_N[self.numbers(indices_B)[0]][:, None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A data set on a device, with the validation images taken out of the training images."""
 
@@ -237,6 +273,10 @@ class Dataset:
     sources: tuple[Source, ...]
     """Where it came from, and what vouches for it."""
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, key)):,} {key}" for key in SPLITS)
+        return f"Dataset({self.name}: images {counts}; {len(self.class_names)} classes)"
+
     @property
     def unverified(self) -> list[str]:
         """The MD5 of each file that nobody vouches for: it may hold anything."""
@@ -244,7 +284,7 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """The split called `name`. Raises UserError when it is empty."""
-        split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        split: Split = getattr(self, name)
         if not len(split) and not len(self.train):
             raise UserError(f"{self.name} is for testing: it has no {name} split")
         if not len(split):

@@ -88,9 +88,9 @@ def in_half(tensors: list[Tensor]) -> Tensor:
 def encoder_weights(model: CapsNet) -> list[Tensor]:
     """Both convolutions (out, in, row, column), W (I, K, J, D), each followed by its biases."""
     no_bias = torch.zeros(model.classes, model.config.digit_dimensions)
-    digit_bias = no_bias if model.digitcaps_bias is None else model.digitcaps_bias
+    digit_bias = no_bias if model.digitcaps.bias is None else model.digitcaps.bias
     convolutions = [*model.conv1.parameters(), *model.primarycaps.parameters()]
-    return [*convolutions, model.digitcaps_weight, digit_bias]
+    return [*convolutions, model.digitcaps.weight, digit_bias]
 
 
 def encoder_facts(model: CapsNet) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def encoder_facts(model: CapsNet) -> dict[str, Any]:
         "types": model.config.primary_types,
         "inputs": model.primary_capsules,
         "primaryDimensions": model.config.primary_dimensions,
-        "scale": model.primary_scale,
+        "scale": model.primarycaps.scale,
         "iterations": model.routing.iterations,
         "leaky": model.routing.leaky,
     }

@@ -56,11 +56,11 @@ def _variables(model: CapsNet) -> dict[str, _Variable]:
             "primarycaps.bias", torch.flatten, lambda t: t.reshape(grid)
         ),
         "capsule2.weights": _Variable(
-            "digitcaps_weight", lambda t: t.unflatten(2, poses), lambda t: t.flatten(2)
+            "digitcaps.weight", lambda t: t.unflatten(2, poses), lambda t: t.flatten(2)
         ),
     }
-    if model.digitcaps_bias is not None:
-        variables["capsule2.biases"] = _Variable("digitcaps_bias", same, same)
+    if model.digitcaps.bias is not None:
+        variables["capsule2.biases"] = _Variable("digitcaps.bias", same, same)
     if model.decoder is not None:
         for number in range(len(model.decoder) // 2):
             theirs, ours = f"recons.recons_{number + 1}", f"decoder.{2 * number}"

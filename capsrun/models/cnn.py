@@ -38,8 +38,6 @@ class CNN(nn.Module):
     apart. Raises ValueError when the image is too small for its layers.
     """
 
-    fast = triton = frequency = False
-    """It has nothing to compute in another way, but is set like CapsNet's."""
     decoder = None
 
     def __init__(
@@ -73,7 +71,9 @@ class CNN(nn.Module):
         self.hidden = nn.Sequential(*hidden)
         self.last = nn.Linear(widths[-1], classes)
         if config.initialisation == "authors":
-            initialise_as_authors(self, narrow="convolutions.")
+            initialise_as_authors(self.convolutions, std=0.05)
+            initialise_as_authors(self.hidden)
+            initialise_as_authors(self.last)
         elif config.initialisation == "glorot":
             self._initialise_as_glorot()
 

@@ -77,7 +77,7 @@ def routed(model: CapsNet, split: Split, index: int) -> Routed:
     batch = in_class_order(split.batch(torch.tensor([index], device=split.device)))
     history: list[RoutingIteration] = []
     poses_BIK = model.primary_poses(batch.images_BCHW)
-    capsules_BJD = model.route_poses(poses_BIK, history)
+    capsules_BJD = model.digitcaps(poses_BIK, history)
     lengths_BJ = capsules_BJD.norm(dim=2)
     # Where no capsule says anything all count the same, and nothing is divided by 0.
     weights_I = poses_BIK[0].norm(dim=1) + TINY

@@ -60,8 +60,12 @@ class Trained(NamedTuple):
     finished: bool
     """Whether these were all that the run was to make."""
 
+    def __repr__(self) -> str:
+        of = f"{self.config.model.name}, trained on {self.config.dataset.name}"
+        return f"Trained({of}: {self.step:,} steps, {'' if self.finished else 'not '}finished)"
 
-def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any) -> None:
+
+def write_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any) -> None:
     """Write a checkpoint after `step` updates.
 
     config: the `TrainConfig` as a dict. state: at least `model`, a state dict; `optimizer`, None in
@@ -75,7 +79,7 @@ def save_checkpoint(path: Path, config: dict[str, Any], step: int, **state: Any)
 
 
 def read_checkpoint(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU.
+    """Read what `write_checkpoint` wrote, onto the CPU.
 
     shape: of what it has to hold beside `SHAPE`.
     Raises UserError for a file that is missing, damaged or not a capsrun checkpoint. A file that

@@ -14,6 +14,7 @@ from torch import Tensor
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import notice
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.layers import take
 from capsrun.training.device import begin_memory_count
 from capsrun.training.schedule import adam_rate
 from capsrun.training.step import Trainer, Update
@@ -138,7 +139,7 @@ class GraphedTrainer(Trainer):
         return torch.stack([losses.total.detach(), *(grad.norm() for grad in gradients)])
 
     def _use(self, way: Way) -> None:
-        self.model.triton, self.model.frequency = way.triton, way.frequency
+        take(self.model, triton=way.triton, frequency=way.frequency)
         # One compilation, for one shape: a batch is always full.
         self.compute = torch.compile(self.forward, dynamic=False) if way.compiled else self.forward
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsrun.config import CrossEntropyConfig, LossConfig, MarginLossConfig
+from capsrun.experiments import defaults
 from capsrun.models import CNNOutput, Output
 from capsrun.models.capsnet import CapsNetOutput
+from capsrun.models.inputs import check_labels, check_lengths, check_same_shape, one_or_several
 
 
 class Losses(NamedTuple):
@@ -28,25 +30,32 @@ def class_presence(labels_BT: Tensor, classes: int) -> Tensor:
     return F.one_hot(labels_BT, classes).any(dim=1)
 
 
-def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig) -> Tensor:
+def margin_loss(
+    lengths_BJ: Tensor, present: Tensor, config: MarginLossConfig | None = None
+) -> Tensor:
     """L_k = T_k max(0, m⁺ − ‖v_k‖)² + λ (1 − T_k) max(0, ‖v_k‖ − m⁻)² (Eq. 4), mean over the batch.
 
-    lengths_BJ: ‖v_k‖. present_BJ: T_k, boolean; more than one class may be present. Over classes
-    the loss is summed (the text) or averaged (authors' code), times `config.margin_factor`.
-    Raises ValueError for another shape or type of present_BJ.
+    lengths_BJ: ‖v_k‖. present: which classes are in each image, as T_k itself, a boolean mask
+    (B, J), or as class numbers, int64, (B,) or (B, T) for T digits in each image.
+    config: m⁺, m⁻ and λ. Over classes the loss is summed (the text) or averaged (authors' code),
+    times `config.margin_factor`. None: as the text has it, m⁺ = 0.9, m⁻ = 0.1, λ = 0.5, summed,
+    which is `loss=paper`; `capsrun train` takes `loss=authors` unless it is told otherwise.
+    Raises ValueError for another shape or type of `present` or the lengths.
 
     >>> import capsrun, torch
-    >>> config = capsrun.training_config("loss=paper").loss  # m⁺ = 0.9, m⁻ = 0.1, λ = 0.5, summed
     >>> lengths = torch.tensor([[0.4, 0.0, 0.3]])
     >>> present = torch.tensor([[True, False, False]])
-    >>> capsrun.margin_loss(lengths, present, config)  # (0.9 − 0.4)² + 0 + 0.5 · (0.3 − 0.1)²
+    >>> capsrun.margin_loss(lengths, present)  # (0.9 − 0.4)² + 0 + 0.5 · (0.3 − 0.1)²
     tensor(0.2700)
+    >>> capsrun.margin_loss(lengths, torch.tensor([0]))
+    tensor(0.2700)
+    >>> config = capsrun.training_config("loss=authors").loss  # half of it, averaged over classes
+    >>> capsrun.margin_loss(lengths, present, config)
+    tensor(0.0450)
     """
-    if present_BJ.dtype != torch.bool or present_BJ.shape != lengths_BJ.shape:
-        raise ValueError(
-            f"present_BJ is {present_BJ.dtype} of shape {tuple(present_BJ.shape)}: it is to be "
-            f"bool, of the shape of lengths_BJ, {tuple(lengths_BJ.shape)}: one_hot(…).bool()"
-        )
+    config = paper_loss() if config is None else config
+    check_lengths(lengths_BJ)
+    present_BJ = _presence(present, lengths_BJ)
     missed = F.relu(config.margin_present - lengths_BJ).square()
     invented = F.relu(lengths_BJ - config.margin_absent).square()
     losses_BJ = torch.where(present_BJ, missed, config.absent_weight * invented)
@@ -54,9 +63,52 @@ def margin_loss(lengths_BJ: Tensor, present_BJ: Tensor, config: MarginLossConfig
     return config.margin_factor * losses_B.mean()
 
 
-def reconstruction_loss(reconstructions_BTCHW: Tensor, targets_BTCHW: Tensor) -> Tensor:
-    """Sum of squared differences over an image's pixels and digits (§4.1), mean over the batch."""
-    return (reconstructions_BTCHW - targets_BTCHW).square().flatten(1).sum(1).mean()
+def paper_loss() -> MarginLossConfig:
+    """The constants of the paper's text: those of `configs/loss/paper.yaml`."""
+    config = defaults("loss=paper").loss
+    assert isinstance(config, MarginLossConfig)
+    return config
+
+
+def _presence(present: Tensor, lengths_BJ: Tensor) -> Tensor:
+    """The mask (B, J) that is given, or that of the classes which are."""
+    batch, classes = lengths_BJ.shape
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        labels_BT = one_or_several(present)
+        check_labels(labels_BT, batch, classes)
+        if classes > 1 and labels_BT.shape[1] == classes:
+            raise ValueError(
+                f"as many labels as classes, {classes}, of each image: one flag a class is to be "
+                "boolean, present.bool()"
+            )
+        return class_presence(labels_BT, classes)
+    if present.shape != lengths_BJ.shape:
+        raise ValueError(
+            f"present is a mask of shape {tuple(present.shape)}: it is to have that of the lengths "
+            f"(B, J), {tuple(lengths_BJ.shape)}"
+        )
+    return present
+
+
+def reconstruction_loss(
+    reconstructions: Tensor, targets: Tensor, config: MarginLossConfig | None = None
+) -> Tensor:
+    """0.0005 times the sum of squared differences over an image (§4.1), mean over the batch.
+
+    reconstructions, targets: (B, C, H, W), or (B, T, C, H, W) of T digits, over which the sum goes
+    too. config: whose `reconstruction_weight` is to be taken in place of the paper's 0.0005.
+    Add it to `margin_loss` for the loss of the paper.
+    Raises ValueError for tensors of different shapes.
+
+    >>> import capsrun, torch
+    >>> drawn, images = torch.full((2, 1, 28, 28), 0.5), torch.zeros(2, 1, 28, 28)
+    >>> capsrun.reconstruction_loss(drawn, images)  # 0.0005 · 28 · 28 · 0.5²
+    tensor(0.0980)
+    """
+    config = paper_loss() if config is None else config
+    check_same_shape(reconstructions, targets)
+    difference = (reconstructions - targets).square().flatten(1).sum(1).mean()
+    return config.reconstruction_weight * difference
 
 
 def capsnet_losses(
@@ -70,8 +122,7 @@ def capsnet_losses(
     margin = margin_loss(output.lengths_BJ, present_BJ, config)
     if output.reconstructions_BTCHW is None:
         return Losses(margin, margin, torch.zeros_like(margin))
-    difference = reconstruction_loss(output.reconstructions_BTCHW, targets_BTCHW)
-    reconstruction = config.reconstruction_weight * difference
+    reconstruction = reconstruction_loss(output.reconstructions_BTCHW, targets_BTCHW, config)
     return Losses(margin + reconstruction, margin, reconstruction)
 
 

@@ -1,7 +1,8 @@
 """The same numbers as the plain functions of `models/`, to rounding, faster.
 
-This is what `capsnet.py` calls: each step of the network in the fastest way that there is for it on
-the device at hand, where one is known; the functions that return None leave it to the plain way.
+This is what `layers.py` and `capsnet.py` call: each step of a network in the fastest way that there
+is for it on the device at hand, where one is known; the functions that return None leave it to the
+plain way.
 
 Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules, K input dimension,
 D output dimension.
@@ -17,6 +18,7 @@ from capsrun.config import RoutingConfig
 from capsrun.models.fast import frequency_conv, frequency_gpu, routing_cpu
 from capsrun.models.fast.patch_conv import patch_conv2d
 from capsrun.models.fast.strided_conv import relu_strided_conv2d
+from capsrun.models.inputs import is_traced
 from capsrun.models.routing import RoutingIteration
 
 # Images do not depend on each other, and the votes of this many stay in a processor's cache while
@@ -25,8 +27,8 @@ ROUTED_AT_ONCE_ON_CPU = 8
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    # What is exported consists of PyTorch's operations only.
-    return tensor.device.type == "cpu" and not torch.compiler.is_exporting()
+    # What is compiled, exported or transformed consists of PyTorch's operations only.
+    return tensor.device.type == "cpu" and not is_traced()
 
 
 def conv2d(layer: nn.Conv2d, images_BCHW: Tensor, fast: bool) -> Tensor:
@@ -45,11 +47,15 @@ def relu_conv2d(
 
     frequency: in training, by PyTorch's operations in the frequency domain.
     """
-    if frequency and torch.is_grad_enabled():
+    square = all(len({*tensor.shape[2:]}) == 1 for tensor in (maps_BCHW, weight_OCMN))
+    if frequency and square and torch.is_grad_enabled():
         return frequency_gpu.frequency_conv2d(F.relu(maps_BCHW), weight_OCMN, stride)
     if not (fast and _on_cpu(maps_BCHW)):
         return F.conv2d(F.relu(maps_BCHW), weight_OCMN, stride=stride)
-    if frequency_conv.is_faster(maps_BCHW, weight_OCMN, stride):
+    if torch.is_autocast_enabled("cpu") and maps_BCHW.dtype != torch.float64:
+        # Those of a convolution are of this type; others, of a normalisation say, need not be.
+        maps_BCHW = maps_BCHW.to(torch.get_autocast_dtype("cpu"))
+    if square and frequency_conv.is_faster(maps_BCHW, weight_OCMN, stride):
         outputs = frequency_conv.relu_frequency_conv2d(maps_BCHW, weight_OCMN, stride)
         if outputs is not None:
             return outputs
@@ -57,12 +63,12 @@ def relu_conv2d(
 
 
 def primary_capsules(
-    maps_BCHW: Tensor, bias_C: Tensor, scale: float, weights_IKJD: Tensor
+    maps_BCHW: Tensor, bias_C: Tensor, scale: float, dimensions: int
 ) -> Tensor | None:
     """PrimaryCaps' capsules (B, I, K) of its maps, see `routing_cpu.squash_fused`; or None."""
     if not _on_cpu(maps_BCHW):
         return None
-    return routing_cpu.squash_fused(maps_BCHW, bias_C, scale, weights_IKJD)
+    return routing_cpu.squash_fused(maps_BCHW, bias_C, scale, dimensions)
 
 
 def class_capsules(

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from capsrun.models.fast.derivatives import only_first
 from capsrun.models.fast.native import address, cpu_features, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -121,7 +121,7 @@ class _ReluFrequencyConv(torch.autograd.Function):
         return outputs.permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         maps_BCHW, weight_OCMN = ctx.saved_tensors
         sizes, kernels, buffers = ctx.sizes, ctx.kernels, _buffers

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from capsrun.models.fast.derivatives import only_first
 
 ROUNDED_TO = 32  # what bfloat16 instructions multiply at once
 
@@ -48,7 +49,7 @@ class _PatchConv(torch.autograd.Function):
         return maps_PO.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
         (patches_PK,) = ctx.saved_tensors
         gradient_PO = gradients[0].permute(0, 2, 3, 1).flatten(0, 2)

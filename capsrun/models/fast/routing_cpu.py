@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from capsrun.errors import notice
+from capsrun.models.fast.derivatives import only_first
 from capsrun.models.fast.native import address, load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -36,31 +36,34 @@ def route_fused(
     kernel does not take these tensors.
     """
     tensors = [inputs_BIK, weights_IKJD] + ([] if bias_JD is None else [bias_JD])
-    kernels = _kernels_for(weights_IKJD, *tensors)
+    kernels = _kernels_for(weights_IKJD) if _are_taken(*tensors) else None
     if kernels is None:
         return None
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return _Route.apply(inputs_BIK, weights_IKJD, bias_JD, iterations, leaky, kernels, keep)
 
 
-def squash_fused(
-    maps_BCHW: Tensor, bias_C: Tensor, scale: float, weights_IKJD: Tensor
-) -> Tensor | None:
+def squash_fused(maps_BCHW: Tensor, bias_C: Tensor, scale: float, dimensions: int) -> Tensor | None:
     """PrimaryCaps' outputs to its capsules, `squash(maps * scale + bias)`; (B, I, K).
 
-    Input capsules are in the order of types, rows and columns. weights: those of the votes.
+    Input capsules are in the order of types, rows and columns. dimensions: K.
     None as in `route_fused`.
     """
-    kernels = _kernels_for(weights_IKJD, maps_BCHW, bias_C)
+    if not _are_taken(maps_BCHW, bias_C) or dimensions > LARGEST_INPUT:
+        return None
+    kernels = load_kernels(dimensions, 1, 1)  # for capsules of any layer above
     if kernels is None:
         return None
-    return _Squash.apply(maps_BCHW, bias_C, scale, weights_IKJD.shape[1], kernels)
+    return _Squash.apply(maps_BCHW, bias_C, scale, dimensions, kernels)
 
 
-def _kernels_for(weights_IKJD: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels for the votes' weights, if they take them, and all tensors."""
-    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
-        return None  # nothing that a user could mend: checks in double precision, say
+def _are_taken(*tensors: Tensor) -> bool:
+    """Whether the kernels take these; else nothing that a user could mend: double precision, say"""
+    return all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _kernels_for(weights_IKJD: Tensor) -> ctypes.CDLL | None:
+    """The kernels for these weights of the votes, if they are not too large."""
     _, dimensions, outputs, output_dimensions = weights_IKJD.shape
     output_size = outputs * output_dimensions
     if (
@@ -102,7 +105,7 @@ class _Squash(torch.autograd.Function):
         return inputs_BIK
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         maps_BCHW, bias_C = ctx.saved_tensors
         to_inputs_BIK = gradients[0].contiguous()
@@ -152,7 +155,7 @@ class _Route(torch.autograd.Function):
         return capsules_BJD
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs_BIK, weights_IKJD, sums_BRJD, couplings = ctx.saved_tensors
         batch, count = inputs_BIK.shape[:2]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from capsrun.models.fast.derivatives import only_first
 
 
 def relu_strided_conv2d(maps_BCHW: Tensor, weight_OCMN: Tensor, stride: int) -> Tensor:
@@ -33,7 +34,7 @@ class _ReluStridedConv(torch.autograd.Function):
         return F.conv2d(features_BCHW, kernel_OCMN, stride=stride)
 
     @staticmethod
-    @once_differentiable
+    @only_first
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         features_BCHW, kernel_OCMN, weight_OCMN = ctx.saved_tensors
         gradient_BOYX = gradients[0].contiguous(memory_format=torch.channels_last)
