@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from capsrun import __version__, completion, compose, data, errors
+from capsrun import __version__, completion, compose, errors
 from capsrun.errors import Busy, Noisy, Stopped, Unfinished, UserError, process_rank
+from capsrun.names import as_chosen
 from capsrun.terminal import BOLD, RED, printable_lines, styled
 from capsrun.yaml_files import without_config_dir
 
@@ -188,8 +189,10 @@ def with_images(words: Sequence[str]) -> list[str]:
     """The words after `predict` with the files and folders among them as the setting `images`."""
     images = [
         word
-        for word in words
+        for before, word in zip(["", *words], words)
         if not word.startswith("-") and ("=" not in word or os.path.exists(word))
+        # What is said after `--cfg` is no image.
+        if not compose.OPTIONS.get(compose.option_of(before) or "")
     ]
     if not images:
         return list(words)
@@ -204,7 +207,7 @@ def run_command(name: str, cfg: Any, overrides: list[str]) -> Any:
     errors.begin_run()
     config: Any = settings_for(compose.schema_of(name), cfg, overrides)
     if hasattr(config, "dataset"):
-        config.dataset = data.found(config.dataset)
+        config.dataset = as_chosen(config.dataset, overrides)
     return importlib.import_module(f"capsrun.commands.{name}").main(config, overrides)
 
 

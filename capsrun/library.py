@@ -19,6 +19,7 @@ from capsrun.config import DataConfig, TrainConfig
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
 from capsrun.models import CapsNet, Model, plan_model
+from capsrun.names import as_chosen
 from capsrun.runs import checkpoint
 from capsrun.settings import from_dict
 from capsrun.training.device import checked_device
@@ -45,7 +46,7 @@ def training_config(*overrides: str) -> TrainConfig:
     """
     refuse_lists(overrides)
     config = experiments.training_config(overrides)
-    config.dataset = data_sets.found(config.dataset)
+    config.dataset = as_chosen(config.dataset, overrides)
     return config
 
 

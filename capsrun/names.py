@@ -1,5 +1,6 @@
 """What a run is called, which run a command takes by default, and which command makes it."""
 
+import dataclasses
 import hashlib
 import re
 import shlex
@@ -10,11 +11,11 @@ from typing import Any
 from capsrun.compose import EITHER, compose, group_choices, quoted
 from capsrun.config import CapsNetConfig, ModelConfig, TrainConfig
 from capsrun.data import found
-from capsrun.data.sets import known
+from capsrun.data.sets import DATASETS, known
 from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.disk import read_json
 from capsrun.settings import differing_keys, from_dict, role
-from capsrun.yaml_files import own_option
+from capsrun.yaml_files import chosen_files, keys_of, own_option
 
 # These choices make the first part of a run's name.
 FIRST_IN_NAME = ("dataset", "model", "recipe")
@@ -120,9 +121,23 @@ def usual_dataset(name: str, like: DatasetConfig | None = None) -> DatasetConfig
 
     like: says where images of one's own are.
     """
-    words = path_words(like) if like is not None and like.name == name else []
-    composed = compose("data", [f"dataset={name}", *words])
-    return found(from_dict(DatasetConfig, composed.dataset))
+    values = compose("data", [f"dataset={name}"]).dataset
+    if isinstance(like, OwnDataConfig) and "path" in [*values]:  # maybe without a value
+        values.path = like.path
+    return found(from_dict(DatasetConfig, values))
+
+
+def as_chosen(dataset: DatasetConfig, overrides: Iterable[str]) -> DatasetConfig:
+    """The settings with what is found out about images of one's own.
+
+    And where a file of one's own is chosen that does not say which model is tested on its images by
+    default, with this: one that was trained with the same file.
+    """
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("dataset=")]
+    files = [path for path in chosen_files(overrides) if path.parent.name == "dataset"]
+    if files and not any("trained_on" in dict(keys_of(path)) for path in files):
+        dataset = dataclasses.replace(dataset, trained_on=chosen[-1].removesuffix(".yaml"))
+    return found(dataset)
 
 
 def path_words(dataset: DatasetConfig) -> list[str]:
@@ -154,7 +169,8 @@ def model_words(config: Any, checkpoint: Path) -> list[str]:
     words = dataset_words(config.dataset)
     folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint
     usual = default_run(config.dataset, getattr(config, "split", "test"), config.seed)
-    if folder == Path(config.runs_dir) / usual:  # where it is looked for if nothing is said
+    # It is looked for there if nothing is said, but for what a file of one's own says.
+    if folder == Path(config.runs_dir) / usual and config.dataset.trained_on in DATASETS:
         return [*words, *seed_words(config.seed), *folder_words(config)]
     return [*words, word("checkpoint", folder.stem if folder.parent == WEIGHTS else folder)]
 

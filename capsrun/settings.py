@@ -236,7 +236,8 @@ def _refuse_misread(schema: type, given: Any, prefix: str = "") -> None:
 def describe_config_error(error: OmegaConfBaseException) -> str:
     """One sentence for what OmegaConf says in several lines."""
     if isinstance(error, MissingMandatoryValue):
-        return f"setting {error.full_key} has no value: {error.full_key}=…"
+        hint = f": {error.full_key}=…" if error.full_key.endswith("path") else ""
+        return f"setting {error.full_key} has no value{hint}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"there is no setting {error.full_key!r}"
     reason = str(error.msg or error).split("\n")[0].rstrip(".")

@@ -78,7 +78,9 @@ def test_every_yaml_composes(choice):
         train_config(choice)
     else:
         # Cross-entropy is for networks without capsules.
-        config = train_config(*["model=cnn_baseline"] * ("entropy" in choice), choice)
+        fitting = ["model=cnn_baseline"] * ("entropy" in choice)
+        fitting += ["dataset.path=mine"] * (name in ("folder", "idx", "table"))
+        config = train_config(*fitting, choice)
         assert getattr(config, group).name == name
 
 

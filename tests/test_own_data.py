@@ -516,3 +516,15 @@ def test_a_network_is_tested_on_what_it_was_made_for(in_tmp, printed, refused, p
     # More pictures in the same place make another run.
     picture(5000).save(pets / "cat/new.png")
     assert "train_images" in refused("train", *chosen, *TINIER, "name=pets")
+
+
+def test_a_file_of_ones_own_for_a_data_set(in_tmp, printed, refused, pets):
+    Path("conf/dataset").mkdir(parents=True)
+    text = f"defaults: [folder, _self_]\npath: {pets}\nimage_px: 32\n"
+    Path("conf/dataset/animals.yaml").write_text(text)
+    words = ["dataset=animals", "--config-dir", "conf"]
+    message = refused("eval", *words)
+    assert "no checkpoint runs/animals-capsnet-quick/seed0" in message
+    assert "`capsrun train dataset=animals" in message
+    printed("train", *words, *TINIER, "name=animals-capsnet-quick")
+    assert printed("eval", *words)[-1].startswith("test error")

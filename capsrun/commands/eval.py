@@ -56,8 +56,9 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, device)
     split, names = dataset.split(config.split), dataset.class_names
     check_routing_images(config, split)
-    place = folder_name(config, trained.config, paths[1:])
-    with result_folder(config, checkpoint, place) as folder:
+    with result_folder(
+        config, checkpoint, folder_name(config, trained.config, paths[1:])
+    ) as folder:
         for path, member in zip(paths, ensemble):
             announce(path, member, f"{precision} on {describe_device(device)}", "tested")
         began = time.perf_counter()

@@ -294,12 +294,12 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
                 f"the model was trained with dataset.{key}={value}: say the same here"
                 + (", or images that it was trained on are counted as unseen" if unseen else "")
             )
-    # Of one's own any files of the same classes are as good.
-    if dataset.trained_on != trained.dataset.name or (
-        isinstance(dataset, OwnDataConfig) and ours_from != theirs_from
-    ):
-        usual = dataset.title if isinstance(dataset, OwnDataConfig) else dataset.trained_on
-        notice(f"this model was trained on {trained.dataset.title}, not on {usual}")
+    usual = dataset.trained_on in (trained.dataset.name, trained.dataset.trained_on)
+    wanted = dataset.trained_on
+    if isinstance(dataset, OwnDataConfig):  # any files of the same classes are as good
+        usual, wanted = ours_from == theirs_from, dataset.path
+    if not usual:
+        notice(f"this model was trained on {trained.dataset.title}, not on {wanted}")
 
 
 def origin(dataset: DatasetConfig) -> str:
