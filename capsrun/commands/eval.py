@@ -56,15 +56,13 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_dataset(config.dataset, device)
     split, names = dataset.split(config.split), dataset.class_names
     check_routing_images(config, split)
-    with result_folder(
-        config, checkpoint, folder_name(config, trained.config, paths[1:])
-    ) as folder:
+    place = folder_name(config, trained.config, paths[1:])
+    with result_folder(config, checkpoint, place) as folder:
         for path, member in zip(paths, ensemble):
             announce(path, member, f"{precision} on {describe_device(device)}", "tested")
         began = time.perf_counter()
         models = [to_device(member.model, device, fast=config.compile) for member in ensemble]
-        testing = partial(bar, doing="testing")
-        options = config.mask, testing, config.images, config.predictions
+        options = config.mask, partial(bar, doing="testing"), config.images, config.predictions
         try:
             score = score_split(models, split, precision, *options)
         except FloatingPointError as error:
