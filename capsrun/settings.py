@@ -236,7 +236,7 @@ def _refuse_misread(schema: type, given: Any, prefix: str = "") -> None:
 def describe_config_error(error: OmegaConfBaseException) -> str:
     """One sentence for what OmegaConf says in several lines."""
     if isinstance(error, MissingMandatoryValue):
-        hint = f": {error.full_key}=…" if error.full_key.endswith("path") else ""
+        hint = f": {error.full_key}=…" if f"{error.full_key}".endswith("path") else ""
         return f"setting {error.full_key} has no value{hint}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return f"there is no setting {error.full_key!r}"

@@ -278,6 +278,12 @@ def test_extensions_work_and_are_as_small_as_is_said(tmp_path):
             shutil.copytree(REPOSITORY / folder, place / folder)
         for path, lines in changes:
             apply(place, path, lines)
+        # A format that is read has something to read.
+        (place / "arrays").mkdir()
+        numpy.save(
+            place / "arrays/images.npy", numpy.random.randint(0, 256, (20, 1, 9, 9), "uint8")
+        )
+        (place / "arrays/labels.txt").write_text("cat\ndog\n" * 10)
         commands[str(place)] = re.findall(r"^capsrun (.+)$", text, re.MULTILINE)
         assert commands[str(place)]
     done = run_python("-c", RUN, json.dumps(commands))

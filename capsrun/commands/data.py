@@ -44,9 +44,10 @@ def main(config: DataConfig, overrides: Sequence[str]) -> None:
 
 def show(config: DataConfig, dataset: Dataset, folder: Path) -> None:
     """Print what a data set is like, and leave that and a contact sheet in a folder."""
+    own = known(config.dataset.name).reader is not None
+    why = "your own" if own else "no published checksum for it"
     for source in dataset.sources:
-        unknown = "your own" if known(config.dataset.name).own else "no published checksum for it"
-        state = "verified" if source.verified else f"not verified: {unknown}"
+        state = "verified" if source.verified else f"not verified: {why}"
         print(f"{source.name}: MD5 {source.md5} ({state})")
     print_counts(dataset)
     statistics: dict[str, Any] = {"command": "data", "dataset": dataset.name}

@@ -1,5 +1,8 @@
 """Images of one's own: found out about, checked, brought to one size, and split.
 
+The reader of each kind has `look(config)`, which returns `Facts`, and `read(config)`, which returns
+the `Labelled` images of `train` and, where there are any, of `test`.
+
 Shapes: N images, C channels, H and W pixels.
 """
 
@@ -19,13 +22,11 @@ from torch.nn import functional as F
 from capsrun.data import files
 from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.files import Part, RawData, Source
+from capsrun.data.sets import known
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.terminal import counted, printable
 
-READERS = {"folder": "own_folder", "idx": "own_idx", "table": "own_table"}
-"""The file of this folder that reads each kind. It has `look(config)`, which returns `Facts`, and
-`read(config)`, which returns the `Labelled` images of `train` and, where there are any, `test`."""
 # So many images are resized at once.
 AT_ONCE = 1000
 
@@ -60,7 +61,7 @@ class Labelled(NamedTuple):
 
 def _of_kind(function: str, config: OwnDataConfig) -> Any:
     """What `look` or `read` of the reader of these images returns."""
-    reader = importlib.import_module(f"capsrun.data.{READERS[config.name]}")
+    reader = importlib.import_module(f"capsrun.data.{known(config.name).reader}")
     try:
         return getattr(reader, function)(config)
     except UserError as error:  # nobody's files but one's own are downloaded again

@@ -34,7 +34,7 @@ Files = Mapping[str, Mapping[str, tuple[Path, ...]]]
 
 
 def look(config: OwnDataConfig) -> Facts:
-    """See `own_data.READERS`."""
+    """See `own_data.py`."""
     found = files_of(Path(config.path), config.faulty)
     train = found["train"]
     counts = [
@@ -61,7 +61,7 @@ def has_colour(path: Path) -> bool:
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
-    """See `own_data.READERS`. The pictures of each part are in one random order.
+    """See `own_data.py`. The pictures of each part are in one random order.
 
     Raises UserError, naming it, for a picture that cannot be used; where these are to be left out,
     for a class of which none is left.

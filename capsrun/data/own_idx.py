@@ -13,7 +13,7 @@ KINDS = {"images": 3, "labels": 1}
 
 
 def look(config: OwnDataConfig) -> Facts:
-    """See `own_data.READERS`."""
+    """See `own_data.py`."""
     parts = read(config)
     train, test = parts["train"], parts.get("test")
     counts = len(train.names), len(test.names) if test else 0
@@ -21,7 +21,7 @@ def look(config: OwnDataConfig) -> Facts:
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
-    """See `own_data.READERS`. Raises UserError for files that are missing or damaged."""
+    """See `own_data.py`. Raises UserError for files that are missing or damaged."""
     found = files_of(Path(config.path))
     names = mapping(Path(config.path))
     parts = {}

@@ -29,7 +29,7 @@ FEATURES = b"huggingface"
 
 
 def look(config: OwnDataConfig) -> Facts:
-    """See `own_data.READERS`."""
+    """See `own_data.py`."""
     parts = read(config)
     train, test = parts["train"], parts.get("test")
     counts = len(train.names), len(test.names) if test else 0
@@ -38,7 +38,7 @@ def look(config: OwnDataConfig) -> Facts:
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
-    """See `own_data.READERS`. Raises UserError for files that are missing, damaged or others."""
+    """See `own_data.py`. Raises UserError for files that are missing, damaged or others."""
     found: dict[str, list[Labelled]] = {}
     root = Path(config.path)
     for path in files_of(root):

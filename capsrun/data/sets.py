@@ -33,8 +33,9 @@ class Entry:
     """How many test images are made of each of the source's; of a sampled data set, by default."""
     photos: bool = False
     """Whether these are photographs as they are, and not light ink, or clothes, on black."""
-    own: bool = False
-    """Whether these are images of one's own: their settings are an `OwnDataConfig`."""
+    reader: str | None = None
+    """The file of this folder that reads images of one's own, whose settings are an
+    `OwnDataConfig`; see `own_data.py`. None: they are nobody's own."""
     digit_px: int | None = None
     """The longest side of MNIST's digits; None: images that were made in another way."""
 
@@ -61,9 +62,9 @@ DATASETS = {
     "cifar10": Entry("official.cifar10", images=(50_000, 10_000), photos=True, classes=PHOTOS),
     "svhn": Entry("official.svhn", images=(73_257, 26_032), photos=True),
     "smallnorb": Entry("smallnorb.load", images=(24_300, 24_300), photos=True, classes=TOYS),
-    "folder": Entry("own_data.load", own=True),
-    "idx": Entry("own_data.load", own=True),
-    "table": Entry("own_data.load", own=True),
+    "folder": Entry("own_data.load", reader="own_folder"),
+    "idx": Entry("own_data.load", reader="own_idx"),
+    "table": Entry("own_data.load", reader="own_table"),
 }
 
 
