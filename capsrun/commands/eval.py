@@ -72,8 +72,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         model = models[0]
         drawn = score_figures(model, split, names, score, config.mask, config.pictures)
         routing: list[dict[str, Any]] = []
-        # No other algorithm says what it did.
-        if isinstance(model, CapsNet) and model.digitcaps.algorithm is route:
+        if isinstance(model, CapsNet) and model.digitcaps.algorithm is route:  # others say nothing
             drawn_routing, routing = route_images(config, model, dataset)
             drawn |= drawn_routing
         replace_pictures(folder / "pictures", drawn)
