@@ -62,7 +62,7 @@ class RoutingConfig:
 
 @dataclass(kw_only=True)
 class OtherRoutingConfig(RoutingConfig):
-    """Another algorithm than the paper's: one of `ROUTINGS` in `models/capsnet.py`."""
+    """Another algorithm than the paper's: one of `ROUTINGS` in `models/routing.py`."""
 
     algorithm: str
 
