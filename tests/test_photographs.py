@@ -267,6 +267,33 @@ def test_ink_that_is_as_light_as_paper_is_seen_by_its_colour(tmp_path, classify,
     assert classify(read(tmp_path / "a.png")) == 5
 
 
+@needs_mnist
+@pytest.mark.parametrize("side", [56, 112, 280])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_enlarged_digits_stay_what_they_are(tmp_path, digits, classify, side, inverted):
+    images, labels = digits
+    for index in range(6):
+        digit = 255 - images[index] if inverted else images[index]
+        Image.fromarray(digit).resize((side, side), Image.Resampling.BILINEAR).save(
+            tmp_path / "a.png"
+        )
+        assert classify(read(tmp_path / "a.png")) == labels[index]
+
+
+def test_what_else_is_in_a_picture_is_no_part_of_the_digit(tmp_path, classify):
+    """A frame, specks, a table at one side: the five alone is made as MNIST's are."""
+    five().save(tmp_path / "a.png")
+    alone = read(tmp_path / "a.png")
+    pixels = np.array(five())
+    framed, specked, beside = pixels.copy(), pixels.copy(), pixels.copy()
+    framed[:4] = framed[-4:] = framed[:, :4] = framed[:, -4:] = 0
+    specked[20:23, 30:33] = specked[250:253, 200:203] = 30
+    beside[:, :40] = 40
+    for other in (framed, specked, beside):
+        Image.fromarray(other).save(tmp_path / "a.png")
+        torch.testing.assert_close(read(tmp_path / "a.png"), alone, atol=0.15, rtol=0)
+
+
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("kind", ["grain", "shade", "table", "ballpoint", "grain shade", "corner"])
 def test_paper_without_ink_is_refused(tmp_path, monkeypatch, kind, number):

@@ -56,12 +56,12 @@ def ink_of(pixels_HWC: Pixels, dark: bool | None) -> tuple[Pixels, bool, bool] |
     shade_HW = _shade(grey_HW)
     as_dark = grey_HW, shade_HW, DARKEST_PAPER
     as_light = 255 - grey_HW, 255 - shade_HW, 255 - LIGHTEST_PAPER
-    stand_out = [_darker(*each).clip(min=0) for each in (as_dark, as_light)]
-    darkest, lightest = (float(share_HW.max()) for share_HW in stand_out)
-    if dark is None and abs(darkest - lightest) > 0.1:
+    darkest, lightest = (float(_darker(*each).max()) for each in (as_dark, as_light))
+    if dark is None and abs(darkest - lightest) > 0.2:
         dark = darkest > lightest
-    elif dark is None:  # paper between lines of ink may stand out as much
-        dark = bool(np.square(stand_out[0]).sum() > np.square(stand_out[1]).sum())
+    elif dark is None:  # paper between lines of ink may stand out as much, but there is less of it
+        darker_HW = shade_HW - grey_HW
+        dark = bool((darker_HW * np.abs(darker_HW)).sum() > 0)
     if (darkest if dark else lightest) < LEAST_CONTRAST:
         return None
     turned_HW, _, least_paper = as_dark if dark else as_light
@@ -161,16 +161,17 @@ def _inside(small_HW: Pixels, mask_HW: NDArray[np.bool_]) -> tuple[float, Pixels
     edges = np.diff(points[[*hull.vertices, hull.vertices[0]]], axis=0)
     angles = np.arctan2(edges[:, 0], edges[:, 1])
     corners = points[hull.vertices]
-    rectangle = min(
-        np.ptp(corners @ [np.cos(a), -np.sin(a)]) * np.ptp(corners @ [np.sin(a), np.cos(a)])
+    sides = [
+        (np.ptp(corners @ [np.cos(a), -np.sin(a)]), np.ptp(corners @ [np.sin(a), np.cos(a)]))
         for a in angles
-    )
+    ]
+    rectangle = min(sides, key=np.prod)
     places = np.moveaxis(np.indices(small_HW.shape), 0, -1)
     depth_HW = -(places @ hull.equations[:, :2].T + hull.equations[:, 2]).max(-1)
     around_HW = depth_HW < -1
-    if around_HW.mean() < 0.03:
+    if around_HW.mean() < 0.03 or max(rectangle) > 3 * min(rectangle):
         return nothing
-    fullness, covered = hull.volume / rectangle, areas.max() / hull.volume
+    fullness, covered = hull.volume / np.prod(rectangle), areas.max() / hull.volume
     inner, outer = ((depth_HW > 1) & (depth_HW < 4)), ((depth_HW < -1) & (depth_HW > -4))
     rim = piece_HW[inner].mean()
     if fullness < 0.85 or covered < 0.7 or rim < 0.8:
@@ -291,15 +292,16 @@ def _pieces(darkness_HW: Pixels, least: float) -> Pixels | None:
 def _at_edge(labels_HW: NDArray[np.int_], share: float) -> NDArray[np.bool_]:
     """Which pieces (by label) reach the picture's edge along more than a share of their length.
 
-    So do the table beside a sheet, and shadows; an image that is cut tightly is none of them.
+    So do the table beside a sheet, shadows and frames; an image that is cut tightly is none.
     """
     edges = labels_HW[0], labels_HW[-1], labels_HW[:, 0], labels_HW[:, -1]
     boxes = ndimage.find_objects(labels_HW)
     touching = np.bincount(np.concatenate(edges), minlength=1 + len(boxes))
     lengths = [[side.stop - side.start for side in box] for box in boxes]
-    fills = [min(np.divide(box, labels_HW.shape)) > 0.6 for box in lengths]
     longest = np.array([0, *map(max, lengths)])
-    return (touching > share * longest) & ~np.array([False, *fills])
+    is_tight = np.array([False, *(min(np.divide(box, labels_HW.shape)) > 0.6 for box in lengths)])
+    is_frame = touching > 2.5 * longest
+    return (touching > share * longest) & (is_frame | ~is_tight)
 
 
 def _usual_width(ink_HW: Pixels, longest_px: int) -> Pixels:
