@@ -1,6 +1,6 @@
 """Tells ink from paper in a photograph or a drawing, and makes of it a digit as MNIST's were made.
 
-Shapes: C channels, H and W pixels, N corners.
+Shapes: C channels, H and W pixels.
 """
 
 import numpy as np
