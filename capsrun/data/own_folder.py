@@ -53,7 +53,7 @@ def sample(classes: Mapping[str, tuple[Path, ...]]) -> Iterator[Path]:
 def has_colour(path: Path) -> bool:
     """Whether a picture is not grey; what cannot be read is not."""
     try:
-        image, _ = opened(path, "RGB")
+        image = opened(path)[0].convert("RGB")
     except UserError:  # which is said when all are read
         return False
     image.thumbnail((256, 256))

@@ -3,16 +3,17 @@
 Shapes: C channels, H and W pixels.
 """
 
+import importlib.util
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from scipy import ndimage
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
 
+from capsrun.data.ink import as_digit, ink_of, resized
 from capsrun.data.sets import made_of
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
@@ -21,16 +22,14 @@ Pixels = NDArray[np.float32]
 """From 0 to 255."""
 
 # Pillow knows more formats, for some of which it runs other programs.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "HEIF")
 MOST_SIDE_PX = 8192
+TOO_LARGE = f"it has more than {MOST_SIDE_PX:,} pixels on a side; make it smaller"
 # As large as an image is looked through for its ink.
-LOOKED_THROUGH_PX = 512
+LOOKED_THROUGH_PX = 1024
 # Of 255: what differs less from its background is noise.
 LEAST_CONTRAST = 25
-# MNIST was made of ink and no ink: the share of the darkest at which one passes into the other.
-NO_INK, INK = 0.4, 0.6
-# How much of the rectangle around it a sheet of paper on a table fills, and a digit does not.
-SHEET = 0.8
+INVERTED = "inverted to light on dark"
 
 
 def read_image(path: Path, config: DatasetConfig, invert: str) -> tuple[Tensor, list[str]]:
@@ -48,59 +47,107 @@ def read_image(path: Path, config: DatasetConfig, invert: str) -> tuple[Tensor, 
             "an image of one's own is for models of grey or colour images, not of images of "
             f"{config.channels} channels"
         )
-    image, remarks = opened(path, "L" if config.channels == 1 else "RGB")
-    side, width, height = config.image_px, *image.size
     of_ink, digit_px = made_of(config)
     is_drawing = invert != "false" and of_ink
-    if not is_drawing or image.size == (side, side):
-        digit_px = None
-    if digit_px is not None:
-        image.thumbnail((LOOKED_THROUGH_PX, LOOKED_THROUGH_PX))
-    pixels_HWC = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
-    if digit_px is not None and (sheet_HW := _sheet(pixels_HWC[..., 0])) is not None:
-        pixels_HWC = sheet_HW[..., None]
-        remarks.append("the sheet cut out of what it lies on")
-
-    ink_HWC = pixels_HWC - _background(pixels_HWC)
-    if invert == "true" or (is_drawing and -ink_HWC.min() > ink_HWC.max()):
-        pixels_HWC, ink_HWC = 255 - pixels_HWC, -ink_HWC
-        remarks.append("inverted to light on dark (perturb.invert=false keeps it)")
-    if (ink_HWC.max() if is_drawing else np.ptp(ink_HWC)) < (LEAST_CONTRAST if is_drawing else 1):
-        raise UserError(f"there is no ink in {path}: nothing in it stands out from its background")
-    background_C = _background(pixels_HWC)
-    resized = f"resized from {width}×{height} to {side}×{side} pixels"
-    if digit_px is not None:
+    image, remarks = opened(path)
+    if is_drawing and digit_px is not None and image.size != (config.image_px,) * 2:
         digits_px = digit_px + (config.digits - 1) * config.shift_px  # two are moved apart
-        remarks.append(f"{resized}: its ink, {digits_px} pixels long, centred by its mass")
-        return torch.from_numpy(_as_digit(pixels_HWC[..., 0], side, digits_px))[None], remarks
+        read = _digit(image, config.image_px, digits_px, True if invert == "true" else None)
+    else:
+        image = image.convert("L" if config.channels == 1 else "RGB")
+        read = _whole(image, config.image_px, is_drawing, invert == "true")
+    if read is None:
+        raise UserError(f"there is no ink in {path}: nothing in it stands out from its background")
+    return read[0], remarks + read[1]
+
+
+def _digit(
+    image: Image.Image, side: int, digits_px: int, dark: bool | None
+) -> tuple[Tensor, list[str]] | None:
+    """The ink of an image as a digit of MNIST, and remarks; None without ink, see `ink_of`."""
+    resizing = _resizing(image, side)
+    image.thumbnail((LOOKED_THROUGH_PX, LOOKED_THROUGH_PX))
+    found = ink_of(np.asarray(image, np.float32), dark)
+    if found is None:
+        return None
+    ink_HW, is_dark, on_sheet = found
+    remarks = ["the sheet cut out of what it lies on"] if on_sheet else []
+    remarks += [INVERTED] if is_dark else []
+    remarks.append(f"{resizing}: its ink, {digits_px} pixels long, centred by its mass")
+    return torch.from_numpy(as_digit(ink_HW, side, digits_px))[None], remarks
+
+
+def _whole(
+    image: Image.Image, side: int, is_drawing: bool, dark: bool
+) -> tuple[Tensor, list[str]] | None:
+    """The image padded to a square and resized, and remarks; None where it has one shade only.
+
+    A drawing is made light on black. dark: whether its ink surely is dark.
+    """
+    remarks = []
+    pixels_HWC = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    ink_HWC = pixels_HWC - _background(pixels_HWC)
+    if dark or (is_drawing and -ink_HWC.min() > ink_HWC.max()):
+        pixels_HWC, ink_HWC = 255 - pixels_HWC, -ink_HWC
+        remarks.append(INVERTED)
+    if (ink_HWC.max() if is_drawing else np.ptp(ink_HWC)) < (LEAST_CONTRAST if is_drawing else 1):
+        return None
+    background_C = _background(pixels_HWC)
     if is_drawing and background_C.any():
         pixels_HWC, background_C = ink_HWC.clip(min=0) * (255 / ink_HWC.max()), 0 * background_C
         remarks.append("the shade of its background taken away")
-    if (width, height) != (side, side):
-        remarks.append(("" if width == height else "padded to a square and ") + resized)
+    if image.size != (side, side):
+        padding = "" if image.width == image.height else "padded to a square and "
+        remarks.append(padding + _resizing(image, side))
     return _to_square(pixels_HWC, side, background_C), remarks
 
 
-def opened(path: Path, mode: str) -> tuple[Image.Image, list[str]]:
+def _resizing(image: Image.Image, side: int) -> str:
+    return f"resized from {image.width}×{image.height} to {side}×{side} pixels"
+
+
+def opened(path: Path) -> tuple[Image.Image, list[str]]:
     """The image of a file, and remarks. Raises UserError, see `read_image`."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no image file")
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            return _as_paper(opened, mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_formats()) as opened:
+                return _as_paper(opened)
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read as an image: {_advice(path)}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path} cannot be read as an image: {TOO_LARGE}") from None
     except Exception as error:  # Pillow fails in many ways on a damaged file
         raise UserError(f"{path} cannot be read as an image (PNG, JPEG, …): {error}") from error
 
 
-def _as_paper(opened: Image.Image, mode: str) -> tuple[Image.Image, list[str]]:
+def _formats() -> tuple[str, ...]:
+    """Those that can be read here: AVIF from Pillow 11.3 on, HEIC with the package pillow-heif."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _advice(path: Path) -> str:
+    """What to do about a file that is no image, or of a format that Pillow does not know."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis"):
+        return "save it as JPEG or PNG (AVIF needs Pillow 11.3 or newer)"
+    if start[4:8] == b"ftyp":
+        return "save it as JPEG or PNG, or pip install pillow-heif"
+    return "save it as JPEG or PNG"
+
+
+def _as_paper(opened: Image.Image) -> tuple[Image.Image, list[str]]:
     """The image upright, opaque and with 8 bits, and remarks. Raises ValueError where it cannot."""
     if max(opened.size) > MOST_SIDE_PX:
-        raise ValueError(
-            f"{opened.width:,}×{opened.height:,} pixels are more than {MOST_SIDE_PX:,} on "
-            "a side; make it smaller"
-        )
+        raise ValueError(f"{opened.width:,}×{opened.height:,} pixels: {TOO_LARGE}")
     image: Image.Image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
         values_HW = np.asarray(image)
@@ -109,61 +156,23 @@ def _as_paper(opened: Image.Image, mode: str) -> tuple[Image.Image, list[str]]:
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no known range")
     if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert(mode), []
+        return image.convert("RGB"), []
     image = image.convert("RGBA")
     opacity_HW = np.asarray(image.getchannel("A"), np.float32)
     if opacity_HW.min() == 255:
-        return image.convert(mode), []
+        return image.convert("RGB"), []
     # What is drawn in light ink would not be seen on white.
     ink_HW = np.asarray(image.convert("RGB").convert("L"), np.float32)
     colour = "black" if (opacity_HW * (ink_HW - 127.5)).sum() > 0 else "white"
     paper = Image.new("RGBA", image.size, colour)
     remarks = [f"transparent parts taken as {colour} paper"]
-    return Image.alpha_composite(paper, image).convert(mode), remarks
+    return Image.alpha_composite(paper, image).convert("RGB"), remarks
 
 
 def _background(pixels_HWC: Pixels) -> Pixels:
     """The shade (C) of the paper: the median along the border."""
     edges = pixels_HWC[0], pixels_HWC[-1], pixels_HWC[:, 0], pixels_HWC[:, -1]
     return np.median(np.concatenate(edges), axis=0)
-
-
-def _sheet(pixels_HW: Pixels) -> Pixels | None:
-    """The sheet of paper with something on it that lies on a table, upright; None without one."""
-    difference_HW = np.abs(pixels_HW - _background(pixels_HW[..., None]))
-    stands_out_HW = difference_HW > difference_HW.max() / 2
-    for rows, columns in ndimage.find_objects(stands_out_HW.astype(int)):
-        box_HW, sheet_HW = stands_out_HW[rows, columns], pixels_HW[rows, columns]
-        filled_HW = ndimage.binary_fill_holes(box_HW)
-        if box_HW.mean() > SHEET and (filled_HW & ~box_HW).any():
-            inside_HW = ndimage.binary_erosion(filled_HW, iterations=1 + len(sheet_HW) // 50)
-            return np.where(inside_HW, sheet_HW, np.median(sheet_HW[inside_HW]))
-    return None
-
-
-def _as_digit(pixels_HW: Pixels, side_px: int, longest_px: int) -> Pixels:
-    """Light ink as a digit of MNIST, in [0, 1]: cropped, resized, its centre of mass in the middle.
-
-    As bright as it is against the paper around it, which may be lit unevenly.
-    """
-    window_px = 1 + max(pixels_HW.shape) // 3  # wider than a line
-    halfway = (
-        pixels_HW.max() + _background(pixels_HW[..., None])
-    ) / 2  # what is lighter is no paper
-    paper_HW = ndimage.grey_opening(pixels_HW, size=(window_px, window_px)).clip(max=halfway)
-    ink_HW = (pixels_HW - paper_HW) / (255 - paper_HW).clip(min=1)
-    ink_HW = ((ink_HW / ink_HW.max() - NO_INK) / (INK - NO_INK)).clip(0, 1)
-    ink_HW = ink_HW[ndimage.find_objects((ink_HW > 0.5).astype(int))[0]]
-    scale = longest_px / max(ink_HW.shape)
-    height, width = (max(1, round(scale * length)) for length in ink_HW.shape)
-    digit_HW = _resized(torch.from_numpy(ink_HW)[None], height, width)[0].clamp(0, 1).numpy()
-    corner = [
-        min(max(round(side_px / 2 - centre - 0.5), 0), side_px - length)
-        for centre, length in zip(ndimage.center_of_mass(digit_HW), digit_HW.shape)
-    ]
-    canvas_HW = np.zeros((side_px, side_px), np.float32)
-    canvas_HW[corner[0] : corner[0] + height, corner[1] : corner[1] + width] = digit_HW
-    return canvas_HW
 
 
 def _to_square(pixels_HWC: Pixels, side_px: int, background_C: Pixels) -> Tensor:
@@ -173,12 +182,6 @@ def _to_square(pixels_HWC: Pixels, side_px: int, background_C: Pixels) -> Tensor
     square_HWC = np.full((side, side, channels), background_C, np.float32)
     top, left = (side - height) // 2, (side - width) // 2
     square_HWC[top : top + height, left : left + width] = pixels_HWC
-    return (_resized(torch.from_numpy(square_HWC).permute(2, 0, 1), side_px, side_px) / 255).clamp(
+    return (resized(torch.from_numpy(square_HWC).permute(2, 0, 1), side_px, side_px) / 255).clamp(
         0, 1
     )
-
-
-def _resized(pixels_CHW: Tensor, height: int, width: int) -> Tensor:
-    """With antialiasing."""
-    size = (height, width)
-    return F.interpolate(pixels_CHW[None], size=size, mode="bilinear", antialias=True)[0]
