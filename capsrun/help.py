@@ -35,7 +35,8 @@ def command_help(command: str, summary: str, example: str, words: Sequence[str])
     meanings = comments_of(configs_dir() / f"{command}.yaml", "")
     meanings |= comments_of(configs_dir() / "common.yaml", "")
     groups = group_choices(command)
-    lines = [f"Usage: capsrun {command} [key=value …]: {summary}", f"  {example}"]
+    takes = "IMAGE|FOLDER … " if command == "predict" else ""
+    lines = [f"Usage: capsrun {command} {takes}[key=value …]: {summary}", f"  {example}"]
     lines += ["", styled("Choices:", BOLD)] if groups else []
     for group, choices in groups.items():
         now = f" ({chosen[group]})" if chosen.get(group) else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_data, train_config
+from conftest import MNIST_DIR, TINY, load_data, train_config
 from PIL import Image
 
 import capsrun
@@ -287,6 +287,16 @@ def test_idx_files_under_their_usual_names(tmp_path, prefix, test, ending):
     assert data.train.images_NCHW[:, 0].equal(torch.from_numpy(images[:30]))
     assert data.train.labels_N.tolist() == labels[:30].tolist()
     assert len(data.test) == 10
+
+
+@pytest.mark.skipif(not (MNIST_DIR / "MNIST").is_dir(), reason="needs MNIST's files")
+def test_mnists_own_files_are_the_same_images_in_the_same_order():
+    official = load_data("mnist", f"dataset.data_dir={MNIST_DIR}")
+    ours = load("idx", MNIST_DIR / "MNIST" / "raw")
+    for split in ("train", "test"):
+        for part in ("images_NCHW", "labels_N"):
+            stored = [getattr(getattr(data, split), part) for data in (official, ours)]
+            assert torch.equal(*stored)
 
 
 def test_idx_files_that_cannot_be_used(tmp_path):
