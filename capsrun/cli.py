@@ -170,6 +170,8 @@ def answer(name: str, arguments: list[str]) -> None:
             from capsrun.help import command_help
 
             words = [word for word in arguments if not word.startswith("-")]
+            if name == "predict":  # what the images are changes nothing
+                words = [word for word in words if "=" in word]
             return print(command_help(name, *COMMANDS[name], words), flush=True)
         arguments = [compose.FLAGS.get(name, {}).get(word, word) for word in arguments]
         if name == "predict":
@@ -196,6 +198,8 @@ def with_images(words: Sequence[str]) -> list[str]:
     ]
     if not images:
         return list(words)
+    if any(word.startswith("images=") for word in words):
+        raise UserError("name the images after `predict`, or say images=[…], but not both")
     rest = [word for word in words if word not in images]
     return [*rest, f"images=[{','.join(map(compose.in_quotes, images))}]"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from capsrun.compose import FLAGS, OPTIONS, group_choices, setting_names, setting_values
 from capsrun.disk import MOST_TEXT_BYTES, read_bytes, replacing, write_file
 from capsrun.errors import UserError, did_you_mean
+from capsrun.names import SMALL
 from capsrun.yaml_files import without_config_dir
 
 SHELLS = ("bash", "zsh", "fish")
@@ -113,6 +114,7 @@ def values(command: str, word: str) -> list[str]:
         start += value[: 1 + max(value.rfind(sign) for sign in "[,")]
     if is_path:
         found = paths(word[len(start) :], PATHS.get(last, ()))
+        found += [SMALL] if last in ("checkpoint", "init") else []
     else:
         found = group_choices(command).get(key) or setting_values(command, key)
     return [start + each + ("" if each.endswith("/") else end) for each in found]

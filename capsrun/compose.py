@@ -160,8 +160,10 @@ def as_typed(command: str, word: str, several: bool) -> str:
     from capsrun.fields import allowed_values, is_text, takes_list
 
     key, _, value = word.partition("=")
-    if value in FLAG_WORDS and "auto" in allowed_values(schema_of(command), key.lstrip("+")):
-        return f"{key}='{FLAG_WORDS[value]}'"  # not the flag that Hydra makes of it
+    each = value.split(",") if several else [value]
+    if "auto" in allowed_values(schema_of(command), key.lstrip("+")) and {*each} & {*FLAG_WORDS}:
+        # Not the flags that Hydra makes of them.
+        return f"{key}=" + ",".join(f"'{FLAG_WORDS.get(word, word)}'" for word in each)
     quotes = value[:1] in ("'", '"') and len(value) > 1 and value[0] == value[-1]
     if value in ("", "null") or quotes or PLAIN.fullmatch(value):
         return word
@@ -178,6 +180,8 @@ def as_typed(command: str, word: str, several: bool) -> str:
 
 def quoted(value: Any) -> str:
     """A value, a path say, as it is written in an override: in quotes where it needs them."""
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted, value))}]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     text = str(value)

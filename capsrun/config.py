@@ -262,7 +262,7 @@ class PerturbConfig(CheckpointConfig):
 class PredictConfig(CheckpointConfig):
     """Everything that `capsrun predict` needs; the model comes from the checkpoint."""
 
-    images: list[str] = setting(path=True)
+    images: list[str] = setting(path=True, raw=True)
     """Files, and folders of them."""
     out_dir: str | None = setting(path=True)
     device: str = setting(choices=("auto", "cpu", "cuda"))

@@ -65,8 +65,8 @@ class OwnDataConfig(DatasetConfig):
     train_images: int = setting(minimum=0)
     """How many there are, those that cannot be used among them; 0: found out, as the next one."""
     test_images: int = setting(minimum=0)
-    test_percent: float = setting(above=0, below=100)
-    """How much of each class is tested on, where the data has no test images of its own."""
+    test_percent: float = setting(minimum=0, below=100)
+    """How much of each class is tested on, where there are no test images, else 0."""
     transposed: bool
     """Whether rows and columns of the stored images are exchanged, as EMNIST's are."""
     drawn: bool

@@ -20,14 +20,16 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
     path: bool | None = None,
+    raw: bool | None = None,
 ) -> Any:
     """A dataclass field with the values that it may take: bounds or choices.
 
     `above` and `below` are exclusive. For a list the bounds hold for each element. path: it is one
-    of a file or a folder, in which `~` is the user's own.
+    of a file or a folder, in which `~` is the user's own. raw: it need not be text, as names of
+    files need not.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    limits = {**bounds, "choices": choices, "path": path}
+    limits = {**bounds, "choices": choices, "path": path, "raw": raw}
     return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
 
 

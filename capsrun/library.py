@@ -124,6 +124,11 @@ def save_checkpoint(
         ours, theirs = getattr(model, key, None), getattr(plan, key, None)
         if ours != theirs:
             raise UserError(f"the network was made with {key} {ours}, and not with {theirs}")
+    if type(model) is not type(plan) or repr(model) != repr(plan):
+        raise UserError(
+            "a layer of the network is not as its settings say, or its class is one of your own, "
+            "which a checkpoint cannot tell; keep its `state_dict()` with torch.save"
+        )
     rest = {"optimizer": None, "train_seconds": 0.0}
     disk.make_folder(file.parent)
     checkpoint.write_checkpoint(file, facts, 0, model=weights, **rest)
@@ -133,6 +138,11 @@ def _config_of(model: "Model") -> TrainConfig:
     """What a network knows of the settings that it was made with, and the usual ones."""
     routing = model.routing if isinstance(model, CapsNet) else None
     usual = training_config(*(["model=cnn_baseline"] if routing is None else []))  # and its loss
+    if (model.channels, model.classes) != (usual.dataset.channels, usual.dataset.classes):
+        raise UserError(
+            f"a network for images of {model.channels} channel(s) and {model.classes} classes is "
+            "not for MNIST: say what it is for, config=training_config('dataset=…')"
+        )
     dataset = dataclasses.replace(
         usual.dataset,
         image_px=model.image_px,

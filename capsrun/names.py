@@ -14,6 +14,7 @@ from capsrun.data import found
 from capsrun.data.sets import DATASETS, known
 from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.disk import read_json
+from capsrun.errors import UserError
 from capsrun.settings import differing_keys, from_dict, role
 from capsrun.yaml_files import chosen_files, keys_of, own_option
 
@@ -22,6 +23,11 @@ FIRST_IN_NAME = ("dataset", "model", "recipe")
 # The network that comes with capsrun, beside what it was tested with.
 WEIGHTS = Path(__file__).parent / "weights"
 SMALL = "small"
+# What is found out about images of one's own, where nothing is said about it.
+FOUND = (
+    *("class_names", "classes", "channels", "image_px"),
+    *("train_images", "test_images", "test_percent"),
+)
 MOST_BYTES = 200  # file systems take 255, and something may be put before or after it
 
 
@@ -124,7 +130,14 @@ def usual_dataset(name: str, like: DatasetConfig | None = None) -> DatasetConfig
     values = compose("data", [f"dataset={name}"]).dataset
     if isinstance(like, OwnDataConfig) and "path" in [*values]:  # maybe without a value
         values.path = like.path
-    return found(from_dict(DatasetConfig, values))
+    usual = from_dict(DatasetConfig, values)
+    try:
+        return found(usual)
+    except UserError:
+        if like is None:
+            raise
+        # Images of one's own that are not there any more are as they were.
+        return dataclasses.replace(usual, **{key: getattr(like, key) for key in FOUND})
 
 
 def as_chosen(dataset: DatasetConfig, overrides: Iterable[str]) -> DatasetConfig:
@@ -154,7 +167,7 @@ def about_packaged() -> str:
     """What it is, and how good."""
     tested = read_json(packaged().with_suffix(".json"))
     return (
-        f"the network that comes with capsrun (checkpoint={SMALL}): {tested['model']}, "
+        f"that which comes with capsrun (checkpoint={SMALL}): {tested['model']}, "
         f"{tested['error_percent']:.2f} % test error on MNIST ({tested['errors']} of "
         f"{tested['count']:,})"
     )
@@ -182,11 +195,8 @@ def dataset_words(dataset: DatasetConfig) -> list[str]:
         return words
     words += path_words(dataset)
     changed = differing_keys(vars(dataset), vars(usual_dataset(dataset.name, dataset)))
-    return words + [
-        word(f"dataset.{key}", ours)
-        for key, ours, _ in changed
-        if key not in ("trained_on", "trained_by")
-    ]
+    unsaid = ("trained_on", "trained_by", "train_images", "test_images")
+    return words + [word(f"dataset.{key}", ours) for key, ours, _ in changed if key not in unsaid]
 
 
 def seed_words(seed: int) -> list[str]:

@@ -262,7 +262,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, list | dict) and limits:  # OmegaConf lets [[]] pass for a list of numbers
         raise UserError(f"{key} holds {value}, which is neither a number nor text")
-    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+    if isinstance(value, str) and not limits.get("raw") and not is_encodable(value):
         raise UserError(
             f"{key} is {value!r}, which is no text in the encoding {sys.getfilesystemencoding()}, "
             "as the locale has it; use another name, or set LC_ALL=C.UTF-8"
@@ -278,6 +278,11 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     for name, (said, keeps) in LIMITS.items():
         if name in limits and not keeps(value, limits[name]):
             raise UserError(f"{key} is {value}; it must be {said} {limits[name]}")
+
+
+def is_encodable(text: str) -> bool:
+    """Whether it is text: names of files need not be."""
+    return text.encode(errors="replace").decode() == text
 
 
 def written(value: Any) -> str:

@@ -56,7 +56,7 @@ def test_what_fits_is_taken_and_the_rest_is_begun_anew(tmp_path, capsys, given, 
     untrained(tmp_path / "given.pt", *given)
     config = train_config(*wanted, f"init={tmp_path}/given.pt")
     model, random = make_model(config, seed=5), make_model(config, seed=5).state_dict()
-    assert begin_with_weights(model, config, NONE)
+    assert begin_with_weights(model, config, [], NONE).md5
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     said = line.strip().partition("; begun anew: ")[2]
@@ -109,7 +109,7 @@ def test_held_out_images_that_were_trained_on_are_told(tmp_path):
     for given, told in ((held_out, 0), (TINY, 1)):
         untrained(tmp_path / "given.pt", *given)
         config = train_config(*held_out, f"init={tmp_path}/given.pt")
-        begin_with_weights(make_model(config), config, NONE)
+        begin_with_weights(make_model(config), config, [], NONE)
         assert len([text for text in notices if "held out" in text]) == told
 
 

@@ -209,7 +209,7 @@ EMPTY = [
     ({"a": 3, "b": 0}, (), "the folder .*b has no pictures"),
     ({"a": 3, "b": 1}, (), "class b .* has one image only"),
     ({"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1}, (), "class c, which is not trained"),
-    ({"test/a": 2, "test/b": 2}, (), "no folder train beside .*test"),
+    ({"test/a": 2, "test/b": 2}, (), "has no training images"),
     ({"a": 2, "b": 2}, ("dataset.classes=3",), "has 2 classes, but dataset.classes is 3"),
     ({"a": 2, "b": 2}, ("dataset.validation=2",), "has only 2"),
     ({"a": 2, "b": 2}, ("dataset.shift_px=28",), "can be moved by at most 27 px"),
@@ -538,3 +538,145 @@ def test_a_file_of_ones_own_for_a_data_set(in_tmp, printed, refused, pets):
     assert "`capsrun train dataset=animals" in message
     printed("train", *words, *TINIER, "name=animals-capsnet-quick")
     assert printed("eval", *words)[-1].startswith("test error")
+
+
+def test_files_that_changed_since_are_not_tested_on(in_tmp, printed, refused, pets):
+    """Of other files others are drawn, of which some were trained on."""
+    chosen = ["dataset=folder", f"dataset.path={pets}"]
+    printed("train", *chosen, *TINIER, "name=pets")
+    run = ["checkpoint=runs/pets/seed0"]
+    before = load("folder", pets)
+    (pets / "cat/3.png").unlink()
+    for words in (["eval", *chosen, *run], ["explore", *chosen, *run]):
+        assert "are not those that the model was trained on" in refused(*words)
+    message = refused("train", *chosen, *TINIER, "name=more", "init=runs/pets/seed0")
+    assert "are not those that init=… was trained on" in message
+    # Hardly another image is drawn than before.
+    tested = {*own_data.digests(load("folder", pets).test.images_NCHW)}
+    trained = {*own_data.digests(before.train.images_NCHW)}
+    assert len(tested & trained) <= 1
+
+
+def test_what_weights_have_seen_is_known_after_another_training(in_tmp, printed, refused, pets):
+    chosen = ["dataset=folder", f"dataset.path={pets}"]
+    others = folder(pets.parent / "others", {"a": 4, "b": 4}, size=(20, 20))
+    printed("train", *chosen, *TINIER, "name=first")
+    words = ["dataset=folder", f"dataset.path={others}", *TINIER, "init=runs/first/seed0"]
+    printed("train", *words, "name=second")
+    again = ["train", *chosen, *TINIER, "init=runs/second/seed0", "name=third"]
+    assert "say dataset.split_seed=0" in refused(*again, "dataset.split_seed=1")
+    printed(*again)
+
+
+def test_a_model_is_tested_where_its_pictures_are_not_any_more(in_tmp, printed, pets):
+    printed("train", "dataset=folder", f"dataset.path={pets}", *TINIER, "name=pets")
+    shutil.copytree(pets, "copy")
+    shutil.rmtree(pets)
+    lines = printed("eval", "dataset=folder", "dataset.path=copy", "checkpoint=runs/pets/seed0")
+    assert lines[-1].startswith("test error")
+
+
+@pytest.mark.parametrize("name", ["training_set", "trainImages", "Training", "train-data"])
+def test_folders_of_a_split_under_other_names(tmp_path, name):
+    test = name.replace("rain", "est").replace("Testing", "Testing")
+    root = folder(tmp_path / "p", {f"{name}/a": 3, f"{name}/b": 3, f"{test}/a": 1, f"{test}/b": 1})
+    data = load("folder", root)
+    assert (data.class_names, len(data.train), len(data.test)) == (("a", "b"), 6, 2)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = folder(tmp_path / "p", {"bus": 3, "car": 3, "train": 3})
+    assert load("folder", root).class_names == ("bus", "car", "train")
+
+
+def test_validation_images_are_tested_on_where_there_are_no_others(tmp_path, capsys):
+    counts = {f"{part}/{name}": 3 for part in ("train", "val") for name in "ab"}
+    root = folder(tmp_path / "p", counts)
+    assert len(load("folder", root).test) == 6
+    assert "validation images are tested on" in capsys.readouterr().err
+    folder(root, {"test/a": 1, "test/b": 1}, size=(9, 9))
+    assert len(load("folder", root).test) == 2
+    images, labels = some_digits()
+    parts = {"x_train": images[:20], "y_train": labels[:20], "x_val": images[20:]}
+    np.savez(tmp_path / "t.npz", **parts, y_val=labels[20:] % 5 * 0 + labels[0])
+    assert len(load("table", tmp_path / "t.npz").test) == 20
+
+
+def test_odd_names_and_sizes_of_classes(tmp_path):
+    root = folder(tmp_path / "p", {"${x}": 2, "b": 2})
+    assert "a class cannot be called ${x}" in message_of("folder", root)
+    assert load("folder", root, "dataset.class_names=[a,b]").class_names == ("a", "b")
+    assert "say dataset.image_px=28" in message_of("folder", root, "dataset.image_px=0")
+
+
+def test_labels_that_csv_readers_stumble_over(tmp_path):
+    images, _ = some_digits()
+    labels = np.array(["C#", "C", "D"])[np.arange(40) % 3]
+    rows = csv_rows(labels, images)
+    assert load("table", write_csv(tmp_path / "t.csv", rows)).class_names == ("C", "C#", "D")
+    text = (tmp_path / "t.csv").read_text().replace("\n", "\n\n")
+    (tmp_path / "t.csv").write_text("\n" + text)
+    assert load("table", tmp_path / "t.csv").class_names == ("C", "C#", "D")
+    rows[5][0] = ""
+    assert "row 5 of" in message_of("table", write_csv(tmp_path / "t.csv", rows))
+    for part, ending in (("train", ""), ("test", ".0")):
+        chosen = csv_rows([f"{n % 2}{ending}" for n in range(20)], images[20 * (part == "test") :])
+        write_csv(tmp_path / f"{part}.csv", chosen[:20])
+    (tmp_path / "t.csv").unlink()
+    assert load("table", tmp_path).class_names == ("0", "1")
+
+
+def test_what_lies_beside_tables_is_not_read(tmp_path):
+    images, labels = some_digits()
+    path = write_csv(tmp_path / "train.csv", csv_rows(labels, images))
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    shutil.copy(path, tmp_path / ".ipynb_checkpoints/train-checkpoint.csv")
+    (tmp_path / "._train.csv").write_bytes(b"\0\5\x16\7")
+    write_csv(tmp_path / "sample_submission.csv", [[1, 0], [2, 0]], ["ImageId", "Label"])
+    data = load("table", tmp_path)
+    assert len(data.train) + len(data.test) == 40
+
+
+def test_ink_and_no_ink_as_pixels(tmp_path):
+    images, labels = some_digits()
+    for ink in (images > 127, (images > 127).astype(np.int64)):
+        np.savez(tmp_path / "t.npz", x=ink, y=labels)
+        assert load("table", tmp_path / "t.npz").train.images_NCHW.unique().tolist() == [0, 255]
+
+
+def test_parquet_without_labels_and_with_other_pictures(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+
+    images, labels = some_digits()
+
+    def write(name: str, pictures, labels) -> None:
+        streams = [io.BytesIO() for _ in pictures]
+        for picture_, stream in zip(pictures, streams):
+            picture_.save(stream, "PNG")
+        columns = {"image": [{"bytes": stream.getvalue()} for stream in streams], "label": labels}
+        features = {"label": {"names": [*"0123456789"], "_type": "ClassLabel"}}
+        facts = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = pyarrow.table(columns).replace_schema_metadata(facts)
+        parquet.write_table(table, tmp_path / name)
+
+    write(
+        "train.parquet",
+        map_to_16_bits := [Image.fromarray(image.astype(np.uint16) * 257) for image in images],
+        labels,
+    )
+    write("test.parquet", map_to_16_bits, [-1] * 40)
+    data = load("table", tmp_path)
+    assert len(data.train) + len(data.test) == 40
+    assert int(data.train.images_NCHW.float().mean()) in range(20, 45)
+    write("train.parquet", map_to_16_bits, [*labels[:-1], 12])
+    assert "row 39 of" in message_of("table", tmp_path)
+
+
+def test_three_hundred_classes_are_drawn_in_seconds():
+    from capsrun.report.figures import confusion_matrix
+
+    names = [f"class {number}" for number in range(300)]
+    figure = confusion_matrix(torch.eye(300, dtype=torch.long), names, "many")
+    assert max(figure.get_size_inches()) < 30

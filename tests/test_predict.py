@@ -61,7 +61,7 @@ def test_its_errors_on_mnist(monkeypatch):
 def test_perturb_and_explore_work_at_once(in_tmp, printed, monkeypatch):
     monkeypatch.setenv("CAPSRUN_DATA", "nowhere")
     lines = printed("perturb", "perturb.digit=5", "perturb.step=0.25")
-    assert lines[0] == f"there is no run of dataset=mnist in runs, so this is {about_packaged()}"
+    assert lines[0] == f"network: {about_packaged()}"
     assert "runs/small/perturb-mnist1k/pictures/digit_5.png" in lines
     lines = printed("explore", "explore.images=2", "explore.search=100")
     assert "digits can be drawn: the encoder is in the page" in lines
@@ -90,7 +90,7 @@ def test_a_run_of_ones_own_comes_first(in_tmp, printed):
 
 def test_each_image_has_a_line(in_tmp, printed, digits):
     lines = printed("predict", str(digits / "3.png"), str(digits / "7.png"))
-    assert lines[0].startswith("there is no run of dataset=mnist")
+    assert lines[0] == f"network: {about_packaged()}"
     assert lines[1].split() == ["image", "class", "length", "runner-up"]
     assert lines[2].split()[:2] == [str(digits / "3.png"), "3"]
     assert float(lines[2].split()[2]) > 0.5
@@ -123,7 +123,7 @@ def test_the_rest_is_answered_where_some_cannot_be_used(in_tmp, capsys, digits):
     assert capsrun.cli.main(words) == 2
     said = capsys.readouterr()
     assert f"{digits / '5.png'}  5" in said.out
-    assert "3 images of 4 could not be used" in said.err
+    assert "3 images of 4 could not be used, as is said above" in said.err
     for part in ("there is no ink in paper.png", "cut.png cannot be read", "no image nowhere.png"):
         assert part in said.err
 
@@ -176,7 +176,63 @@ def test_both_of_two_digits_are_named(in_tmp, capsys):
 def test_a_cnn_and_a_capsnet_without_decoder(in_tmp, printed, digits):
     untrained(Path("cnn.pt"), "model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[8]")
     lines = printed("predict", str(digits / "1.png"), "checkpoint=cnn.pt")
-    assert "probability" in lines[0]
+    assert lines[0] == "cnn.pt: cnn_affnist, trained on mnist"
+    assert "probability" in lines[1]
     untrained(Path("bare.pt"), "model=capsnet_small", "model.reconstruction=false")
     lines = printed("predict", str(digits / "1.png"), "checkpoint=bare.pt")
     assert not any("capsrun perturb" in line for line in lines)
+
+
+def test_files_of_others_are_left_alone(in_tmp, refused, printed, digits):
+    five = str(digits / "5.png")
+    for name in ("photo.csv", "mine.txt"):
+        Path(name).write_text("of mine\n")
+        assert "holds no scores of capsrun's" in refused("predict", five, f"csv={name}")
+        assert Path(name).read_text() == "of mine\n"
+    printed("predict", five, "csv=o.csv")
+    printed("predict", five, "csv=o.csv")  # its own may be replaced
+    Path("out").mkdir()
+    Path("out/sheet.png").write_text("of mine")
+    assert "capsrun did not make it" in refused("predict", five, "out_dir=out")
+
+
+def test_stdout_is_json_alone(in_tmp, capsys, digits):
+    found = as_json(capsys, str(digits / "5.png"), "csv=o.csv")
+    assert len(found) == 1
+    assert Path("o.csv").exists()
+
+
+def test_pictures_of_runs_are_no_images_of_ones_own(in_tmp, capsys, printed, refused, digits):
+    shutil.copy(digits / "5.png", "five.png")
+    printed("predict", ".")
+    assert [plain["image"] for plain in as_json(capsys, ".")] == ["five.png"]
+    assert "capsrun predict IMAGE" in refused("predict", "")
+
+
+def test_what_is_next_can_be_typed(in_tmp, printed, digits):
+    five = str(digits / "5.png")
+    for words in (["predict", five], ["perturb", f"perturb.image={five}", "perturb.step=0.25"]):
+        lines = printed(*words, "checkpoint=small")
+        (command,) = (line for line in lines if line.startswith("next: "))
+        assert "dataset=mnist1k checkpoint=small" in command
+    assert "next: capsrun eval dataset=mnist1k checkpoint=small" in printed(
+        "data", "dataset=mnist1k"
+    )
+
+
+def test_help_with_an_image_and_a_sweep_over_flags(in_tmp, printed, digits):
+    five = str(digits / "5.png")
+    assert printed("predict", five, "--help")[0].startswith("Usage: capsrun predict IMAGE|FOLDER …")
+    lines = printed("predict", five, "--multirun", "invert=auto,false")
+    assert "sweep: 2 finished" in lines[-1]
+
+
+def test_images_are_named_in_one_way(in_tmp, refused, digits):
+    five = str(digits / "5.png")
+    assert "but not both" in refused("predict", five, f"images=[{five}]")
+
+
+def test_a_name_that_is_not_utf8_on_the_command_line(in_tmp, printed, digits):
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(digits / "4.png", name)
+    assert any(line.split()[1:2] == ["4"] for line in printed("predict", name))

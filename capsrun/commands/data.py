@@ -39,7 +39,8 @@ def main(config: DataConfig, overrides: Sequence[str]) -> None:
     with disk.own_folder(folder, *FILES, command="data"):
         show(config, dataset, folder)
     use = "eval" if known(config.dataset.name).for_testing else "train"
-    suggest([use, *dataset_words(config.dataset)])
+    words = ["checkpoint=small"] if config.dataset.name == "mnist1k" else []
+    suggest([use, *dataset_words(config.dataset), *words])
 
 
 def show(config: DataConfig, dataset: Dataset, folder: Path) -> None:

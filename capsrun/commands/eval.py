@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from capsrun import disk
-from capsrun.commands.models import announce, model_facts, result_folder, write_result
+from capsrun.commands.models import announce, load_images, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
-from capsrun.data import load_dataset
 from capsrun.data.sets import known
 from capsrun.data.splits import Dataset, Split
 from capsrun.errors import UserError, notice
@@ -53,7 +52,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     paths = [checkpoint, *map(checkpoints.find_checkpoint, config.ensemble)]
     ensemble = load_ensemble(config, paths)
     trained = ensemble[0]
-    dataset = load_dataset(config.dataset, device)
+    dataset = load_images(config, ensemble, device)
     split, names = dataset.split(config.split), dataset.class_names
     check_routing_images(config, split)
     place = folder_name(config, trained.config, paths[1:])

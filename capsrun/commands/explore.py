@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capsrun import disk
-from capsrun.commands.models import find_or_packaged, load_test_images
+from capsrun.commands.models import find_or_packaged, load_test_images, say_network
 from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
@@ -47,6 +47,7 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     """
     device = resolve_device(config.device)
     trained, model = load_drawing_model(checkpoint)
+    say_network(checkpoint, trained)
     dataset = load_test_images(config, trained, device)
     folder = output_folder(checkpoint, config.runs_dir)
     path = Path(config.out or folder / f"explore-{dataset.name}.html")

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from capsrun.commands.models import (
     find_or_packaged,
+    images_of,
     load_test_images,
     model_facts,
     result_folder,
+    say_network,
     write_result,
 )
 from capsrun.config import PerturbConfig, SweepConfig
@@ -81,10 +83,12 @@ def perturb(config: PerturbConfig, checkpoint: Path) -> list[Path]:
     values = sweep_values(config.perturb)
     device = resolve_device(config.device)
     trained, model = load_drawing_model(checkpoint)
+    say_network(checkpoint, trained)
     to_device(model, device, fast=False).eval()
     names, dataset = class_names(trained.config.dataset), None
     digit = None if config.perturb.digit is None else class_called(config.perturb.digit, names)
     if config.perturb.image is not None:
+        config.dataset = images_of(trained, checkpoint)
         subjects = [own_image(config.perturb, digit, model, trained.config.dataset, device)]
     else:
         dataset = load_test_images(config, trained, device)

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from capsrun import disk
-from capsrun.commands.models import find_or_packaged, model_facts, result_folder
+from capsrun.commands.models import (
+    find_or_packaged,
+    images_of,
+    model_facts,
+    say_network,
+)
 from capsrun.config import PredictConfig
 from capsrun.data.own_data import natural
 from capsrun.data.own_folder import ENDINGS
@@ -25,13 +31,13 @@ from capsrun.data.own_image import read_image
 from capsrun.data.sets import class_names
 from capsrun.data.splits import standardise
 from capsrun.data_config import DatasetConfig
-from capsrun.errors import UserError
+from capsrun.errors import UserError, notice
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, packaged, suggest, word
 from capsrun.report import figures
 from capsrun.report.pictures import displayed
-from capsrun.runs.checkpoint import load_checkpoint
+from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder
 from capsrun.runs.progress import bar
 from capsrun.terminal import counted, printable
 from capsrun.training.device import resolve_device
@@ -42,6 +48,7 @@ from capsrun.training.step import to_device
 AT_ONCE = 100
 # Of so many, from the first, the sheet shows what was seen.
 MOST_SHOWN = 48
+CSV = "image", "class", "runner_up", "doubt"
 RECORD, SHEET = "predictions.json", "sheet.png"
 # A shorter capsule, or lower probability, says that the model knows nothing like it, and so does a
 # drawing that misses the image by so many times what those of test images do on average. Of MNIST's
@@ -87,10 +94,15 @@ def main(config: PredictConfig, overrides: Sequence[str]) -> None:
 
     Raises UserError, once all others are answered, where some images cannot be used.
     """
-    paths = paths_of(config.images)
-    checkpoint = find_or_packaged(config, quiet=config.json)
+    paths = paths_of(config.images, Path(config.runs_dir))
+    table = Path(config.csv) if config.csv else None
+    if table is not None:
+        refuse_another_table(table)
+    checkpoint = find_or_packaged(config)
     device = resolve_device(config.device)
     trained = load_checkpoint(checkpoint)
+    # For programs there is nothing but JSON.
+    say_network(checkpoint, trained, sys.stderr if config.json else sys.stdout)
     model = to_device(trained.model, device, fast=False).eval()
     dataset = trained.config.dataset
     names = class_names(dataset)
@@ -101,22 +113,31 @@ def main(config: PredictConfig, overrides: Sequence[str]) -> None:
         print(json.dumps(plain, indent=2, ensure_ascii=False))
     else:
         show(predictions, names, "length" if isinstance(model, CapsNet) else "probability")
-    if config.csv is not None:
-        write_csv(Path(config.csv), predictions, names)
+    if table is not None:
+        write_csv(table, predictions, names)
     if predictions and not config.json:
-        with result_folder(config, checkpoint, "predict") as folder:
-            facts = {"command": "predict", **model_facts(trained, checkpoint)}
-            facts["predictions"] = [as_plain(prediction, names) for prediction in predictions]
-            facts["config"] = dataclasses.asdict(config)
-            disk.write_json(folder / RECORD, facts)
-            figures.save(sheet(predictions, names), folder / SHEET)
-            print(f"what it saw, and what it draws: {folder / SHEET}")
+        keep(config, predictions, trained, checkpoint)
     if faults:
-        more = f" {counted(len(faults), 'image')} of {len(paths)} could not be used:"
-        raise UserError(faults[0] if len(paths) == 1 else "\n".join([more.strip(), *faults]))
+        of = f"{counted(faults, 'image')} of {len(paths)}"
+        raise UserError(f"{of} could not be used, as is said above")
     if isinstance(model, CapsNet) and model.decoder is not None and not config.json:
+        config.dataset = images_of(trained, checkpoint)
         words = model_words(config, checkpoint)
         suggest(["perturb", *words, word("perturb.image", predictions[0].path)])
+
+
+def keep(
+    config: PredictConfig, predictions: list[Prediction], trained: Trained, checkpoint: Path
+) -> None:
+    """Write the sheet, and what was seen for programs, and say where."""
+    names = class_names(trained.config.dataset)
+    folder = Path(config.out_dir or output_folder(checkpoint, config.runs_dir) / "predict")
+    with disk.own_folder(folder, RECORD, SHEET, command="predict"):
+        facts = {"command": "predict", **model_facts(trained, checkpoint)}
+        facts["predictions"] = [as_plain(prediction, names) for prediction in predictions]
+        disk.write_json(folder / RECORD, facts)
+        figures.save(sheet(predictions, names), folder / SHEET)
+    print(f"what it saw, and what it draws: {folder / SHEET}")
 
 
 def usual_error(checkpoint: Path) -> float | None:
@@ -130,19 +151,38 @@ def usual_error(checkpoint: Path) -> float | None:
         return None
 
 
-def paths_of(images: Sequence[str]) -> list[Path]:
-    """The images, and those in folders among them. Raises UserError where there are none."""
-    if not images:
+def paths_of(images: Sequence[str], runs_dir: Path) -> list[Path]:
+    """The images, and those in folders among them, but for pictures of runs.
+
+    Raises UserError where there are none.
+    """
+    if not all(images) or not images:
         raise UserError("give images, or folders of them: capsrun predict IMAGE …")
     found = []
     for image in images:
         path = Path(os.path.expanduser(image))
-        files = {str(file): file for file in path.rglob("*") if file.suffix.lower() in ENDINGS}
-        inside = [files[name] for name in natural(files) if files[name].is_file()]
-        if path.is_dir() and not inside:
+        inside = pictures_below(path, runs_dir.resolve()) if path.is_dir() else [path]
+        if not inside:
             raise UserError(f"there are no pictures in {path}")
-        found += inside if path.is_dir() else [path]
+        found += inside
     return found
+
+
+def pictures_below(folder: Path, runs_dir: Path) -> list[Path]:
+    """The pictures in a folder and those in it, in natural order; none that are hidden."""
+    found: dict[str, Path] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and Path(place, name).resolve() != runs_dir
+        ]
+        found |= {str(path): path for path in (Path(place, name) for name in names)}
+    return [
+        path
+        for path in (found[name] for name in natural(found))
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
+    ]
 
 
 @torch.inference_mode()
@@ -153,20 +193,23 @@ def predict(
     invert: str,
     device: torch.device,
     usual_error: float | None,
-) -> tuple[list[Prediction], list[str]]:
-    """What the model sees in each image, and what is wrong with those that cannot be used.
+) -> tuple[list[Prediction], int]:
+    """What the model sees in each image; how many cannot be used, why is said of each.
 
     dataset: what the model was trained on. usual_error: see `Prediction`.
     """
     found: list[Prediction] = []
-    faults: list[str] = []
+    faults = 0
     for start in bar(range(0, len(paths), AT_ONCE), doing="predicting"):
         read = []
         for path in paths[start : start + AT_ONCE]:
             try:
                 read.append((path, *read_image(path, dataset, invert)))
             except UserError as error:
-                faults.append(printable(str(error)))
+                if len(paths) == 1:
+                    raise
+                notice(printable(str(error)))
+                faults += 1
         if not read:
             continue
         pixels_BCHW = torch.stack([pixels for _, pixels, _ in read]).to(device)
@@ -218,17 +261,27 @@ def as_plain(found: Prediction, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def refuse_another_table(path: Path) -> None:
+    """Raise UserError where something is that `write_csv` did not write."""
+    disk.refuse_unless_plain(path)
+    if path.is_file():
+        head = ",".join(CSV).encode()
+        with open(path, "rb") as stream:
+            if stream.read(len(head)) not in (b"", head):
+                raise UserError(f"{path} holds no scores of capsrun's; choose another csv=…")
+
+
 def write_csv(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
     """A line for each image: its file, what is seen, the runner-up, and every score."""
     disk.make_folder(path.parent)
     with disk.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         lines = csv.writer(stream, lineterminator="\n")
-        lines.writerow(["image", "class", "runner_up", "doubt", *names])
+        lines.writerow([*CSV, *names])
         for plain in (as_plain(found, names) for found in predictions):
             scores = [f"{score:.4f}" for score in plain["scores"].values()]
             classes = " ".join(plain["classes"])
             lines.writerow([plain["image"], classes, plain["runner_up"], plain["doubt"], *scores])
-    print(f"scores: {path}")
+    print(f"scores: {path}", file=sys.stderr)
 
 
 def sheet(predictions: Sequence[Prediction], names: Sequence[str]) -> Figure:

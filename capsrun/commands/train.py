@@ -25,7 +25,7 @@ from capsrun.report import run_page
 from capsrun.report.pictures import almost_line, answer
 from capsrun.runs.checkpoint import load_weights
 from capsrun.runs.folder import RunFolder
-from capsrun.runs.initial import begin_with_weights
+from capsrun.runs.initial import Initial, begin_with_weights
 from capsrun.runs.progress import StopRequest, Stopwatch, stop_requests
 from capsrun.terminal import BOLD, counted, duration, styled
 from capsrun.training.device import (
@@ -192,7 +192,8 @@ def open_run(
     batches = training_batches(config, dataset, steps, ranks)
     model = build_model(config.model, config.routing, config.dataset, config.seed)
     # The other processes are given the first one's weights by the trainer.
-    init_md5 = ranks.from_first(lambda: begin_with_weights(model, config, folder.checkpoint))
+    given = model, config, dataset.unverified, folder.checkpoint
+    initial = ranks.from_first(lambda: begin_with_weights(*given))
     # All have the first one's precision, should their processors differ.
     precision = ranks.from_first(lambda: resolve_precision(config.precision, device))
     checkpoint = ranks.from_first(folder.open)
@@ -201,7 +202,7 @@ def open_run(
         precision = checkpoint["precision"]  # the run's, where this machine would choose another
         step, seconds = checkpoint["step"], checkpoint["train_seconds"]
         ended = checkpoint["optimizer"] is None and step < steps
-        init_md5 = checkpoint.get("init_md5")
+        initial = Initial(checkpoint.get("init_md5"), tuple(checkpoint.get("seen") or ()))
         refuse_another(checkpoint, dataset, steps, folder)
     trainer = trainer_class(device, config.compile, ranks.count)(
         model, config.loss, config.recipe, steps, device, precision, config.compile, ranks
@@ -209,7 +210,7 @@ def open_run(
     if checkpoint is not None:
         restore(trainer, checkpoint, folder.checkpoint)
     clock = Stopwatch(seconds)
-    run = Run(config, ranks, dataset, batches, trainer, steps, step, clock, ended, init_md5)
+    run = Run(config, ranks, dataset, batches, trainer, steps, step, clock, ended, initial)
     return run, checkpoint
 
 

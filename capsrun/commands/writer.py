@@ -23,6 +23,7 @@ from capsrun.report.run_page import write_run_page
 from capsrun.runs import segments
 from capsrun.runs.checkpoint import write_checkpoint
 from capsrun.runs.folder import RunFolder
+from capsrun.runs.initial import Initial
 from capsrun.runs.progress import ProgressLine, StopRequest, Stopwatch, bar, stoppable
 from capsrun.runs.reader import best_on_test, read_metrics
 from capsrun.runs.recorder import Recorder, is_shown
@@ -59,8 +60,7 @@ class Run:
     """Runs while the model is trained, not while it is tested or saved."""
     ended: bool
     """Whether a test has ended it before its last step."""
-    init_md5: str | None
-    """Of the file whose weights it began with, if it did."""
+    initial: Initial
 
     @property
     def evaluate_every(self) -> int:
@@ -260,7 +260,8 @@ class Writer:
             metrics_bytes=self.recorder.metrics_bytes(),
             parts=segments.extended(self.earlier, run.step, self.provenance),
             data=run.dataset.unverified,
-            init_md5=run.init_md5,
+            init_md5=run.initial.md5,
+            seen=list(run.initial.seen),
         )
 
     def _refuse_another_folder(self) -> None:
@@ -304,7 +305,7 @@ class Writer:
             "memory_gb": memory_gb(run.trainer.device),
             **self.provenance,
             "data_md5": data.unverified,
-            "init_md5": run.init_md5,
+            "init_md5": run.initial.md5,
             "stopped": stopped,
             "parts": computed_on,
             "notes": [*errors.notices, *segments.changes(computed_on)],

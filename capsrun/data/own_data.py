@@ -6,6 +6,7 @@ the `Labelled` images of `train` and, where there are any, of `test`.
 Shapes: N images, C channels, H and W pixels.
 """
 
+import collections
 import dataclasses
 import hashlib
 import importlib
@@ -13,20 +14,20 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from capsrun.data import files
-from capsrun.data.batches import SPLIT, random_bits
 from capsrun.data.files import Part, RawData, Source
 from capsrun.data.sets import known
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, did_you_mean, notice
 from capsrun.terminal import counted, printable
 
+T = TypeVar("T")
 # So many images are resized at once.
 AT_ONCE = 1000
 
@@ -39,8 +40,10 @@ class Facts(NamedTuple):
     channels: int
     image_px: int
     """0: the images have no size of their own."""
-    counts: tuple[int, int]
-    """How many training and test images there are, the latter 0 where some are to be split off."""
+    counts: list[int]
+    """How many training images there are of each class."""
+    tested: int
+    """How many test images there are; 0: some of the others are split off."""
 
 
 class Labelled(NamedTuple):
@@ -56,7 +59,12 @@ class Labelled(NamedTuple):
     def classes(self) -> list[str]:
         """The names of the classes that there are, each once."""
         there = {*self.names}
-        return [name for name in self.order if name in there] or natural(there)
+        return [name for name in self.order if name in there] + natural(there - {*self.order})
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images each of them has."""
+        return [*collections.Counter(self.names).values()]
 
 
 def _of_kind(function: str, config: OwnDataConfig) -> Any:
@@ -91,17 +99,48 @@ def found(config: OwnDataConfig) -> OwnDataConfig:
         )
     if len(set(names)) != len(names):
         raise UserError("dataset.class_names names a class twice")
-    train, test = facts.counts
-    split_off = 0 if test else round(train * config.test_percent / 100)
+    if not (config.image_px or facts.image_px):
+        raise UserError("pictures have no size of their own: say dataset.image_px=28, say")
+    for name in names:
+        if "${" in name:
+            raise UserError(f"a class cannot be called {name}: rename it, or dataset.class_names=…")
+    percent = 0 if facts.tested else config.test_percent
+    drawn = 0 if facts.tested else sum(share(count, percent) for count in facts.counts)
     return dataclasses.replace(
         config,
         class_names=list(names),
         classes=config.classes or len(names),
         channels=config.channels or facts.channels,
         image_px=config.image_px or facts.image_px,
-        train_images=train - split_off,
-        test_images=test or split_off,
+        train_images=sum(facts.counts) - drawn,
+        test_images=facts.tested or drawn,
+        test_percent=percent,
     )
+
+
+def share(count: int, percent: float) -> int:
+    """How many of the images of a class are tested on."""
+    return max(1, round(count * percent / 100))
+
+
+def train_and_test(parts: dict[str, T], path: str) -> dict[str, T]:
+    """The parts of a data set without that for validation, which is tested on if nothing else is.
+
+    Raises UserError where there is nothing to train on.
+    """
+    if "train" not in parts:
+        raise UserError(f"{path} has no training images")
+    held_out = parts.pop("validation", None)
+    if held_out is None:
+        return parts
+    if "test" in parts:
+        notice(
+            f"the validation images of {path} are left out; dataset.validation=… holds out some of "
+            "the training images"
+        )
+        return parts
+    notice(f"{path} has no test images: its validation images are tested on")
+    return {**parts, "test": held_out}
 
 
 def load(config: OwnDataConfig) -> RawData:
@@ -157,12 +196,14 @@ def listed(names: Sequence[str], most: int = 12) -> str:
 
 
 def part_named(name: str) -> str | None:
-    """Whether a file or array is called after training or test images, or neither."""
+    """Whether a file or array is called after training, test or validation images, or none."""
     for word in re.split(r"[\W_]+", name.lower()):
         if word.startswith("train"):
             return "train"
         if word.startswith(("test", "t10k")):
             return "test"
+        if word.startswith("val"):
+            return "validation"
     return None
 
 
@@ -218,13 +259,15 @@ def split_off(part: Part, config: OwnDataConfig) -> tuple[Part, Part]:
                 f"class {name} of {config.path} has one image only, which cannot be trained and "
                 "tested on; add some, or give folders train and test"
             )
-        wanted = max(1, round(sum(map(len, groups)) * config.test_percent / 100))
-        drawn = random_bits(torch.arange(len(groups)), config.split_seed, SPLIT)
+        wanted = share(sum(map(len, groups)), config.test_percent)
+        # By what they show, so that nearly the same are drawn where some are added or taken away.
+        key = config.split_seed.to_bytes(8, "little")
+        drawn = sorted(same, key=lambda digest: hashlib.blake2b(digest, key=key).digest())
         chosen: list[int] = []
-        for group in drawn.argsort()[:-1].tolist():  # one is left to train on
+        for digest in drawn[:-1]:  # one is left to train on
             if len(chosen) >= wanted:
                 break
-            chosen += groups[group]
+            chosen += same[digest]
         tested += chosen
     used = {n for same in classes for group in same.values() for n in group}
     train, test = (

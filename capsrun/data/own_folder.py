@@ -4,6 +4,7 @@ Shapes: N pictures, C channels, H and W pixels.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from capsrun.data.batches import SPLIT, random_bits
-from capsrun.data.own_data import Facts, Labelled, check_there, natural
+from capsrun.data.own_data import Facts, Labelled, check_there, natural, train_and_test
 from capsrun.data.own_image import opened, read_image
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, notice
@@ -22,7 +23,8 @@ ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".pgm", ".ppm", ".pnm", ".pbm", ".avif", ".heic", ".heif"),
 )
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+# How the folders of a split are called.
+PART = re.compile(r"(train|test|val|valid)(ing|idation)?(set|images|data|pictures)?")
 # Among so many pictures of each class, spread over all, colours are looked for.
 LOOKED_AT = 20
 # By how much, of 255, the channels of a colour differ: JPEG makes greys a little colourful.
@@ -37,11 +39,10 @@ def look(config: OwnDataConfig) -> Facts:
     """See `own_data.py`."""
     found = files_of(Path(config.path), config.faulty)
     train = found["train"]
-    counts = [
-        sum(map(len, found[part].values())) if part in found else 0 for part in ("train", "test")
-    ]
+    counts = [len(train[name]) for name in natural(train)]
+    tested = sum(map(len, found.get("test", {}).values()))
     channels = config.channels or (3 if any(map(has_colour, sample(train))) else 1)
-    return Facts(natural(train), channels, 0, (counts[0], counts[1]))
+    return Facts(natural(train), channels, 0, counts, tested)
 
 
 def sample(classes: Mapping[str, tuple[Path, ...]]) -> Iterator[Path]:
@@ -99,18 +100,24 @@ def files_of(root: Path, faulty: str) -> Files:
     check_there(root, "folder")
     if not root.is_dir():
         raise UserError(f"{root} is no folder; a table of images is for dataset=table")
-    folders = {folder.name.lower(): folder for folder in visible(root) if folder.is_dir()}
-    train, test = (
-        next((folders[n] for n in names if n in folders), None) for names in (TRAIN, TEST)
-    )
-    if train is None and test is not None:
-        raise UserError(f"{root} has no folder train beside {test.name}")
-    if train is None:
+    parts = {
+        part: folder
+        for folder in visible(root)
+        # A class may have such a name, too; there are pictures in its folder, and not folders.
+        if (part := part_of(folder)) and any(path.is_dir() for path in visible(folder))
+    }
+    if not parts:
         return {"train": classes_of(root, root, faulty)}
-    found = {"train": classes_of(train, root, faulty)}
-    if test is not None:
-        found["test"] = classes_of(test, root, faulty)
-    return found
+    found = {part: classes_of(folder, root, faulty) for part, folder in parts.items()}
+    return train_and_test(found, str(root))
+
+
+def part_of(folder: Path) -> str | None:
+    """Which part of a split a folder is called after, if any."""
+    called = PART.fullmatch(re.sub(r"[\W_]", "", folder.name.lower()))
+    if called is None or not folder.is_dir():
+        return None
+    return "validation" if called[1].startswith("val") else called[1]
 
 
 def visible(folder: Path) -> list[Path]:

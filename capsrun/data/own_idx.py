@@ -4,7 +4,7 @@ from pathlib import Path
 
 from capsrun.data import files
 from capsrun.data.official import parse_idx
-from capsrun.data.own_data import Facts, Labelled, check_there, part_named
+from capsrun.data.own_data import Facts, Labelled, check_there, part_named, train_and_test
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError
 
@@ -16,8 +16,8 @@ def look(config: OwnDataConfig) -> Facts:
     """See `own_data.py`."""
     parts = read(config)
     train, test = parts["train"], parts.get("test")
-    counts = len(train.names), len(test.names) if test else 0
-    return Facts(train.classes, 1, max(train.images_NCHW.shape[2:]), counts)
+    tested = len(test.names) if test else 0
+    return Facts(train.classes, 1, max(train.images_NCHW.shape[2:]), train.counts, tested)
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
@@ -38,9 +38,7 @@ def read(config: OwnDataConfig) -> dict[str, Labelled]:
             raise UserError(f"{config.path}: {len(images)} {part} images but {len(labels)} labels")
         of_images = [names.get(label, str(label)) for label in labels.tolist()]
         parts[part] = Labelled(images[:, None], of_images, [*names.values()])
-    if "train" not in parts:
-        raise UserError(f"{config.path} has no training images, but only test images")
-    return parts
+    return train_and_test(parts, config.path)
 
 
 def files_of(path: Path) -> dict[tuple[str, str], Path]:

@@ -4,6 +4,7 @@ Shapes: C channels, H and W pixels.
 """
 
 import importlib.util
+import io
 import warnings
 from pathlib import Path
 
@@ -106,9 +107,13 @@ def _resizing(image: Image.Image, side: int) -> str:
     return f"resized from {image.width}×{image.height} to {side}×{side} pixels"
 
 
-def opened(path: Path) -> tuple[Image.Image, list[str]]:
-    """The image of a file, and remarks. Raises UserError, see `read_image`."""
-    if path.exists() and not path.is_file():
+def opened(path: Path | io.BytesIO, called: str | None = None) -> tuple[Image.Image, list[str]]:
+    """The image of a file, and remarks. Raises UserError, see `read_image`.
+
+    called: what it is in messages, its path if that is not said.
+    """
+    called = called or str(path)
+    if isinstance(path, Path) and path.exists() and not path.is_file():
         raise UserError(f"{path} is no image file")
     try:
         with warnings.catch_warnings():
@@ -118,11 +123,11 @@ def opened(path: Path) -> tuple[Image.Image, list[str]]:
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} cannot be read as an image: {_advice(path)}") from None
+        raise UserError(f"{called} cannot be read as an image: {_advice(path)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{path} cannot be read as an image: {TOO_LARGE}") from None
+        raise UserError(f"{called} cannot be read as an image: {TOO_LARGE}") from None
     except Exception as error:  # Pillow fails in many ways on a damaged file
-        raise UserError(f"{path} cannot be read as an image (PNG, JPEG, …): {error}") from error
+        raise UserError(f"{called} cannot be read as an image (PNG, JPEG, …): {error}") from error
 
 
 def _formats() -> tuple[str, ...]:
@@ -133,15 +138,17 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _advice(path: Path) -> str:
+def _advice(path: Path | io.BytesIO) -> str:
     """What to do about a file that is no image, or of a format that Pillow does not know."""
-    with path.open("rb") as file:
-        start = file.read(12)
+    content = path.read_bytes() if isinstance(path, Path) else path.getvalue()
+    start = content[:12]
+    if not start:
+        return "it is empty"
     if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis"):
         return "save it as JPEG or PNG (AVIF needs Pillow 11.3 or newer)"
     if start[4:8] == b"ftyp":
         return "save it as JPEG or PNG, or pip install pillow-heif"
-    return "save it as JPEG or PNG"
+    return "it is no picture, or of a format that is not read; save it as JPEG or PNG"
 
 
 def _as_paper(opened: Image.Image) -> tuple[Image.Image, list[str]]:

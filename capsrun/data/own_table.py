@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from capsrun.data import files
-from capsrun.data.own_data import Facts, Labelled, check_there, part_named
+from capsrun.data.own_data import Facts, Labelled, check_there, part_named, train_and_test
+from capsrun.data.own_image import opened
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, notice
 from capsrun.terminal import printable
@@ -32,9 +34,9 @@ def look(config: OwnDataConfig) -> Facts:
     """See `own_data.py`."""
     parts = read(config)
     train, test = parts["train"], parts.get("test")
-    counts = len(train.names), len(test.names) if test else 0
     _, channels, *sides = train.images_NCHW.shape
-    return Facts(train.classes, channels, max(sides), counts)
+    tested = len(test.names) if test else 0
+    return Facts(train.classes, channels, max(sides), train.counts, tested)
 
 
 def read(config: OwnDataConfig) -> dict[str, Labelled]:
@@ -45,15 +47,15 @@ def read(config: OwnDataConfig) -> dict[str, Labelled]:
         place = str(path.relative_to(root)) if root.is_dir() else path.name
         for part, labelled in read_file(path, place, path.stat().st_mtime_ns).items():
             found.setdefault(part, []).append(labelled)
-    if "train" not in found:
-        raise UserError(f"{config.path} has no labelled training images")
-    return {part: joined(pieces, config.path) for part, pieces in found.items()}
+    parts = {part: joined(pieces, config.path) for part, pieces in found.items()}
+    return train_and_test(parts, config.path)
 
 
 def joined(pieces: list[Labelled], path: str) -> Labelled:
     """What several files hold of one part. Raises UserError for images of several sizes."""
-    if len({piece.images_NCHW.shape[1:] for piece in pieces}) > 1:
-        raise UserError(f"the files of {path} hold images of several sizes")
+    sizes = {"×".join(map(str, piece.images_NCHW.shape[1:])) for piece in pieces}
+    if len(sizes) > 1:
+        raise UserError(f"the files of {path} hold images of several sizes: {', '.join(sizes)}")
     names = [name for piece in pieces for name in piece.names]
     return Labelled(torch.cat([piece.images_NCHW for piece in pieces]), names, pieces[0].order)
 
@@ -61,7 +63,12 @@ def joined(pieces: list[Labelled], path: str) -> Labelled:
 def files_of(path: Path) -> list[Path]:
     """The file, or those of a folder. Raises UserError where there is none."""
     check_there(path, "file or folder")
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [path]
+    if path.is_dir():  # of which what is hidden is none, nor is what is there uncompressed, too
+        found = [
+            file for file in sorted(path.rglob("*")) if "/." not in f"/{file.relative_to(path)}"
+        ]
+        found = [f for f in found if f.suffix != ".gz" or f.with_suffix("") not in found]
     found = [file for file in found if file.name.lower().endswith(ENDINGS)]
     if not found:
         raise UserError(f"{path} is, or has, no table: {', '.join(ENDINGS)}")
@@ -76,12 +83,13 @@ def read_file(path: Path, place: str, modified: int) -> Mapping[str, Labelled]:
     """
     content = files.read_file(path)
     with files.parsing(path):
-        if path.name.endswith(".npz"):
+        if path.name.lower().endswith(".npz"):
             return parse_npz(content, path)
         part = part_named(place) or "train"
-        if path.name.endswith(".parquet"):
-            return {part: parse_parquet(content, path)}
-        labelled = parse_csv(files.unpacked(path, content), path)
+        if path.name.lower().endswith(".parquet"):
+            labelled = parse_parquet(content, path)
+        else:
+            labelled = parse_csv(files.unpacked(path, content), path)
     return {} if labelled is None else {part: labelled}
 
 
@@ -90,7 +98,8 @@ def parse_csv(content: bytes, path: Path) -> Labelled | None:
 
     The label is in the column that is called so, or in the first one where they have no names.
     """
-    text = content.decode("utf-8-sig")
+    lines = content.decode("utf-8-sig").splitlines()
+    text = "\n".join(line for line in lines if line.strip())
     first = text.partition("\n")[0]
     if not text.strip():
         raise ValueError("it is empty")
@@ -105,7 +114,11 @@ def parse_csv(content: bytes, path: Path) -> Labelled | None:
         notice(f"{path} has no column {' or '.join(LABELS[:3])}, and is left out")
         return None
     pixels = [column for column in range(len(cells)) if column != label]
+    if len(pixels) < 2 or text.count("\n") < has_header:
+        notice(f"{path} holds no images, and is left out")
+        return None
     how: dict[str, Any] = {"delimiter": separator, "skiprows": int(has_header), "ndmin": 2}
+    how["comments"] = None  # a label may be C#
     names = np.loadtxt(io.StringIO(text), str, usecols=[label], quotechar='"', **how)[:, 0]
     values = np.loadtxt(io.StringIO(text), np.float32, usecols=pixels, quotechar='"', **how)
     return labelled_images(values, names, path)
@@ -127,7 +140,7 @@ def parse_npz(content: bytes, path: Path) -> dict[str, Labelled]:
     """
     parts: dict[str, Labelled] = {}
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        for part in ("train", "test", None):
+        for part in ("train", "test", "validation", None):
             keys = [key for key in arrays.files if part_named(key) == part]
             kinds = [kind_of(key) for key in keys]
             if "images" not in kinds or "labels" not in kinds:
@@ -156,10 +169,10 @@ def kind_of(key: str) -> str | None:
     return "images" if words & {*IMAGES} else None
 
 
-def parse_parquet(content: bytes, path: Path) -> Labelled:
+def parse_parquet(content: bytes, path: Path) -> Labelled | None:
     """A row an image: image files as Hugging Face has them, or lists of pixels; and labels.
 
-    Raises UserError without pyarrow.
+    None: without labels, all of them being −1 or missing. Raises UserError without pyarrow.
     """
     try:
         from pyarrow import parquet
@@ -175,29 +188,32 @@ def parse_parquet(content: bytes, path: Path) -> Labelled:
     rows, labels = (table[columns[kind]].to_pylist() for kind in ("images", "labels"))
     info = json.loads((table.schema.metadata or {}).get(FEATURES, "{}"))
     feature = info.get("info", {}).get("features", {}).get(columns["labels"], {})
+    if all(label in (None, -1) for label in labels):
+        notice(f"{path} has no labels, and is left out")
+        return None
     named = feature.get("names", ())
+    for number, label in enumerate(labels):
+        if label is None or (named and label not in range(len(named))):
+            raise UserError(f"row {number} of {path} has the label {label}, which is no class")
     labels = [named[label] for label in labels] if named else labels
     images = [pixels_of(row, number, path) for number, row in enumerate(rows)]
     if len({image.shape for image in images}) > 1:
         raise UserError(
             f"{path} holds images of several sizes; write them out as files for dataset=folder"
         )
+    if images[0].shape[2:] == (3,) and all(np.ptp(image, axis=2).max() == 0 for image in images):
+        images = [image[..., 0] for image in images]  # grey
     return labelled_images(np.stack(images), np.asarray(labels), path)._replace(order=named)
 
 
 def pixels_of(row: Any, number: int, path: Path) -> Array:
     """An image of a row: the bytes of an image file, or its pixels."""
-    from PIL import Image
-
     if isinstance(row, dict):
         row = row.get("bytes")
     if not isinstance(row, bytes):
         return np.asarray(row, np.float32)
-    try:
-        with Image.open(io.BytesIO(row)) as image:
-            return np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except Exception as error:  # Pillow fails in many ways on a damaged file
-        raise UserError(f"image {number} of {path} cannot be read: {error}") from error
+    image, _ = opened(io.BytesIO(row), f"image {number} of {path}")
+    return np.asarray(image)
 
 
 def labelled_images(images: Array, labels: Array, path: Path) -> Labelled:
@@ -216,7 +232,10 @@ def labelled_images(images: Array, labels: Array, path: Path) -> Labelled:
         if not (labels == labels.round()).all():
             raise UserError(f"{path} holds labels that are no whole numbers")
         labels = labels.astype(np.int64)
-    names = [str(label).strip() for label in labels[:, 0].tolist()]
+    # 5.0 is the class 5 in whichever file.
+    names = [re.sub(r"\.0+$", "", f"{label}".strip()) for label in labels[:, 0].tolist()]
+    if "" in names:
+        raise UserError(f"row {names.index('')} of {path}, counted from 0, has no label")
     return Labelled(torch.from_numpy(as_bytes(in_order(images, path), path)), names)
 
 
@@ -243,8 +262,9 @@ def in_order(images: Array, path: Path) -> Array:
 def as_bytes(images: Array, path: Path) -> NDArray[np.uint8]:
     """Pixels of 0 to 255, of whichever type, or from 0 to 1. Raises UserError for others."""
     if images.dtype != np.uint8:
+        images = images.astype(np.float32)
         low, high = float(images.min()), float(images.max())
-        if low >= 0 and high <= 1 and images.dtype.kind == "f":
+        if low >= 0 and high <= 1:  # 0 and 1 are ink and no ink
             images, high = images * 255, high * 255
         if not (low >= 0 and high <= 255):
             raise UserError(

@@ -91,4 +91,4 @@ def made_of(config: DatasetConfig) -> tuple[bool, int | None]:
         drawn = config.drawn and config.channels == 1
         return drawn, round(config.image_px * 20 / 28) if drawn else None
     kind = known(config.source or config.name)
-    return not kind.photos, kind.digit_px
+    return not kind.photos and config.channels == 1, kind.digit_px

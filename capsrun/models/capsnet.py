@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from capsrun.config import CapsNetConfig, RoutingConfig
+from capsrun.config import CapsNetConfig, ModelConfig, RoutingConfig
 from capsrun.experiments import defaults
 from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
@@ -93,7 +93,7 @@ class CapsNet(Layer, nn.Module):
 
     def __init__(
         self,
-        config: CapsNetConfig | None = None,
+        config: ModelConfig | None = None,
         routing: RoutingConfig | None = None,
         image_px: int | None = None,
         channels: int = 1,

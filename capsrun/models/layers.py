@@ -310,7 +310,7 @@ class CapsuleLayer(Layer, nn.Module):
             how = settings.iterations, settings.leaky, settings.detach
             return self.algorithm(votes_BIJD, bias_JD, *how, history)
 
-        with torch.autocast(capsules_BIK.device.type, enabled=False):
+        with fast.without_autocast(capsules_BIK.device):
             poses_BIK = capsules_BIK.to(weights_IKJD.dtype)
             if self.fast and self.algorithm is route and history is None:
                 given = poses_BIK, weights_IKJD, bias_JD, settings

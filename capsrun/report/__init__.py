@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import warnings
 from pathlib import Path
 
 
@@ -14,6 +15,7 @@ def prepare_matplotlib() -> None:
     """
     os.environ["MPLBACKEND"] = "agg"
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class may have any name
     package = importlib.util.find_spec("matplotlib")
     if package is None or package.origin is None:
         return

@@ -23,6 +23,7 @@ GAP_PX = 2  # between the images of a grid, in pixels of an image
 FRAME_MS = 120  # of an animation
 FONT_SIZE = 8
 LINE_INCHES = 0.15  # height of a line of text
+MOST_NAMED_CLASSES = 50  # of a confusion matrix
 LETTER_INCHES = 0.075  # width of a letter, with some room
 # Red, green and blue of the first and the second digit of an image; both together are white. They
 # differ in brightness and hue for every kind of colour vision.
@@ -144,17 +145,19 @@ def confusion_matrix(confusion_JJ: Tensor, class_names: Sequence[str], title: st
     counts = confusion_JJ.numpy()
     mistakes = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     most = max(mistakes.max(), 1)
-    size = 1.8 + 0.5 * len(counts)
+    few = len(counts) <= MOST_NAMED_CLASSES  # more could not be read, and would take minutes
+    size = 1.8 + 0.5 * min(len(counts), MOST_NAMED_CLASSES)
     figure = new_figure(size, size)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     axes.imshow(mistakes, cmap="Oranges", vmin=0, vmax=most)
     for row, column in np.ndindex(*counts.shape):
-        if counts[row, column]:
+        if few and counts[row, column]:
             text = axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center")
             text.set(fontsize=FONT_SIZE, weight="normal" if row == column else "bold")
             text.set_color("white" if mistakes[row, column] > 0.6 * most else "black")
-    places = range(len(class_names))
+    places = range(0, len(class_names), 1 if few else len(class_names) // 20)
+    class_names = [class_names[place] for place in places]
     axes.set_xticks(places, class_names, rotation=45 if max(map(len, class_names)) > 3 else 0)
     axes.set_yticks(places, class_names)
     axes.set_xlabel("predicted")

@@ -10,6 +10,7 @@ from capsrun.compose import group_choices
 from capsrun.data_config import title_of
 from capsrun.errors import UserError
 from capsrun.experiments import Experiments
+from capsrun.names import FOUND
 from capsrun.report import plots
 from capsrun.report.gallery import CURVES, Pictures
 from capsrun.report.rows import Group, Row, grouped, whole_test
@@ -19,7 +20,6 @@ from capsrun.settings import deciding
 from capsrun.terminal import counted
 
 HEADER = ("run", "settings", "tested on", "test error %", *HOW)
-FOUND = ("class_names", "classes", "channels", "image_px", "train_images", "test_images")
 MOST_CURVES = 7  # as many colours as can be told apart
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain types, written whole or not at all, read without running code."""
 
+import errno
 import hashlib
 import io
 import os
@@ -41,7 +42,8 @@ FILE_NAME = "checkpoint.pt"
 MOST_BYTES = 16 * MOST_PARAMETERS
 # What a checkpoint holds at least; see `check_shape`.
 SHAPE: dict[str, Any] = {"config": dict, "step": (int, 0), "model": dict, "optimizer?": dict}
-SHAPE["train_seconds"] = (int | float, 0)
+SHAPE |= {"train_seconds": (int | float, 0), "data?": [str]}
+SHAPE["seen?"] = [{"dataset": dict, "data": [str]}]
 
 
 # What decides which of the images of a data set are tested on.
@@ -59,9 +61,12 @@ class Trained(NamedTuple):
     train_seconds: float
     finished: bool
     """Whether these were all that the run was to make."""
+    seen: tuple[dict[str, Any], ...] = ()
+    """What its weights were trained on, the last first: of each the settings of the `dataset`, and
+    as `data` the MD5 of each file that nobody vouches for."""
 
     def __repr__(self) -> str:
-        of = f"{self.config.model.name}, trained on {self.config.dataset.name}"
+        of = f"{self.config.model.name}, trained on {self.config.dataset.title}"
         return f"Trained({of}: {self.step:,} steps, {'' if self.finished else 'not '}finished)"
 
 
@@ -94,9 +99,10 @@ def read_checkpoint(path: Path, shape: Mapping[str, Any] = {}) -> dict[str, Any]
                     raise ValueError("a checksum does not fit")
         with warnings.catch_warnings(action="ignore"):  # of PyTorch, about other files
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load fails in many ways on a damaged or hostile file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a short file gives
+            why = error.strerror or error
+            raise UserError(f"checkpoint {path} cannot be read: {why}") from error
         kind = kind_of_file(path)
         text = f"{path} is no checkpoint of capsrun but {kind}; nothing in it was run"
         if kind is None:
@@ -213,7 +219,9 @@ def load_checkpoint(
     model.load_state_dict(weights)
     model.to(place).eval()
     finished = checkpoint["optimizer"] is None
-    return Trained(model, config, checkpoint["step"], checkpoint["train_seconds"], finished)
+    made = checkpoint["step"], checkpoint["train_seconds"], finished
+    last = {"dataset": vars(config.dataset), "data": checkpoint.get("data") or []}
+    return Trained(model, config, *made, (last, *(checkpoint.get("seen") or ())))
 
 
 def load_weights(model: Model, weights: Any, path: Path) -> None:
@@ -255,25 +263,22 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
     ours, theirs = (
         (d.channels, d.image_px, d.image_px, d.classes) for d in (dataset, trained.dataset)
     )
-    instead = f"train one for such images (`{train_command(dataset, split)}`), or test this one on "
-    instead += shlex.join(dataset_words(trained.dataset) or ["dataset=mnist"])
     if ours != theirs:
         text = "the checkpoint is of a model for images of {}×{}×{} and {} classes (trained on {})"
         text += ", but dataset={} has {}×{}×{} and {}; {}"
-        raise UserError(text.format(*theirs, trained.dataset.name, dataset.name, *ours, instead))
+        raise UserError(
+            text.format(
+                *theirs, trained.dataset.name, dataset.name, *ours, instead(dataset, trained, split)
+            )
+        )
     if dataset.digits != trained.dataset.digits:
         counts = {1: "one digit", 2: "two digits"}
         raise UserError(
             f"the model was trained on images of {counts[trained.dataset.digits]} "
             f"({trained.dataset.name}), but those of dataset={dataset.name} have "
-            f"{counts[dataset.digits]}; {instead}"
+            f"{counts[dataset.digits]}; {instead(dataset, trained, split)}"
         )
-    names = class_names(dataset), class_names(trained.dataset)
-    if isinstance(dataset, OwnDataConfig) and names[0] != names[1]:
-        raise UserError(
-            f"the classes of {dataset.path} are {', '.join(names[0])}, but the model was trained "
-            f"on {', '.join(names[1])}; {instead}"
-        )
+    refuse_other_classes(dataset, trained, split)
     ours_from, theirs_from = (origin(d) for d in (dataset, trained.dataset))
     if split == "test" and is_part_of(dataset, trained.dataset):
         raise UserError(
@@ -300,6 +305,23 @@ def check_dataset(dataset: DatasetConfig, trained: TrainConfig, split: str) -> N
         usual, wanted = ours_from == theirs_from, dataset.path
     if not usual:
         notice(f"this model was trained on {trained.dataset.title}, not on {wanted}")
+
+
+def refuse_other_classes(dataset: DatasetConfig, trained: TrainConfig, split: str) -> None:
+    """Raise UserError for images of one's own of other classes than a model was trained on."""
+    ours, theirs = class_names(dataset), class_names(trained.dataset)
+    if isinstance(dataset, OwnDataConfig) and ours != theirs:
+        raise UserError(
+            f"the classes of {dataset.path} are {', '.join(ours)}, but the model was trained on "
+            f"{', '.join(theirs)}; {instead(dataset, trained, split)}"
+        )
+
+
+def instead(dataset: DatasetConfig, trained: TrainConfig, split: str) -> str:
+    """What can be done where a model is not for the images of a data set."""
+    others = shlex.join(dataset_words(trained.dataset) or ["dataset=mnist"])
+    command = train_command(dataset, split)
+    return f"train one for such images (`{command}`), or test this one on {others}"
 
 
 def origin(dataset: DatasetConfig) -> str:

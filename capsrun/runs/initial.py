@@ -1,11 +1,14 @@
 """The weights that a new run begins with, where they are those of another one."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from capsrun.config import DatasetConfig, TrainConfig
+from capsrun.config import TrainConfig
 from capsrun.data import is_part_of
 from capsrun.data.files import md5_of
+from capsrun.data_config import DatasetConfig, dataset_schema
 from capsrun.errors import UserError, notice
 from capsrun.models import Model
 from capsrun.names import must_match
@@ -13,19 +16,30 @@ from capsrun.runs.checkpoint import OF_THE_SAME, find_checkpoint, load_checkpoin
 from capsrun.terminal import counted, printable
 
 
-def begin_with_weights(model: Model, config: TrainConfig, checkpoint: Path) -> str | None:
+class Initial(NamedTuple):
+    """What a run began with."""
+
+    md5: str | None = None
+    """Of the file of its weights; None: they were drawn."""
+    seen: tuple[dict[str, Any], ...] = ()
+    """What these were trained on; see `Trained.seen`."""
+
+
+def begin_with_weights(
+    model: Model, config: TrainConfig, data: Sequence[str], checkpoint: Path
+) -> Initial:
     """Put the weights of `config.init` into the layers that they fit; say which these are.
 
-    checkpoint: the run's own; where it exists, the run goes on with that, and nothing is read.
-    Returns the MD5 of their file, or None where there is nothing to do. Raises UserError for
-    weights that cannot be used, that fit no layer but the decoder's, or whose training has seen
-    the images of the test.
+    data: see `Dataset.unverified`. checkpoint: the run's own; where it exists, the run goes on with
+    that, and nothing is read. Raises UserError for weights that cannot be used, that fit no layer
+    but the decoder's, or whose training has seen the images of the test.
     """
     if config.init is None or checkpoint.exists():
-        return None
+        return Initial()
     file = find_checkpoint(config.init)
     trained = load_checkpoint(file)
-    refuse_seen_images(config.dataset, trained.config.dataset)
+    refuse_seen_images(config.dataset, data, trained.seen, "init=…")
+    tell_of_held_out(config.dataset, trained.config.dataset)
     ours, theirs = model.state_dict(), trained.model.state_dict()
     layers = dict.fromkeys(map(layer_of, ours))
     fits = {key: key in theirs and theirs[key].shape == ours[key].shape for key in ours}
@@ -41,7 +55,7 @@ def begin_with_weights(model: Model, config: TrainConfig, checkpoint: Path) -> s
     of = f"{file}, after {counted(trained.step, 'step')}"
     which = f"{', '.join(taken)}; begun anew: {', '.join(anew)}" if anew else "all layers"
     print(printable(f"begins with the weights of {of}: {which}"))
-    return md5_of(file.read_bytes())
+    return Initial(md5_of(file.read_bytes()), trained.seen)
 
 
 def layer_of(key: str) -> str:
@@ -49,27 +63,45 @@ def layer_of(key: str) -> str:
     return re.sub("[._](weight|bias)$", "", key)
 
 
-def refuse_seen_images(dataset: DatasetConfig, seen: DatasetConfig) -> None:
-    """Refuse test images among those that weights were trained on; tell of held-out ones.
+def refuse_seen_images(
+    dataset: DatasetConfig, data: Sequence[str], seen: Iterable[Mapping[str, Any]], what: str
+) -> None:
+    """Raise UserError for test images that weights were trained on, or may have been.
 
-    seen: what the weights were trained on.
+    data: see `Dataset.unverified`. seen: see `Trained.seen`. what: was trained, for the message.
     """
-    ours, theirs = map(origin, (dataset, seen))
-    if is_part_of(dataset, seen):
-        raise UserError(
-            f"the test images of {ours} are training images of {theirs}, on which the weights of "
-            f"init=… were trained, so its test error would say nothing; train on "
-            f"dataset={seen.name}, or begin with other weights"
-        )
-    drawn_by = [key for key in must_match(dataset, "test") if key in OF_THE_SAME]
-    differing = [key for key in drawn_by if getattr(dataset, key) != getattr(seen, key, None)]
-    if ours == theirs and differing:
-        said = " ".join(f"dataset.{key}={getattr(seen, key, None)}" for key in differing)
-        raise UserError(
-            "other test images are drawn here than where the weights of init=… were trained, which "
-            f"have seen some of these: say {said}"
-        )
+    for entry in seen:
+        earlier = dataset_schema(entry["dataset"])(**entry["dataset"])
+        if is_part_of(dataset, earlier):
+            raise UserError(
+                f"the test images of {dataset.source or dataset.name} are training images of "
+                f"{earlier.source or earlier.name}, on which {what} was trained, so the test error "
+                f"would say nothing; take dataset={earlier.name}, or other weights"
+            )
+        if origin(dataset) != origin(earlier):
+            continue
+        drawn_by = [key for key in must_match(dataset, "test") if key in OF_THE_SAME]
+        differing = [
+            key for key in drawn_by if getattr(dataset, key) != getattr(earlier, key, None)
+        ]
+        if differing:
+            said = " ".join(f"dataset.{key}={getattr(earlier, key, None)}" for key in differing)
+            raise UserError(
+                f"other test images are drawn here than where {what} was trained, which has seen "
+                f"some of these: say {said}"
+            )
+        if getattr(dataset, "test_percent", 0) and entry["data"] and entry["data"] != list(data):
+            raise UserError(
+                f"the images of {dataset.title} are not those that {what} was trained on any more, "
+                "and some that would be tested on now may be among these; bring the old ones back, "
+                "or give folders (or files) train and test"
+            )
+
+
+def tell_of_held_out(dataset: DatasetConfig, seen: DatasetConfig) -> None:
+    """Say where images that are held out were trained on before, on the data set `seen`."""
     held_out = [(d.validation, d.split_seed) for d in (dataset, seen)]
+    ours, theirs = map(origin, (dataset, seen))
     shared = is_part_of(seen, dataset) or (ours == theirs and held_out[0] != held_out[1])
     if dataset.validation and shared:
         notice(

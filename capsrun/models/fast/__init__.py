@@ -8,7 +8,9 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 D output dimension.
 """
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,13 @@ ROUTED_AT_ONCE_ON_CPU = 8
 def _on_cpu(tensor: Tensor) -> bool:
     # What is compiled, exported or transformed consists of PyTorch's operations only.
     return tensor.device.type == "cpu" and not is_traced()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the precision of what is given, whatever the code around asks for."""
+    if not torch.amp.is_autocast_available(device.type):  # on "meta"
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def conv2d(layer: nn.Conv2d, images_BCHW: Tensor, fast: bool) -> Tensor:
