@@ -104,7 +104,7 @@ def test_a_model_that_computes_in_the_fastest_way_is_exported_plainly():
     model = exportable("two-digits")
     plain = model(model.example(9))
     longest = plain["lengths"].topk(2).indices.sort(1).values
-    drawn = model.model.decode_all(plain["capsules"], longest)
+    drawn = model.model.decode(plain["capsules"], longest)
     assert torch.equal(plain["reconstructions"], drawn)
     to_device(model.model, torch.device("cpu"), fast=True)
     assert model.model.fast

@@ -322,3 +322,29 @@ def test_a_frequency_domain_of_maps_that_are_not_square():
         plain = F.conv2d(maps, primary.weight, stride=2)
         ours = fast.relu_conv2d(maps, primary.weight, 2, True, frequency)
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_on_another_device_is_refused_in_one_sentence():
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    lengths, images = torch.rand(2, 3), torch.rand(2, 1, 8, 8)
+    calls = [
+        lambda: capsrun.Decoder(3, 5, 8)(torch.zeros(2, 3, 5), labels),
+        lambda: capsrun.margin_loss(lengths, labels),
+        lambda: capsrun.margin_loss(lengths, (lengths > 0.5).to("meta")),
+        lambda: capsrun.reconstruction_loss(images, images.to("meta")),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"on meta, and not on cpu: \w+\.to\(…\)"):
+            call()
+
+
+def test_networks_without_memory_tell_their_shapes():
+    layer = capsrun.CapsuleLayer(6, 4, 3, 5).to("meta")
+    assert layer(torch.zeros(2, 6, 4, device="meta")).shape == (2, 3, 5)
+
+
+def test_constants_of_another_kind_are_refused():
+    lengths = torch.rand(2, 3)
+    for config in (capsrun.training_config(), 3):
+        with pytest.raises(ValueError, match=r"training_config\(…\)\.loss"):
+            capsrun.margin_loss(lengths, torch.tensor([0, 1]), config)

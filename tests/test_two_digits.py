@@ -279,7 +279,7 @@ def test_eval_and_perturb_two_digits(pairs_run, tmp_path, capsys, monkeypatch, p
     result = json.loads((tmp_path / "eval-multimnist-test" / "result.json").read_text())
     assert result["almost_correct"] > 0
     lines = printed("perturb", *tested[1:], "perturb.digit=3")
-    assert Image.open(lines[0]).width > 11 * 36 * 2
+    assert Image.open(lines[1]).width > 11 * 36 * 2
 
 
 def test_both_digits_of_an_own_image_are_named(in_tmp, printed):
@@ -294,7 +294,7 @@ def test_both_digits_of_an_own_image_are_named(in_tmp, printed):
         model = load_checkpoint("model.pt").model
         lengths = model(torch.from_numpy(pixels)[None, None] / 255).lengths_BJ[0]
     (first, second), seen = (values.tolist() for values in lengths.topk(2))
-    assert lines[0] == (
+    assert lines[1] == (
         f"pair.png: looks most like class {seen[0]} (capsule length {first:.2f}) and "
         f"class {seen[1]} (capsule length {second:.2f})"
     )

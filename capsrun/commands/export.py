@@ -93,7 +93,7 @@ class Exportable(nn.Module):
     def reconstruct(self, capsules_BJD: Tensor, lengths_BJ: Tensor) -> Tensor:
         """Draw the T classes of the greatest lengths, each from its capsule: (B, T, C, H, W)."""
         assert isinstance(self.model, CapsNet)
-        return self.model.decode_all(capsules_BJD, predicted_classes(lengths_BJ, self.digits))
+        return self.model.decode(capsules_BJD, predicted_classes(lengths_BJ, self.digits))
 
     def example(self, batch: int) -> Tensor:
         """Images (B, C, H, W), always the same: random pixels, most of them dark, as in ink."""

@@ -219,7 +219,7 @@ def predict(
         seen_BT = predicted_classes(scores_BJ, dataset.digits)
         drawn = [None] * len(read)
         if isinstance(model, CapsNet) and model.decoder is not None:
-            drawn_BTCHW = model.decode_all(model.encode(seen_BCHW), seen_BT)
+            drawn_BTCHW = model.decode(model.encode(seen_BCHW), seen_BT)
             drawn = list(drawn_BTCHW.sum(1).clamp(max=1).cpu())
         for number, (path, pixels_CHW, remarks) in enumerate(read):
             *seen, second = order_BJ[number, : dataset.digits + 1].tolist()

@@ -197,18 +197,15 @@ class CapsNet(Layer, nn.Module):
         """
         return self.digitcaps(self.primary_poses(images_BCHW), history)
 
-    def decode(self, capsules_BJD: Tensor, labels_B: Tensor) -> Tensor:
-        """Draw each image's `labels_B` class from its capsule, all others masked out (§4.1).
+    def decode(self, capsules_BJD: Tensor, labels: Tensor) -> Tensor:
+        """Draw the classes `labels`, each from its capsule, all others masked out (§4.1).
 
-        Returns images (B, C, H, W) with pixels in [0, 1]. Raises ValueError without a decoder.
+        Of labels (B,) images (B, C, H, W), of (B, T) images (B, T, C, H, W), one a class, with
+        pixels in [0, 1]. Raises ValueError without a decoder.
         """
         if self.decoder is None:
             raise ValueError("this CapsNet was made without a decoder (reconstruction=false)")
-        return self.decoder(capsules_BJD, labels_B)
-
-    def decode_all(self, capsules_BJD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Draw each of the `labels_BT` classes by itself: (B, T, C, H, W); see `decode`."""
-        return self.decode(capsules_BJD, labels_BT)
+        return self.decoder(capsules_BJD, labels)
 
     def forward(
         self,
@@ -222,10 +219,10 @@ class CapsNet(Layer, nn.Module):
         Raises ValueError for images and labels that this network was not made for.
         """
         if labels_BT is not None:
-            check_labels(labels_BT, images_BCHW.shape[0], self.classes)
+            check_labels(labels_BT, images_BCHW.shape[0], self.classes, self.conv1.weight)
         capsules_BJD = self.encode(images_BCHW)
         lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
         reconstructions = None
         if labels_BT is not None and self.decoder is not None:
-            reconstructions = self.decode_all(capsules_BJD, labels_BT)
+            reconstructions = self.decode(capsules_BJD, labels_BT)
         return CapsNetOutput(capsules_BJD, lengths_BJ, reconstructions)

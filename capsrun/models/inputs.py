@@ -102,6 +102,7 @@ def check_same_shape(reconstructions: Tensor, targets: Tensor) -> None:
     """Raise ValueError for images that cannot be compared pixel by pixel."""
     _check_tensor("reconstructions", reconstructions)
     _check_tensor("targets", targets)
+    check_place("targets", targets, reconstructions)
     if reconstructions.shape != targets.shape or targets.dim() < 2:
         shapes = f"{tuple(reconstructions.shape)}, but targets of {tuple(targets.shape)}"
         raise ValueError(f"reconstructions of shape {shapes}: they are to have the same")
@@ -117,9 +118,13 @@ def one_or_several(labels: Tensor) -> Tensor:
     return labels[:, None] if isinstance(labels, Tensor) and labels.dim() == 1 else labels
 
 
-def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
-    """Raise ValueError for labels that are not the classes (B, T) of the digits in each image."""
+def check_labels(labels_BT: Tensor, batch: int, classes: int, like: Tensor) -> None:
+    """Raise ValueError for labels that are not the classes (B, T) of the digits in each image.
+
+    like: what they belong to, on whose device they are to be.
+    """
     _check_tensor("labels", labels_BT)
+    check_place("labels", labels_BT, like)
     if labels_BT.dim() != 2 or labels_BT.shape[0] != batch or not labels_BT.shape[1]:
         hint = "; of one digit an image they are labels[:, None]" if labels_BT.dim() == 1 else ""
         raise ValueError(
@@ -139,6 +144,12 @@ def check_labels(labels_BT: Tensor, batch: int, classes: int) -> None:
             "labels that name a class twice in one image: one-hot labels become classes by "
             "labels.argmax(1, keepdim=True)"
         )
+
+
+def check_place(name: str, given: Tensor, like: Tensor) -> None:
+    """Raise ValueError for a tensor that is on another device than what it belongs to."""
+    if given.device != like.device:
+        raise ValueError(f"{name} on {given.device}, and not on {like.device}: {name}.to(…)")
 
 
 def _check_tensor(name: str, given: object) -> None:

@@ -382,7 +382,7 @@ class Decoder(Layer, nn.Sequential):
         """Draw the classes `labels`, (B,) or (B, T), each from its capsule alone."""
         check_capsules(capsules_BJD, self.inputs, self.input_dim, self[0].weight)
         labels_BT = one_or_several(labels)
-        check_labels(labels_BT, capsules_BJD.shape[0], self.inputs)
+        check_labels(labels_BT, capsules_BJD.shape[0], self.inputs, capsules_BJD)
         drawn = [self._draw(capsules_BJD, labels_B) for labels_B in labels_BT.unbind(1)]
         return torch.stack(drawn, dim=1) if labels.dim() == 2 else drawn[0]
 

@@ -208,7 +208,7 @@ def displayed(images_BCHW: Tensor) -> Tensor:
 @torch.inference_mode()
 def reconstruct(model: CapsNet, images_BCHW: Tensor, labels_BT: Tensor) -> Tensor:
     """What the decoder draws for each of the given classes: (B, T, C, H, W)."""
-    return model.decode_all(model.encode(images_BCHW), labels_BT)
+    return model.decode(model.encode(images_BCHW), labels_BT)
 
 
 def reconstruction_grid(model: CapsNet, split: Split, class_names: Sequence[str]) -> Figure:

@@ -13,7 +13,13 @@ from capsrun.config import CrossEntropyConfig, LossConfig, MarginLossConfig
 from capsrun.experiments import defaults
 from capsrun.models import CNNOutput, Output
 from capsrun.models.capsnet import CapsNetOutput
-from capsrun.models.inputs import check_labels, check_lengths, check_same_shape, one_or_several
+from capsrun.models.inputs import (
+    check_labels,
+    check_lengths,
+    check_place,
+    check_same_shape,
+    one_or_several,
+)
 
 
 class Losses(NamedTuple):
@@ -53,7 +59,7 @@ def margin_loss(
     >>> capsrun.margin_loss(lengths, present, config)
     tensor(0.0450)
     """
-    config = paper_loss() if config is None else config
+    config = constants(config)
     check_lengths(lengths_BJ)
     present_BJ = _presence(present, lengths_BJ)
     missed = F.relu(config.margin_present - lengths_BJ).square()
@@ -63,11 +69,18 @@ def margin_loss(
     return config.margin_factor * losses_B.mean()
 
 
-def paper_loss() -> MarginLossConfig:
-    """The constants of the paper's text: those of `configs/loss/paper.yaml`."""
-    config = defaults("loss=paper").loss
-    assert isinstance(config, MarginLossConfig)
-    return config
+def constants(config: MarginLossConfig | None) -> MarginLossConfig:
+    """Those that are given, or of the paper's text: `configs/loss/paper.yaml`.
+
+    Raises ValueError for others.
+    """
+    found = defaults("loss=paper").loss if config is None else config
+    if not isinstance(found, MarginLossConfig):
+        raise ValueError(
+            f"config is {type(found).__name__}: it is to be the `loss` of a configuration with "
+            "capsules, training_config(…).loss"
+        )
+    return found
 
 
 def _presence(present: Tensor, lengths_BJ: Tensor) -> Tensor:
@@ -75,13 +88,14 @@ def _presence(present: Tensor, lengths_BJ: Tensor) -> Tensor:
     batch, classes = lengths_BJ.shape
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         labels_BT = one_or_several(present)
-        check_labels(labels_BT, batch, classes)
+        check_labels(labels_BT, batch, classes, lengths_BJ)
         if classes > 1 and labels_BT.shape[1] == classes:
             raise ValueError(
                 f"as many labels as classes, {classes}, of each image: one flag a class is to be "
                 "boolean, present.bool()"
             )
         return class_presence(labels_BT, classes)
+    check_place("present", present, lengths_BJ)
     if present.shape != lengths_BJ.shape:
         raise ValueError(
             f"present is a mask of shape {tuple(present.shape)}: it is to have that of the lengths "
@@ -105,7 +119,7 @@ def reconstruction_loss(
     >>> capsrun.reconstruction_loss(drawn, images)  # 0.0005 · 28 · 28 · 0.5²
     tensor(0.0980)
     """
-    config = paper_loss() if config is None else config
+    config = constants(config)
     check_same_shape(reconstructions, targets)
     difference = (reconstructions - targets).square().flatten(1).sum(1).mean()
     return config.reconstruction_weight * difference

@@ -123,7 +123,7 @@ def score_split(
             predicted_BT = predicted_classes(scores_BJ, split.digits)
             if mask is not None and first.decoder is not None:
                 shown_BT = batch.labels_BT if mask == "label" else predicted_BT
-                drawn_BTCHW = first.decode_all(outputs[0].capsules_BJD, shown_BT)
+                drawn_BTCHW = first.decode(outputs[0].capsules_BJD, shown_BT)
                 difference = drawn_BTCHW - batch.targets_BTCHW
                 squared_errors.append(difference.square().flatten(1).sum(1))
         labels.append(batch.labels_BT)
