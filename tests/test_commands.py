@@ -92,7 +92,7 @@ def test_commands_write_beside_the_default_checkpoint(tiny_run, in_tmp, printed,
     assert f"page: {folder.relative_to(in_tmp) / 'index.html'}" in lines
     assert lines[-1].endswith(" of 70)")
     lines = printed("perturb", "dataset=mnist5k", "perturb.digit=5")
-    assert (in_tmp / lines[0]).exists()
+    assert (in_tmp / lines[1]).exists()
     assert "images is 0" in refused("eval", "dataset=mnist5k", "images=0")
 
 

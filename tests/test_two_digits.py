@@ -298,7 +298,7 @@ def test_both_digits_of_an_own_image_are_named(in_tmp, printed):
         f"pair.png: looks most like class {seen[0]} (capsule length {first:.2f}) and "
         f"class {seen[1]} (capsule length {second:.2f})"
     )
-    assert lines[1].endswith(f"_as_{seen[0]}.png")
+    assert lines[2].endswith(f"_as_{seen[0]}.png")
 
 
 # Stopping at an accuracy
