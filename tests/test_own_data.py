@@ -606,7 +606,7 @@ def test_odd_names_and_sizes_of_classes(tmp_path):
     root = folder(tmp_path / "p", {"${x}": 2, "b": 2})
     assert "a class cannot be called ${x}" in message_of("folder", root)
     assert load("folder", root, "dataset.class_names=[a,b]").class_names == ("a", "b")
-    assert "say dataset.image_px=28" in message_of("folder", root, "dataset.image_px=0")
+    assert "as in dataset.image_px=28" in message_of("folder", root, "dataset.image_px=0")
 
 
 def test_labels_that_csv_readers_stumble_over(tmp_path):

@@ -83,7 +83,7 @@ def found(config: OwnDataConfig) -> OwnDataConfig:
 
     Raises UserError for what cannot be used, and for settings that do not fit.
     """
-    if config.train_images:  # it was found out before
+    if config.train_images and config.class_names and config.channels and config.image_px:
         return config
     facts = _of_kind("look", config)
     names = config.class_names or facts.class_names
@@ -100,7 +100,7 @@ def found(config: OwnDataConfig) -> OwnDataConfig:
     if len(set(names)) != len(names):
         raise UserError("dataset.class_names names a class twice")
     if not (config.image_px or facts.image_px):
-        raise UserError("pictures have no size of their own: say dataset.image_px=28, say")
+        raise UserError("pictures have no size of their own: say it, as in dataset.image_px=28")
     for name in names:
         if "${" in name:
             raise UserError(f"a class cannot be called {name}: rename it, or dataset.class_names=…")
