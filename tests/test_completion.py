@@ -127,7 +127,7 @@ def test_paths_are_offered_where_a_setting_is_one(home):
     for name in ("five.png", "model.pt", "notes.txt"):
         (home / name).touch()
     for typed, values in {
-        "eval checkpoint=": ["data/", "model.pt", "runs/"],
+        "eval checkpoint=": ["data/", "model.pt", "runs/", "small"],
         "eval checkpoint=r": ["runs/"],
         "eval checkpoint=runs/": ["runs/a b/"],
         "eval ensemble=[model.pt,mo": ["[model.pt,model.pt]"],

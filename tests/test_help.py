@@ -18,7 +18,9 @@ def rows(text):
 def test_every_setting_says_what_it_means(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = command_help(command, *COMMANDS[command], [])
-    assert text.startswith(f"Usage: capsrun {command} [key=value …]: {COMMANDS[command].summary}\n")
+    takes = " IMAGE|FOLDER …" if command == "predict" else ""
+    summary = COMMANDS[command].summary
+    assert text.startswith(f"Usage: capsrun {command}{takes} [key=value …]: {summary}\n")
     for group in group_choices(command):
         assert f"\n  {group}" in text
     said = rows(text.partition("Settings:")[2])
