@@ -34,7 +34,7 @@ $(SWEEPS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps hydra-ray-launcher
 	@touch $@
 
-quickstart: $(INSTALLED) ## train, test and look into a small CapsNet, on 5,000 real digits (no download, 2 to 3 minutes)
+quickstart: $(INSTALLED) ## train, test and look into a small CapsNet, on 5,000 real digits (no download, 2 to 5 minutes)
 	$(CAPSRUN) train dataset=mnist5k model=capsnet_small recipe.epochs=20 name=quickstart
 	$(CAPSRUN) eval dataset=mnist5k checkpoint=runs/quickstart/seed0
 	$(CAPSRUN) perturb dataset=mnist5k checkpoint=runs/quickstart/seed0
