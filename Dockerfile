@@ -12,6 +12,6 @@ COPY . /capsrun
 RUN pip install --no-cache-dir '/capsrun[samples,export]'
 
 # What is read and written lies in the folder that is mounted here: data/, runs/, and the compiled steps.
-WORKDIR /work
-ENV HOME=/work/.home
+WORKDIR /files
+ENV HOME=/files/.home
 ENTRYPOINT ["capsrun"]

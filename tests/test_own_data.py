@@ -145,20 +145,20 @@ def test_mixed_modes_and_sizes_are_brought_to_one(tmp_path):
 
 
 def test_thousands_of_tiny_pictures_and_a_huge_one(tmp_path):
-    root = folder(tmp_path / "p", {"a": 300, "b": 300}, size=(3, 2))
+    root = folder(tmp_path / "p", {"a": 1000, "b": 1000}, size=(3, 2))
     Image.new("L", (6000, 4000), 200).save(root / "a/huge.jpg")
     Image.new("L", (20, 20), 200).resize((6000, 4000)).save(root / "b/huge.png")
     message = message_of("folder", root)
     assert "nothing in it stands out" in message  # it has one shade only
     data = load("folder", root, "dataset.faulty=skip")
-    assert len(data.train) + len(data.test) == 600
+    assert len(data.train) + len(data.test) == 2000
     for path in (root / "a/huge.jpg", root / "b/huge.png"):
         image = Image.new("L", (6000, 4000), 200)
         image.paste(0, (100, 100, 4000, 500))
         image.save(path)
     (root / "b/huge.png").unlink()
     data = load("folder", root)
-    assert len(data.train) + len(data.test) == 601
+    assert len(data.train) + len(data.test) == 2001
 
 
 def test_the_same_picture_twice_is_on_one_side(tmp_path):

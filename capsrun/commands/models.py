@@ -38,13 +38,14 @@ from capsrun.runs.recorder import show_in_tensorboard
 from capsrun.terminal import counted, printable
 
 
-def announce(checkpoint: Path, trained: Trained, text: str, done: str) -> None:
+def announce(
+    checkpoint: Path, trained: Trained, text: str, done: str, stream: TextIO | None = None
+) -> None:
     """Say which model is used, and whether its run is unfinished. done: what is done with it."""
-    print(printable(f"{checkpoint}: {text}"))
+    print(printable(f"{checkpoint}: {text}"), file=stream)
     if not trained.finished:
-        print(
-            f"this run is not finished: its model after {counted(trained.step, 'step')} is {done}"
-        )
+        after = counted(trained.step, "step")
+        print(f"this run is not finished: its model after {after} is {done}", file=stream)
 
 
 def find_or_packaged(config: PerturbConfig | ExploreConfig | PredictConfig) -> Path:
@@ -75,15 +76,11 @@ def say_network(checkpoint: Path, trained: Trained, stream: TextIO | None = None
         print(f"network: {about_packaged()}", file=stream)
         return
     result = read_result(checkpoint.with_name(RESULT))
-    text = f"{checkpoint}: {trained.config.model.name}, trained on {trained.config.dataset.title}"
+    text = f"{trained.config.model.name}, trained on {trained.config.dataset.title}"
     if result is not None and result.command == "train":
         values = result.values
         text += f", {answer('test', values['errors'], values['count'])}"
-    print(printable(text), file=stream)
-    if not trained.finished:
-        print(
-            f"its run is not finished: this is after {counted(trained.step, 'step')}", file=stream
-        )
+    announce(checkpoint, trained, text, "used", stream)
 
 
 def load_test_images(config: CheckpointConfig, trained: Trained, device: torch.device) -> Dataset:

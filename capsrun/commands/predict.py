@@ -41,7 +41,6 @@ from capsrun.runs.checkpoint import Trained, load_checkpoint, output_folder
 from capsrun.runs.progress import bar
 from capsrun.terminal import counted, printable
 from capsrun.training.device import resolve_device
-from capsrun.training.metrics import predicted_classes
 from capsrun.training.step import to_device
 
 # So many images are classified at once.
@@ -73,7 +72,6 @@ class Prediction:
     """The next one."""
     drawn_CHW: Tensor | None
     """What the decoder makes of the classes that are seen."""
-
     usual_error: float | None
     """By how much drawings of test images miss them, in squares; None: not known."""
 
@@ -214,12 +212,12 @@ def predict(
             continue
         pixels_BCHW = torch.stack([pixels for _, pixels, _ in read]).to(device)
         seen_BCHW = standardise(pixels_BCHW) if dataset.standardise else pixels_BCHW
-        scores_BJ = model(seen_BCHW).scores_BJ
+        output = model(seen_BCHW)
+        scores_BJ = output.scores_BJ
         order_BJ = scores_BJ.argsort(dim=1, descending=True, stable=True)
-        seen_BT = predicted_classes(scores_BJ, dataset.digits)
         drawn = [None] * len(read)
         if isinstance(model, CapsNet) and model.decoder is not None:
-            drawn_BTCHW = model.decode(model.encode(seen_BCHW), seen_BT)
+            drawn_BTCHW = model.decode(output.capsules_BJD, order_BJ[:, : dataset.digits])
             drawn = list(drawn_BTCHW.sum(1).clamp(max=1).cpu())
         for number, (path, pixels_CHW, remarks) in enumerate(read):
             *seen, second = order_BJ[number, : dataset.digits + 1].tolist()

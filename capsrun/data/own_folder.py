@@ -16,6 +16,7 @@ from capsrun.data.own_data import Facts, Labelled, check_there, natural, train_a
 from capsrun.data.own_image import opened, read_image
 from capsrun.data_config import OwnDataConfig
 from capsrun.errors import UserError, notice
+from capsrun.settings import is_encodable
 from capsrun.terminal import counted, printable
 
 # Other files in a folder, notes and thumbnails say, are no pictures.
@@ -136,7 +137,7 @@ def classes_of(folder: Path, root: Path, faulty: str) -> dict[str, tuple[Path, .
     for path in visible(folder):
         if not path.is_dir() or leads_out(path, root, faulty):
             continue
-        if path.name.encode(errors="replace").decode() != path.name:
+        if not is_encodable(path.name):
             raise UserError(
                 f"the folder {printable(str(path))} has a name that is no text in UTF-8, and is to "
                 "be a class: rename it"
