@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from capsrun.library import load_dataset, save_checkpoint, training_config
     from capsrun.models.authors import load_authors_weights
     from capsrun.models.capsnet import CapsNet
-    from capsrun.models.layers import CapsuleLayer, Decoder, PrimaryCaps
+    from capsrun.models.dynamic import CapsuleLayer
+    from capsrun.models.layers import Decoder, PrimaryCaps
     from capsrun.models.routing import capsule_votes, coupling_coefficients, route, squash
     from capsrun.runs.checkpoint import load_checkpoint
     from capsrun.training.losses import margin_loss, reconstruction_loss
@@ -50,7 +51,7 @@ __all__ = [
 # Where each name is found once it is asked for: `capsrun --help` needs none of them, nor PyTorch.
 _MODULES = {
     "CapsNet": "capsrun.models.capsnet",
-    "CapsuleLayer": "capsrun.models.layers",
+    "CapsuleLayer": "capsrun.models.dynamic",
     "Decoder": "capsrun.models.layers",
     "PrimaryCaps": "capsrun.models.layers",
     "capsule_votes": "capsrun.models.routing",

@@ -9,12 +9,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from capsrun.compose import EITHER, compose, group_choices, quoted
-from capsrun.config import CapsNetConfig, ModelConfig, TrainConfig
+from capsrun.config import TrainConfig
 from capsrun.data import found
 from capsrun.data.sets import DATASETS, known
 from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.disk import read_json
 from capsrun.errors import UserError
+from capsrun.model_config import CapsNetConfig, ModelConfig
 from capsrun.settings import differing_keys, from_dict, role
 from capsrun.yaml_files import chosen_files, keys_of, own_option
 

@@ -17,21 +17,24 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from capsrun.config import (
+from capsrun.config import RecipeConfig, TrainConfig
+from capsrun.data_config import DatasetConfig, OwnDataConfig
+from capsrun.errors import UserError, did_you_mean
+from capsrun.fields import LIMITS, is_text
+from capsrun.model_config import (
+    ROUTINGS,
     CapsNetConfig,
+    CapsuleLossConfig,
+    CapsuleModelConfig,
     CNNConfig,
     CrossEntropyConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
     OtherRoutingConfig,
-    RecipeConfig,
     RoutingConfig,
-    TrainConfig,
+    SpreadLossConfig,
 )
-from capsrun.data_config import DatasetConfig, OwnDataConfig
-from capsrun.errors import UserError, did_you_mean
-from capsrun.fields import LIMITS, is_text
 
 Config = TypeVar("Config")
 
@@ -188,12 +191,24 @@ def _structured(schema: type, given: Any) -> Any:
     if "model" in names:
         is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
         node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
-    if "routing" in names and OmegaConf.select(given, "routing.algorithm") is not None:
-        node.routing = OmegaConf.structured(OtherRoutingConfig)
+    if "routing" in names and OmegaConf.select(given, "routing") is not None:
+        algorithm = OmegaConf.select(given, "routing.algorithm") or "dynamic"
+        known = ROUTINGS.get(algorithm)
+        node.routing = OmegaConf.structured(known.settings if known else OtherRoutingConfig)
     if "loss" in names:
-        by_entropy = OmegaConf.select(given, "loss.activation") is not None
-        node.loss = OmegaConf.structured(CrossEntropyConfig if by_entropy else MarginLossConfig)
+        node.loss = OmegaConf.structured(_loss_of(given))
     return node
+
+
+def _loss_of(given: Any) -> type[LossConfig]:
+    """Which kind of loss the values are about: each has settings that the others have not."""
+    loss = OmegaConf.select(given, "loss")
+    keys = {*loss} if isinstance(loss, DictConfig) else set()
+    if "activation" in keys:
+        return CrossEntropyConfig
+    if "margin_first" in keys:
+        return SpreadLossConfig
+    return CapsuleLossConfig if keys == {"name", "reconstruction_weight"} else MarginLossConfig
 
 
 def _has(given: Any, key: str) -> bool:
@@ -321,13 +336,15 @@ def _check_recipe(recipe: RecipeConfig) -> None:
 
 def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
     """Refuse a loss that is not for the outputs of the model, and layers that do not match."""
-    is_capsnet = isinstance(model, CapsNetConfig)
-    if is_capsnet and (isinstance(loss, CrossEntropyConfig) or routing is None):
+    has_capsules = isinstance(model, CapsuleModelConfig)
+    if has_capsules and (isinstance(loss, CrossEntropyConfig) or routing is None):
         raise UserError(
             f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
             "loss=paper"
         )
-    if not is_capsnet and isinstance(loss, MarginLossConfig):
+    if not has_capsules and routing is not None:
+        raise UserError(f"model={model.name} has no capsules, so there is nothing for routing=")
+    if not has_capsules and isinstance(loss, CapsuleLossConfig):
         raise UserError(
             f"loss={loss.name} is for capsules, which model={model.name} has not: "
             "loss=cross_entropy or loss=sigmoid_cross_entropy"

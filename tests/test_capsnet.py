@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from capsrun.config import TrainConfig
 from capsrun.data.batches import Batch
 from capsrun.errors import UserError
-from capsrun.models import fast, plan_model, routing
+from capsrun.model_config import ROUTINGS, Routing
+from capsrun.models import fast, plan_model
+from capsrun.models.layers import RoutedLayer
 from capsrun.models.routing import capsule_votes, route, squash
 from capsrun.settings import deciding, from_dict
 
@@ -230,20 +232,29 @@ def test_routing_in_pieces_changes_nothing():
         torch.testing.assert_close(tuple(ours), tuple(theirs))
 
 
+class Mean(RoutedLayer):
+    """No agreement: each capsule is the squashed mean of its votes."""
+
+    def __init__(self, inputs: int, input_dim: int, outputs: int, output_dim: int) -> None:
+        super().__init__(inputs, input_dim, outputs, output_dim)
+        self.weight = torch.nn.Parameter(torch.rand(inputs, input_dim, outputs, output_dim))
+
+    def route(self, capsules_BIK, history):
+        return squash(capsule_votes(capsules_BIK, self.weight).mean(1))
+
+
 def test_another_routing_algorithm(monkeypatch):
-    """A function, a line of the table, and a setting, which only other algorithms have."""
-
-    def mean(votes_BIJD, bias_JD, iterations, leaky, detach, history):
-        return squash(votes_BIJD.mean(1))
-
-    monkeypatch.setattr("capsrun.models.routing.mean", mean, raising=False)
-    monkeypatch.setitem(routing.ROUTINGS, "mean", "routing.mean")
-    config = train_config(*TINY, "+routing.algorithm=mean")
+    """A layer, a line of the table, and a setting, which only other algorithms have."""
+    monkeypatch.setattr("capsrun.models.routing.Mean", Mean, raising=False)
+    monkeypatch.setitem(ROUTINGS, "mean", Routing("routing.Mean"))
+    words = (*TINY, "~routing", "+routing.algorithm=mean")
+    config = train_config(*words)
     assert from_dict(TrainConfig, asdict(config)) == config
     assert deciding(asdict(config)) != deciding(asdict(train_config(*TINY)))
     model = make_model(config)
     images = torch.rand(3, 1, 28, 28)
     votes = capsule_votes(model.primary_poses(images), model.digitcaps.weight)
     torch.testing.assert_close(model.encode(images), squash(votes.mean(1)))
-    with pytest.raises(UserError, match=r"'maen', did you mean 'mean'.*one of: dynamic, mean"):
-        make(*TINY, "+routing.algorithm=maen")
+    assert model.routing == config.routing
+    with pytest.raises(UserError, match=r"'maen', did you mean 'mean'.*one of: dynamic, .*, mean"):
+        make(*TINY, "~routing", "+routing.algorithm=maen")

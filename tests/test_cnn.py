@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from capsrun.commands.train import train
 from capsrun.compose import configs_dir
-from capsrun.config import CrossEntropyConfig
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
+from capsrun.model_config import CrossEntropyConfig
 from capsrun.models import cnn, plan_model
 from capsrun.models.cnn import CNN, CNNOutput, drop_out
 from capsrun.runs.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ import browser as browsers
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, train_config
+from conftest import REPOSITORY, make_model, train_config
 from PIL import Image
 from torch.nn import functional as F
 
@@ -22,7 +22,6 @@ from capsrun.config import ExploreConfig, ExploreSettings
 from capsrun.errors import UserError
 from capsrun.explorer.page import Shown, build_page, part
 from capsrun.models.capsnet import CapsNet
-from capsrun.models.routing import squash
 from capsrun.report.figures import TWO_COLOURS
 from capsrun.runs.checkpoint import load_drawing_model
 from capsrun.settings import from_dict
@@ -556,9 +555,9 @@ def built(model: CapsNet, standardised: bool = False, **changes) -> tuple[str, s
 
 
 def test_when_a_page_has_no_encoder():
-    grey, other = capsnet(), capsnet()
-    other.digitcaps.algorithm = lambda votes_BIJD, *_: squash(votes_BIJD.mean(1))
-    another = "the page computes dynamic routing, and this network has another one"
+    grey = capsnet()
+    other = make_model(train_config("model=capsnet_small", "routing=self_routing"))
+    another = "the page computes CapsNet with routing by agreement, which this network has not"
     for (page, reason), expected in (
         (built(grey, encoder="false"), "explore.encoder=false"),
         (built(other), another),

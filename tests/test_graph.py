@@ -6,7 +6,7 @@ from conftest import TINY, train_config
 from test_step import make_tiny
 
 from capsrun import errors
-from capsrun.models.layers import CapsuleLayer
+from capsrun.models.dynamic import CapsuleLayer
 from capsrun.training import graph
 from capsrun.training.graph import PLAIN, WAYS, CapturedSteps, GraphedTrainer, Way, trainer_class
 from capsrun.training.step import Trainer

@@ -129,7 +129,7 @@ def routing_alone(
     """Votes and routing of a batch, forward and backward; on a GPU, when fast, compiled."""
     model = make_model(config, device, fast)
     take(model, triton=triton)
-    shape = (config.recipe.batch_size, model.primary_capsules, model.config.primary_dimensions)
+    shape = (config.recipe.batch_size, model.primary_capsules, model.digitcaps.input_dim)
     poses_BIK = (torch.rand(shape, device=device) / 10).requires_grad_()
     inputs = [poses_BIK, *model.digitcaps.parameters()]
     compiled = fast and device.type == "cuda"

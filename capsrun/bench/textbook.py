@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from capsrun.data_config import DatasetConfig
+from capsrun.model_config import DynamicRoutingConfig
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.layers import routing_config
 
 
 def squash(poses: Tensor) -> Tensor:
@@ -32,7 +34,11 @@ class TextbookCapsNet(nn.Module):
     def __init__(self, like: CapsNet) -> None:
         super().__init__()
         config = like.config
-        self.dimensions, self.iterations = config.primary_dimensions, like.routing.iterations
+        # Beside another algorithm it is the paper's, with the usual iterations.
+        routing = like.routing
+        routing = routing if isinstance(routing, DynamicRoutingConfig) else routing_config()
+        self.iterations = routing.iterations
+        self.dimensions = config.primary_dimensions
         kernel_px, pad_px = config.kernel_px, config.kernel_px // 2 * (config.padding == "same")
         self.conv1 = nn.Conv2d(like.channels, config.conv1_channels, kernel_px, 1, pad_px)
         maps = config.primary_types * config.primary_dimensions

@@ -12,9 +12,10 @@ from tabulate import tabulate
 from capsrun import disk, errors
 from capsrun.bench import tasks
 from capsrun.bench.timing import Task, ratio, time_in_turns
-from capsrun.config import BenchConfig, CapsNetConfig
+from capsrun.config import BenchConfig
 from capsrun.data.sets import known
 from capsrun.errors import Noisy, UserError
+from capsrun.model_config import CapsNetConfig
 from capsrun.models.fast.native import cpu_features
 from capsrun.names import suggest
 from capsrun.report import figures

@@ -19,7 +19,6 @@ from capsrun.data.sets import known
 from capsrun.data.splits import Dataset, Split
 from capsrun.errors import UserError, notice
 from capsrun.models.capsnet import CapsNet
-from capsrun.models.routing import route
 from capsrun.names import model_words, suggest, uses_of_model, usual_dataset
 from capsrun.report import figures
 from capsrun.report.pictures import almost_line, answer, print_table, score_figures, score_summary
@@ -71,7 +70,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
         model = models[0]
         drawn = score_figures(model, split, names, score, config.mask, config.pictures)
         routing: list[dict[str, Any]] = []
-        if isinstance(model, CapsNet) and model.digitcaps.algorithm is route:  # others say nothing
+        if isinstance(model, CapsNet):
             drawn_routing, routing = route_images(config, model, dataset)
             drawn |= drawn_routing
         replace_pictures(folder / "pictures", drawn)

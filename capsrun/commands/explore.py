@@ -17,8 +17,9 @@ from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
 from capsrun.errors import UserError
 from capsrun.explorer.page import Shown, build_page
+from capsrun.model_config import DynamicRoutingConfig, RoutingConfig
 from capsrun.models.capsnet import CapsNet
-from capsrun.models.routing import route
+from capsrun.models.dynamic import CapsuleLayer
 from capsrun.names import model_words, suggest
 from capsrun.report.run_page import refresh_run_page
 from capsrun.runs.checkpoint import load_drawing_model, output_folder
@@ -55,10 +56,10 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     disk.make_folder(path.parent)
     to_device(model, device, fast=False)
     shown = choose(config.explore, model, dataset.test)
-    run, iterations = trained.config, model.routing.iterations
+    run = trained.config
     title = (
         f"{run.name or 'CapsNet'}, seed {run.seed}: "
-        f"{counted(iterations, 'routing iteration')}, trained for {counted(trained.step, 'step')} "
+        f"{routing_text(model.routing)}, trained for {counted(trained.step, 'step')} "
         f"on {run.dataset.title}{'' if trained.finished else ', not finished'}; test images of "
         f"{dataset.name}"
     )
@@ -77,6 +78,18 @@ def explore(config: ExploreConfig, checkpoint: Path) -> Path:
     print(f"digits {drawing}")
     print(f"{path}: {size(len(text.encode()))}; open it in any browser")
     return path
+
+
+def routing_text(routing: RoutingConfig) -> str:
+    """How capsules are routed, in words.
+
+    >>> from capsrun import training_config
+    >>> routing_text(training_config().routing), routing_text(training_config("routing=em").routing)
+    ('3 routing iterations', 'routing em')
+    """
+    if isinstance(routing, DynamicRoutingConfig):
+        return counted(routing.iterations, "routing iteration")
+    return f"routing {getattr(routing, 'algorithm', '')}"
 
 
 def refuse_another_file(path: Path) -> None:
@@ -143,8 +156,8 @@ def page_within_limit(
         reason = "only grey images can be drawn"
     elif standardised:
         reason = "the network sees standardised images"
-    elif model.digitcaps.algorithm is not route:
-        reason = "the page computes dynamic routing, and this network has another one"
+    elif type(model) is not CapsNet or not isinstance(model.digitcaps, CapsuleLayer):
+        reason = "the page computes CapsNet with routing by agreement, which this network has not"
     asked = settings.encoder == "true"
     if reason and asked:
         raise UserError(f"explore.encoder=true cannot be done: {reason}")

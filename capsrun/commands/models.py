@@ -10,13 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from capsrun import disk
-from capsrun.config import (
-    CheckpointConfig,
-    EvalConfig,
-    ExploreConfig,
-    PerturbConfig,
-    PredictConfig,
-)
+from capsrun.config import CheckpointConfig, EvalConfig, ExploreConfig, PerturbConfig, PredictConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import Dataset
 from capsrun.data_config import DatasetConfig

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from capsrun import errors
-from capsrun.config import MarginLossConfig, TrainConfig
+from capsrun.config import TrainConfig
 from capsrun.data.splits import Dataset, TrainingBatches
 from capsrun.disk import write_json
+from capsrun.model_config import (
+    CapsuleLossConfig,
+    CrossEntropyConfig,
+    LossConfig,
+    MarginLossConfig,
+    SpreadLossConfig,
+)
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.report import figures, pictures
@@ -37,6 +44,13 @@ from capsrun.training.step import Trainer, Update
 from capsrun.training.stopping import how_it_stopped, is_out_of_patience, reaches_target
 
 NOT_FINITE = "not_finite.pt"
+# What the loss of the classes is called.
+KINDS: dict[type[LossConfig], str] = {
+    MarginLossConfig: "margin",
+    SpreadLossConfig: "spread",
+    CapsuleLossConfig: "log_likelihood",
+    CrossEntropyConfig: "cross_entropy",
+}
 # Images of the batch for which it is logged what routing does: they are routed once more for that,
 # with the weights as they are after the update.
 ROUTING_LOGGED = 16
@@ -71,8 +85,8 @@ class Run:
 def batch_numbers(run: Run, update: Update) -> dict[str, float]:
     """What the last step computed. Raises FloatingPointError when its loss is not finite."""
     batch, output, losses = update
-    of_capsules = isinstance(run.config.loss, MarginLossConfig)
-    kind, seen = ("margin", "capsule_length") if of_capsules else ("cross_entropy", "softmax")
+    kind = KINDS[type(run.config.loss)]
+    seen = "capsule_length" if isinstance(run.config.loss, CapsuleLossConfig) else "softmax"
     scores_BJ = output.scores_BJ.detach()
     present_BJ = class_presence(batch.labels_BT, scores_BJ.shape[1])
     means = {
@@ -96,9 +110,10 @@ def routing_changes(trainer: Trainer, images_BCHW: torch.Tensor) -> dict[str, fl
     history: list[RoutingIteration] = []
     with torch.inference_mode(), autocast(trainer.device, trainer.precision):
         trainer.model.encode(images_BCHW, history)
+    changes = [i.logit_changes_BIJ for i in history if i.logit_changes_BIJ is not None]
     return {
-        f"routing_logit_change/iteration_{number}": i.logit_changes_BIJ.abs().mean().item()
-        for number, i in enumerate(history, 1)
+        f"routing_logit_change/iteration_{number}": changes_BIJ.abs().mean().item()
+        for number, changes_BIJ in enumerate(changes, 1)
     }
 
 
@@ -167,7 +182,8 @@ class Writer:
         self.recorder.numbers(run.step, values, on_board)
         shown = {"loss": numbers["loss/total"]}
         if "loss/reconstruction" in numbers:
-            shown["margin"] = numbers["loss/margin"]
+            kind = KINDS[type(self.run.config.loss)]
+            shown[kind.replace("_", " ")] = numbers[f"loss/{kind}"]
         self.progress.show(shown, values["images_per_second"])
 
     def evaluate(self, stop: StopRequest) -> bool:

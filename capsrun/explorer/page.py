@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capsrun.model_config import DynamicRoutingConfig
 from capsrun.models.capsnet import CapsNet
+from capsrun.models.dynamic import CapsuleLayer
 from capsrun.report.figures import TWO_COLOURS
 
 
@@ -87,14 +89,17 @@ def in_half(tensors: list[Tensor]) -> Tensor:
 
 def encoder_weights(model: CapsNet) -> list[Tensor]:
     """Both convolutions (out, in, row, column), W (I, K, J, D), each followed by its biases."""
+    digitcaps = model.digitcaps
+    assert isinstance(digitcaps, CapsuleLayer)  # else there is a reason why it cannot be here
     no_bias = torch.zeros(model.classes, model.config.digit_dimensions)
-    digit_bias = no_bias if model.digitcaps.bias is None else model.digitcaps.bias
+    digit_bias = no_bias if digitcaps.bias is None else digitcaps.bias
     convolutions = [*model.conv1.parameters(), *model.primarycaps.parameters()]
-    return [*convolutions, model.digitcaps.weight, digit_bias]
+    return [*convolutions, digitcaps.weight, digit_bias]
 
 
 def encoder_facts(model: CapsNet) -> dict[str, Any]:
     """What the page needs to know to compute the encoder."""
+    assert isinstance(model.routing, DynamicRoutingConfig)
     return {
         "kernel": model.config.kernel_px,
         "seen": model.seen_px,

@@ -2,9 +2,9 @@
 
 import torch
 
-from capsrun.config import CapsNetConfig, CNNConfig, ModelConfig, RoutingConfig
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
+from capsrun.model_config import CapsNetConfig, CNNConfig, ModelConfig, RoutingConfig
 from capsrun.models.capsnet import CapsNet, CapsNetOutput
 from capsrun.models.cnn import CNN, CNNOutput
 

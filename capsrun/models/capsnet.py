@@ -5,23 +5,31 @@ K input dimension, D output dimension, T digits in one image.
 """
 
 import copy
-import dataclasses
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from capsrun.config import CapsNetConfig, ModelConfig, RoutingConfig
+from capsrun.errors import UserError, did_you_mean
 from capsrun.experiments import defaults
+from capsrun.model_config import (
+    ROUTINGS,
+    CapsNetConfig,
+    DynamicRoutingConfig,
+    ModelConfig,
+    OtherRoutingConfig,
+    RoutingConfig,
+)
 from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.inputs import check_images, check_labels, check_sizes
 from capsrun.models.layers import (
     PRIMARY_STRIDE,
-    CapsuleLayer,
     Decoder,
     Layer,
     PrimaryCaps,
+    RoutedLayer,
     capsnet_config,
     convolved,
     padded,
@@ -29,6 +37,16 @@ from capsrun.models.layers import (
     routing_config,
 )
 from capsrun.models.routing import RoutingIteration
+
+
+def layer_of(routing: RoutingConfig) -> type[RoutedLayer]:
+    """The layer of class capsules of a routing. Raises UserError for one that there is not."""
+    name = routing.algorithm if isinstance(routing, OtherRoutingConfig) else "dynamic"
+    if name not in ROUTINGS:
+        hint, names = did_you_mean(name, ROUTINGS), ", ".join(ROUTINGS)
+        raise UserError(f"routing.algorithm is {name!r}{hint}; it can be one of: {names}")
+    file, layer = ROUTINGS[name].layer.split(".")
+    return getattr(importlib.import_module(f"capsrun.models.{file}"), layer)
 
 
 class CapsNetOutput(NamedTuple):
@@ -123,27 +141,20 @@ class CapsNet(Layer, nn.Module):
 
     def _make_layers(self, routing: RoutingConfig) -> None:
         """The layers after Conv1; the weights are drawn later."""
-        config, later = self.config, "pytorch"
-        types, dimensions = config.primary_types, config.primary_dimensions
+        config, layer, later = self.config, layer_of(routing), "pytorch"
+        leaky = isinstance(routing, DynamicRoutingConfig) and routing.leaky
         self.primarycaps = PrimaryCaps(
             config.conv1_channels,
-            types,
-            dimensions,
+            config.primary_types,
+            config.primary_dimensions + layer.takes_activations,
             config.kernel_px,
             padding=config.padding,
-            scale=primary_scale(config.primary_scale, types, routing.leaky),
+            scale=primary_scale(config.primary_scale, config.primary_types, leaky),
+            squashed=not layer.takes_activations,
             initialisation=later,
         )
         with torch.random.fork_rng(devices=[]):  # a seed gives the weights that it always gave
-            self.digitcaps = CapsuleLayer(
-                self.primary_capsules,
-                dimensions,
-                self.classes,
-                config.digit_dimensions,
-                **dataclasses.asdict(routing),
-                bias=config.digit_bias,
-                initialisation=later,
-            )
+            self.digitcaps = layer.from_config(routing, config, self.primary_capsules, self.classes)
         self.decoder: Decoder | None = None
         if config.reconstruction:
             self.decoder = Decoder(

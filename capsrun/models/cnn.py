@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from capsrun.config import CNNConfig
 from capsrun.data.batches import random_unit
+from capsrun.model_config import CNNConfig
 from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.inputs import check_images
 

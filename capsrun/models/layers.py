@@ -4,7 +4,6 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 D output dimension, T digits in one image.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -14,8 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsrun.config import CapsNetConfig, OtherRoutingConfig, RoutingConfig
 from capsrun.experiments import defaults
+from capsrun.model_config import (
+    CapsNetConfig,
+    CapsuleModelConfig,
+    DynamicRoutingConfig,
+    RoutingConfig,
+)
 from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
 from capsrun.models.inputs import (
@@ -27,7 +31,7 @@ from capsrun.models.inputs import (
     check_sizes,
     one_or_several,
 )
-from capsrun.models.routing import RoutingIteration, algorithm_of, capsule_votes, route, squash
+from capsrun.models.routing import RoutingIteration, squash
 
 PRIMARY_STRIDE = 2
 """Of the convolution of PrimaryCaps (§4)."""
@@ -40,10 +44,10 @@ def capsnet_config() -> CapsNetConfig:
     return model
 
 
-def routing_config() -> RoutingConfig:
+def routing_config() -> DynamicRoutingConfig:
     """And those of the routing."""
     routing = defaults().routing
-    assert routing is not None
+    assert isinstance(routing, DynamicRoutingConfig)
     return routing
 
 
@@ -128,9 +132,9 @@ class PrimaryCaps(Layer, nn.Conv2d):
     padding (`valid`, or `same` for zeros around): of the convolution. scale: what it is multiplied
     by before its bias is added; see `primary_scale`. relu: the ReLU of the layer before is computed
     here, in one with the convolution, so that all maps below 0 count as 0 (a ReLU before it changes
-    nothing); False: maps of either sign are convolved, by PyTorch. initialisation: `authors`
-    (truncated normal, σ = 0.1, biases 0.1) or `pytorch`. What is None is as
-    `configs/model/capsnet.yaml` has it.
+    nothing); False: maps of either sign are convolved, by PyTorch. squashed: False: the capsules
+    are the K numbers as they are. initialisation: `authors` (truncated normal, σ = 0.1, biases 0.1)
+    or `pytorch`. What is None is as `configs/model/capsnet.yaml` has it.
     Raises ValueError for sizes below 1, and maps of another shape or type.
 
     >>> import capsrun, torch
@@ -154,6 +158,7 @@ class PrimaryCaps(Layer, nn.Conv2d):
         *,
         scale: float | None = None,
         relu: bool = True,
+        squashed: bool = True,
         initialisation: str | None = None,
     ) -> None:
         values = capsnet_config()
@@ -163,7 +168,7 @@ class PrimaryCaps(Layer, nn.Conv2d):
         sizes = {"channels": channels, "types": types, "output_dim": output_dim}
         check_sizes(**sizes, kernel_px=kernel_px, stride=stride)
         super().__init__(channels, types * output_dim, kernel_px, stride)
-        self.types, self.output_dim, self.relu = types, output_dim, relu
+        self.types, self.output_dim, self.relu, self.squashed = types, output_dim, relu, squashed
         self.zeros = values.padding if padding is None else padding
         check_choice("padding", self.zeros, "valid", "same")
         if scale is None:
@@ -183,7 +188,7 @@ class PrimaryCaps(Layer, nn.Conv2d):
         """What PyTorch shows of it."""
         sizes = f"{self.in_channels}, types={self.types}, output_dim={self.output_dim}, "
         sizes += f"kernel_px={self.kernel_size[0]}, stride={self.stride[0]}, padding={self.zeros}"
-        return f"{sizes}, scale={self.scale:.4g}, relu={self.relu}"
+        return f"{sizes}, scale={self.scale:.4g}, relu={self.relu}, squashed={self.squashed}"
 
     def _grid(self, *sizes_px: int) -> list[tuple[tuple[int, int], int]]:
         """See `convolved`, for each axis. Raises ValueError for maps that are too small."""
@@ -203,7 +208,7 @@ class PrimaryCaps(Layer, nn.Conv2d):
         return self.types * math.prod(places for _, places in self._grid(height, width))
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to squashed capsules u (B, I, K)."""
+        """Maps (B, C, H, W) to capsules u (B, I, K)."""
         check_maps(maps_BCHW, self.in_channels, self.weight)
         (rows, _), (columns, _) = self._grid(*maps_BCHW.shape[2:])
         maps, stride = padded(maps_BCHW, rows, columns), self.stride[0]
@@ -215,68 +220,43 @@ class PrimaryCaps(Layer, nn.Conv2d):
         maps = maps.to(self.weight.dtype)
         bias = self.bias
         assert bias is not None
-        if self.fast:
+        if self.fast and self.squashed:
             poses_BIK = fast.primary_capsules(maps, bias, self.scale, self.output_dim)
             if poses_BIK is not None:
                 return poses_BIK
         maps = maps * self.scale + bias[:, None, None]
         maps_BTKHW = maps.unflatten(1, (self.types, self.output_dim))
-        return squash(maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3))
+        capsules_BIK = maps_BTKHW.permute(0, 1, 3, 4, 2).flatten(1, 3)
+        return squash(capsules_BIK) if self.squashed else capsules_BIK
 
 
-class CapsuleLayer(Layer, nn.Module):
-    """Capsules to which those of the layer below are routed by agreement (Procedure 1).
+class RoutedLayer(Layer, nn.Module):
+    """What layers of capsules have in common to which those of the layer below are routed.
 
-    Takes capsules u (B, I, K) and returns capsules v (B, J, D), of lengths in [0, 1). Its
-    parameters are `weight`, W (I, K, J, D), and `bias` (J, D), or None.
-
-    inputs: I. input_dim: K. outputs: J. output_dim: D. iterations: how often votes are weighed.
-    leaky, detach: see `route`. algorithm: another one of `ROUTINGS`. bias: whether there is one,
-    added inside every iteration. initialisation: `authors` (truncated normal, σ = 0.1, bias 0.1) or
-    `pytorch` (as in `nn.Linear`, but a zero bias). What is None is as `configs/model/capsnet.yaml`
-    has it.
-    Raises ValueError for sizes below 1, and capsules of another shape or type; UserError for an
-    algorithm that there is not.
-
-    >>> import capsrun, torch
-    >>> parts = capsrun.CapsuleLayer(inputs=1152, input_dim=8, outputs=20, output_dim=12)
-    >>> wholes = capsrun.CapsuleLayer(20, 12, outputs=10, output_dim=16, iterations=2)
-    >>> capsules = wholes(parts(torch.rand(2, 1152, 8) / 8))
-    >>> capsules.shape
-    torch.Size([2, 10, 16])
+    One of them says how by `route`, and may be in `ROUTINGS`; the class capsules of a network are
+    then such a layer where `routing.algorithm` says so. The lengths of its capsules are in [0, 1].
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        input_dim: int,
-        outputs: int,
-        output_dim: int,
-        iterations: int = 3,
-        *,
-        leaky: bool | None = None,
-        detach: bool | None = None,
-        algorithm: str | None = None,
-        bias: bool | None = None,
-        initialisation: str | None = None,
-    ) -> None:
-        sizes = {"inputs": inputs, "input_dim": input_dim}
-        sizes |= {"outputs": outputs, "output_dim": output_dim}
-        check_sizes(**sizes, iterations=iterations)
+    takes_activations = False
+    """Whether a capsule below tells by its last number how sure it is that what it stands for is
+    there (the logit of that), and its pose by the others; else the length of its K numbers does."""
+
+    def __init__(self, inputs: int, input_dim: int, outputs: int, output_dim: int) -> None:
+        """I, K (with the activation), J, D. Raises ValueError for sizes below 1."""
+        check_sizes(inputs=inputs, input_dim=input_dim, outputs=outputs, output_dim=output_dim)
         super().__init__()
-        self.inputs, self.input_dim, self.outputs, self.output_dim = sizes.values()
-        said = {"iterations": iterations, "leaky": leaky, "detach": detach}
-        values: dict[str, Any] = dataclasses.asdict(routing_config())
-        values |= {key: value for key, value in said.items() if value is not None}
-        self.routing = RoutingConfig(**values)
-        if algorithm is not None:
-            self.routing = OtherRoutingConfig(**values, algorithm=algorithm)
-        self.algorithm = algorithm_of(self.routing)
-        self.weight = nn.Parameter(torch.empty(inputs, input_dim, outputs, output_dim))
-        has_bias = capsnet_config().digit_bias if bias is None else bias
-        self.bias = nn.Parameter(torch.empty(outputs, output_dim)) if has_bias else None
-        self.reset_parameters()
-        self._initialise(initialisation)
+        self.inputs, self.input_dim = inputs, input_dim
+        self.outputs, self.output_dim = outputs, output_dim
+        self.routing: RoutingConfig
+
+    @classmethod
+    def from_config(
+        cls, routing: Any, model: CapsuleModelConfig, inputs: int, classes: int
+    ) -> "RoutedLayer":
+        """The class capsules of a network, as its settings and those of the routing say."""
+        layer = cls(inputs, model.primary_dimensions, classes, model.digit_dimensions)
+        layer.routing = routing
+        return layer
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -285,39 +265,48 @@ class CapsuleLayer(Layer, nn.Module):
             initialise_as_authors(self)
             return
         bound = 1 / math.sqrt(self.input_dim)
-        self.weight.uniform_(-bound, bound)
-        if self.bias is not None:
-            self.bias.zero_()
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.uniform_(-bound, bound)
 
-    def extra_repr(self) -> str:
-        """What PyTorch shows of it."""
-        sizes = f"{self.inputs}, {self.input_dim}, {self.outputs}, {self.output_dim}"
-        settings = {**dataclasses.asdict(self.routing), "bias": self.bias is not None}
-        return ", ".join([sizes, *(f"{key}={value}" for key, value in settings.items())])
+    def route(self, capsules_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
+        """Capsules u (B, I, K), in the precision of the weights, to v (B, J, D)."""
+        raise NotImplementedError
+
+    def fused(self, capsules_BIK: Tensor) -> Tensor | None:
+        """The same, to rounding, by a kernel that is faster; None where there is none."""
+        return None
+
+    def activations(self, capsules_BIK: Tensor) -> Tensor:
+        """How sure each of the capsules below is, (B, I), in [0, 1]."""
+        if self.takes_activations:
+            return capsules_BIK[:, :, -1].sigmoid()
+        return torch.linalg.vector_norm(capsules_BIK, dim=2)
 
     def forward(
         self, capsules_BIK: Tensor, history: list[RoutingIteration] | None = None
     ) -> Tensor:
-        """Input capsules u (B, I, K) to capsules v (B, J, D), in float32; see `route`.
+        """Input capsules u (B, I, K) to capsules v (B, J, D), in the precision of the weights.
 
-        history: see `route`.
+        history: a list to which each iteration appends what it computed; it changes no result.
+        Raises ValueError for capsules of another shape or type.
         """
-        check_capsules(capsules_BIK, self.inputs, self.input_dim, self.weight)
-        weights_IKJD, bias_JD, settings = self.weight, self.bias, self.routing
-
-        def routed(poses_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
-            votes_BIJD = capsule_votes(poses_BIK, weights_IKJD)
-            how = settings.iterations, settings.leaky, settings.detach
-            return self.algorithm(votes_BIJD, bias_JD, *how, history)
-
+        weight = next(self.parameters())
+        check_capsules(capsules_BIK, self.inputs, self.input_dim, weight)
         with fast.without_autocast(capsules_BIK.device):
-            poses_BIK = capsules_BIK.to(weights_IKJD.dtype)
-            if self.fast and self.algorithm is route and history is None:
-                given = poses_BIK, weights_IKJD, bias_JD, settings
-                capsules_BJD = fast.class_capsules(*given, self.triton)
+            capsules_BIK = capsules_BIK.to(weight.dtype)
+            if self.fast and history is None:
+                capsules_BJD = self.fused(capsules_BIK)
                 if capsules_BJD is not None:
                     return capsules_BJD
-            return fast.in_pieces(routed, poses_BIK, history)
+            return fast.in_pieces(self.route, capsules_BIK, history)
+
+
+def with_length(poses: Tensor, lengths: Tensor) -> Tensor:
+    """Vectors (…, D) in the same directions, of the lengths (…), as class capsules have them."""
+    return F.normalize(poses, dim=-1) * lengths[..., None]
 
 
 class Decoder(Layer, nn.Sequential):

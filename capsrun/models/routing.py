@@ -3,15 +3,10 @@
 Shapes: B batch, I input capsules, J output capsules, K input dimension, D output dimension.
 """
 
-import importlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from capsrun.config import OtherRoutingConfig, RoutingConfig
-from capsrun.errors import UserError, did_you_mean
 
 
 class RoutingIteration(NamedTuple):
@@ -21,8 +16,8 @@ class RoutingIteration(NamedTuple):
     """c_ij: how much of its vote each input capsule gives to each output capsule."""
     capsules_BJD: Tensor
     """v_j after this iteration."""
-    logit_changes_BIJ: Tensor
-    """û_j|i · v_j: what this iteration adds to the routing logits b_ij."""
+    logit_changes_BIJ: Tensor | None = None
+    """û_j|i · v_j: what this iteration adds to the routing logits b_ij, where there are such."""
 
 
 def squash(poses: Tensor) -> Tensor:
@@ -144,20 +139,3 @@ def route(
             history.append(RoutingIteration(*seen))
         logits_BIJ = logits_BIJ + changes_BIJ
     return capsules_BJD
-
-
-ROUTINGS = {
-    "dynamic": "routing.route",
-}
-"""Routing algorithms by their name, which is `routing.algorithm` for all but the paper's: as
-`file.function` of this folder, with the arguments of `route`, in their order."""
-
-
-def algorithm_of(routing: RoutingConfig) -> Callable[..., Tensor]:
-    """The function for `routing`. Raises UserError for an algorithm that there is not."""
-    name = routing.algorithm if isinstance(routing, OtherRoutingConfig) else "dynamic"
-    if name not in ROUTINGS:
-        hint, names = did_you_mean(name, ROUTINGS), ", ".join(ROUTINGS)
-        raise UserError(f"routing.algorithm is {name!r}{hint}; it can be one of: {names}")
-    file, function = ROUTINGS[name].split(".")
-    return getattr(importlib.import_module(f"capsrun.models.{file}"), function)

@@ -44,11 +44,14 @@ class Routed:
     entropy_R: Tensor
     """The same over all input capsules."""
     added_JGG: Tensor
-    """What the votes of a place add to the length of s_j in the last iteration."""
+    """What the votes of a place add to the length of s_j in the last iteration; where there is no
+    such sum, how much of the activation below is assigned to j."""
     equal_share: float
     """The couplings before any agreement is known: 1/J, or 1/(J + 1) with leaky routing."""
     extent_px: tuple[float, float]
     """Where the grid begins and ends in the image, along both axes."""
+    added_text: str
+    """What `added_JGG` is, in words."""
 
     @property
     def most_bits(self) -> float:
@@ -80,11 +83,13 @@ def routed(model: CapsNet, split: Split, index: int) -> Routed:
     capsules_BJD = model.digitcaps(poses_BIK, history)
     lengths_BJ = capsules_BJD.norm(dim=2)
     # Where no capsule says anything all count the same, and nothing is divided by 0.
-    weights_I = poses_BIK[0].norm(dim=1) + TINY
+    weights_I = model.digitcaps.activations(poses_BIK)[0] + TINY
     couplings_RIJ = torch.stack([iteration.couplings_BIJ[0] for iteration in history])
     entropy_RI = entropy_bits(couplings_RIJ)
     # û_j|i · v_j is what the logits change by; along v_j the votes add to the length of s_j.
-    added_IJ = couplings_RIJ[-1] * history[-1].logit_changes_BIJ[0] / (lengths_BJ[0] + TINY)
+    added_IJ = couplings_RIJ[-1] * weights_I[:, None]
+    if (changes_BIJ := history[-1].logit_changes_BIJ) is not None:
+        added_IJ = couplings_RIJ[-1] * changes_BIJ[0] / (lengths_BJ[0] + TINY)
     types = model.config.primary_types
     return Routed(
         batch.targets_BTCHW[0].sum(0).clamp(max=1).mean(0).cpu(),
@@ -95,8 +100,9 @@ def routed(model: CapsNet, split: Split, index: int) -> Routed:
         place_means(entropy_RI, weights_I, types).cpu(),
         ((entropy_RI * weights_I).sum(1) / weights_I.sum()).cpu(),
         on_grid(added_IJ.T, types).sum(1).cpu(),
-        1 / (model.classes + model.routing.leaky),
+        1 / (model.classes + getattr(model.routing, "leaky", False)),
         grid_extent(model),
+        "assigned" if changes_BIJ is None else "adds to ‖s‖",
     )
 
 
@@ -160,7 +166,7 @@ def routing_figure(routing: Routed, class_names: tuple[str, ...], title: str) ->
         adds = show_map(cells[-1, label + 1], routing, values_GG, added, "RdBu_r")
     cells[0, -1].set_title("entropy\n(bits)", fontsize=FONT_SIZE)
     cells[-1, -1].set_axis_off()
-    show_image(cells[-1, 0], routing, "adds to ‖s‖ in\nthe last iteration")
+    show_image(cells[-1, 0], routing, f"{routing.added_text} in\nthe last iteration")
     if len(routing.labels) == 2:
         show_claims(cells[-1, 0], routing, class_names)
     for shown, cell, name in (

@@ -164,6 +164,7 @@ class CapturedSteps:
         self._indices = torch.zeros(images, dtype=torch.int64, device=device)
         self._positions = torch.zeros(images, dtype=torch.int64, device=device)
         self._rates_S = torch.zeros(count, device=device)
+        self._steps_S = torch.zeros(count, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._update: Update
         if device.type == "cuda":
@@ -179,6 +180,7 @@ class CapturedSteps:
         self._indices.copy_(indices)
         self._positions.copy_(positions)
         self._rates_S.copy_(self._trainer.rates[step : step + self.count])
+        torch.arange(step, step + self.count, out=self._steps_S)
         if self._graph is None:
             self._run()
         else:
@@ -187,9 +189,10 @@ class CapturedSteps:
 
     def _run(self) -> None:
         size = self._batches.batch_size
-        parts = zip(self._indices.split(size), self._positions.split(size), self._rates_S)
-        for indices_B, positions_B, rate in parts:
+        batches = zip(self._indices.split(size), self._positions.split(size))
+        for (indices_B, positions_B), rate, step in zip(batches, self._rates_S, self._steps_S):
             self._trainer.set_rate(rate)
+            self._trainer.set_progress(step)
             self._update = self._trainer.update(self._batches.assemble(indices_B, positions_B))
 
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""The margin loss and the reconstruction loss (Eq. 4 and §4.1 of the paper), and cross-entropy.
+"""The margin loss and the reconstruction loss (Eq. 4 and §4.1 of the paper), and other losses.
 
 Shapes: B batch, J classes, T digits in one image, C channels, H and W pixels.
 """
@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsrun.config import CrossEntropyConfig, LossConfig, MarginLossConfig
 from capsrun.experiments import defaults
+from capsrun.model_config import (
+    CapsuleLossConfig,
+    CrossEntropyConfig,
+    LossConfig,
+    MarginLossConfig,
+    SpreadLossConfig,
+)
 from capsrun.models import CNNOutput, Output
 from capsrun.models.capsnet import CapsNetOutput
 from capsrun.models.inputs import (
@@ -27,7 +33,7 @@ class Losses(NamedTuple):
 
     total: Tensor
     classification: Tensor
-    """Margin loss or cross-entropy."""
+    """Margin loss, spread loss, or a log-likelihood."""
     reconstruction: Tensor
 
 
@@ -83,6 +89,44 @@ def constants(config: MarginLossConfig | None) -> MarginLossConfig:
     return found
 
 
+def spread_loss(
+    activations_BJ: Tensor, present_BJ: Tensor, config: SpreadLossConfig, progress: float | Tensor
+) -> Tensor:
+    """Σ_{i≠t} max(0, m − (a_t − a_i))², mean over the batch (Eq. 3 of Hinton et al. 2018).
+
+    activations_BJ: a. present_BJ: which classes are in each image; of several the sum is taken for
+    each. config, progress: the margin m grows in a straight line with the share of the run that is
+    made, from 0 to 1. Paper: "we begin with 0.2 and linearly increase it … to 0.9"; the authors'
+    code has a sigmoid of the step, 0.2 + 0.79 · σ(step / 50,000 − 4), for runs of 2,000,000 steps,
+    and the mean over classes.
+
+    >>> import torch
+    >>> from capsrun.model_config import SpreadLossConfig
+    >>> margins = {"margin_first": 0.2, "margin_last": 0.9}
+    >>> config = SpreadLossConfig(name="spread", reconstruction_weight=0, **margins)
+    >>> activations, present = torch.tensor([[0.8, 0.1, 0.5]]), torch.tensor([[True, False, False]])
+    >>> spread_loss(activations, present, config, progress=1.0)  # (0.9 − 0.7)² + (0.9 − 0.3)²
+    tensor(0.4000)
+    """
+    margin = config.margin_first + (config.margin_last - config.margin_first) * progress
+    ahead_BTJ = activations_BJ[:, :, None] - activations_BJ[:, None, :]  # a_t − a_i
+    pairs_BTJ = present_BJ[:, :, None] & ~present_BJ[:, None, :]
+    losses_BTJ = F.relu(margin - ahead_BTJ).square()
+    return torch.where(pairs_BTJ, losses_BTJ, 0).sum((1, 2)).mean()
+
+
+TINY = 1e-12
+
+
+def negative_log_likelihood(activations_BJ: Tensor, present_BJ: Tensor) -> Tensor:
+    """−Σ_t log a_t, mean over the batch, of activations that add up to 1, as self-routing has them.
+
+    Of several classes in one image each has an equal share of the target.
+    """
+    shares_BJ = present_BJ / present_BJ.sum(1, keepdim=True)
+    return -(shares_BJ * activations_BJ.clamp(min=TINY).log()).sum(1).mean()
+
+
 def _presence(present: Tensor, lengths_BJ: Tensor) -> Tensor:
     """The mask (B, J) that is given, or that of the classes which are."""
     batch, classes = lengths_BJ.shape
@@ -119,25 +163,41 @@ def reconstruction_loss(
     >>> capsrun.reconstruction_loss(drawn, images)  # 0.0005 · 28 · 28 · 0.5²
     tensor(0.0980)
     """
-    config = constants(config)
+    weight = constants(config).reconstruction_weight
+    return weight * squared_difference(reconstructions, targets)
+
+
+def squared_difference(reconstructions: Tensor, targets: Tensor) -> Tensor:
+    """Summed over an image, mean over the batch; see `reconstruction_loss`."""
     check_same_shape(reconstructions, targets)
-    difference = (reconstructions - targets).square().flatten(1).sum(1).mean()
-    return config.reconstruction_weight * difference
+    return (reconstructions - targets).square().flatten(1).sum(1).mean()
 
 
 def capsnet_losses(
-    output: CapsNetOutput, labels_BT: Tensor, targets_BTCHW: Tensor, config: MarginLossConfig
+    output: CapsNetOutput,
+    labels_BT: Tensor,
+    targets_BTCHW: Tensor,
+    config: CapsuleLossConfig,
+    progress: float | Tensor = 1.0,
 ) -> Losses:
-    """Margin loss plus the weighted reconstruction loss, the latter 0 without a decoder.
+    """Of the classes, plus the weighted reconstruction loss, the latter 0 without a decoder.
 
     targets_BTCHW: what the reconstruction of each label should look like, pixels in [0, 1].
+    progress: see `spread_loss`.
     """
-    present_BJ = class_presence(labels_BT, output.lengths_BJ.shape[1])
-    margin = margin_loss(output.lengths_BJ, present_BJ, config)
+    lengths_BJ = output.lengths_BJ
+    present_BJ = class_presence(labels_BT, lengths_BJ.shape[1])
+    if isinstance(config, MarginLossConfig):
+        classes = margin_loss(lengths_BJ, present_BJ, config)
+    elif isinstance(config, SpreadLossConfig):
+        classes = spread_loss(lengths_BJ, present_BJ, config, progress)
+    else:
+        classes = negative_log_likelihood(lengths_BJ, present_BJ)
     if output.reconstructions_BTCHW is None:
-        return Losses(margin, margin, torch.zeros_like(margin))
-    reconstruction = reconstruction_loss(output.reconstructions_BTCHW, targets_BTCHW, config)
-    return Losses(margin + reconstruction, margin, reconstruction)
+        return Losses(classes, classes, torch.zeros_like(classes))
+    squares = squared_difference(output.reconstructions_BTCHW, targets_BTCHW)
+    reconstruction = config.reconstruction_weight * squares
+    return Losses(classes + reconstruction, classes, reconstruction)
 
 
 def cross_entropy(logits_BJ: Tensor, labels_BT: Tensor, config: CrossEntropyConfig) -> Tensor:
@@ -153,12 +213,16 @@ def cross_entropy(logits_BJ: Tensor, labels_BT: Tensor, config: CrossEntropyConf
 
 
 def model_losses(
-    output: Output, labels_BT: Tensor, targets_BTCHW: Tensor, config: LossConfig
+    output: Output,
+    labels_BT: Tensor,
+    targets_BTCHW: Tensor,
+    config: LossConfig,
+    progress: float | Tensor = 1.0,
 ) -> Losses:
     """The losses of any network; see `capsnet_losses` and `cross_entropy`."""
     if isinstance(output, CNNOutput):
         assert isinstance(config, CrossEntropyConfig)  # checked in settings.py
         entropy = cross_entropy(output.logits_BJ, labels_BT, config)
         return Losses(entropy, entropy, torch.zeros_like(entropy))
-    assert isinstance(config, MarginLossConfig)
-    return capsnet_losses(output, labels_BT, targets_BTCHW, config)
+    assert isinstance(config, CapsuleLossConfig)
+    return capsnet_losses(output, labels_BT, targets_BTCHW, config, progress)

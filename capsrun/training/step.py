@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from capsrun.config import LossConfig, RecipeConfig
+from capsrun.config import RecipeConfig
 from capsrun.data.batches import Batch
 from capsrun.data.splits import TrainingBatches
+from capsrun.model_config import LossConfig
 from capsrun.models import Model, Output
 from capsrun.models.layers import take
 from capsrun.training.device import autocast, keep_freed_memory
@@ -99,6 +100,8 @@ class Trainer:
         self.loss, self.recipe, self.steps = loss, recipe, steps
         self.device, self.precision = device, precision
         self.optimizer = make_optimizer(self.model, recipe, device)
+        self.progress = torch.zeros((), device=device)
+        """How much of the run is made, from 0 to 1: where a captured graph reads it."""
         self.averaged: Model | None = None
         """A model whose weights are the moving average of the trained one's, if there is to be."""
         if recipe.average is not None:
@@ -115,6 +118,10 @@ class Trainer:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         averages = [] if self.averaged is None else self.averaged.parameters()
         return [*self.model.parameters(), *moments, *averages]
+
+    def set_progress(self, step: int | Tensor) -> None:
+        """Set which update is the next, for a loss that changes during a run."""
+        self.progress.copy_(torch.as_tensor(step / self.steps))
 
     def set_rate(self, rate: float | Tensor) -> None:
         """Set Adam's rate for the next update; see `adam_rate`."""
@@ -156,6 +163,7 @@ class Trainer:
         CPU only, as a GPU would have to be waited for.
         """
         self.set_rate(adam_rate(self.recipe, step, self.steps))
+        self.set_progress(step)
         return self.update(batch)
 
     def update(self, batch: Batch) -> Update:
@@ -181,7 +189,8 @@ class Trainer:
         """What the model says about a batch, and its losses."""
         with peers(), autocast(self.device, self.precision):
             output = self._network(batch.images_BCHW, batch.labels_BT, batch.noise_B)
-        return output, model_losses(output, batch.labels_BT, batch.targets_BTCHW, self.loss)
+        given = output, batch.labels_BT, batch.targets_BTCHW, self.loss
+        return output, model_losses(*given, self.progress)
 
     @torch.no_grad()
     def _average(self) -> None:

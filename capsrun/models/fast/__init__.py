@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capsrun.config import RoutingConfig
+from capsrun.model_config import DynamicRoutingConfig
 from capsrun.models.fast import frequency_conv, frequency_gpu, routing_cpu
 from capsrun.models.fast.patch_conv import patch_conv2d
 from capsrun.models.fast.strided_conv import relu_strided_conv2d
@@ -84,7 +84,7 @@ def class_capsules(
     poses_BIK: Tensor,
     weights_IKJD: Tensor,
     bias_JD: Tensor | None,
-    routing: RoutingConfig,
+    routing: DynamicRoutingConfig,
     triton: bool,
 ) -> Tensor | None:
     """Votes and dynamic routing in one, (B, J, D), see `routing_cpu.route_fused`; or None.
