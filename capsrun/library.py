@@ -36,7 +36,7 @@ def training_config(*overrides: str) -> TrainConfig:
     >>> import capsrun
     >>> config = capsrun.training_config("dataset=mnist5k", "routing.iterations=1")
     >>> config.routing
-    RoutingConfig(iterations=1, leaky=False, detach=False)
+    DynamicRoutingConfig(iterations=1, leaky=False, detach=False)
     >>> config.model.primary_types, config.model.decoder_widths
     (32, [512, 1024])
     >>> capsrun.training_config("iterations=1")

@@ -66,7 +66,7 @@ def em_route(
         shares_BJI = assignments_BJI * activations_BI[:, None]
         mass_BJ1 = shares_BJI.sum(2, keepdim=True)
         moments_BJH = (shares_BJI[:, :, None] @ powers_BJIH)[:, :, 0]
-        means_BJD, squares_BJD = (moments_BJH / (mass_BJ1 + TINY)).chunk(2, dim=2)
+        means_BJD, squares_BJD = (moments_BJH / mass_BJ1.clamp(min=TINY)).chunk(2, dim=2)
         variances_BJD = (squares_BJD - means_BJD.square()).clamp(min=0) + minimum_variance
         log_sigmas_BJD = variances_BJD.log() / 2
         costs_BJD = (beta_u_J[:, None] + log_sigmas_BJD) * mass_BJ1
