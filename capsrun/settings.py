@@ -53,6 +53,8 @@ class Role:
     """How long and how the network is optimised, not which network on which images."""
     test: bool = True
     """Which test images there are."""
+    optional: bool = False
+    """Whether null says nothing, as results do that were stored before there was this setting."""
 
 
 _NOTHING = Role(result=False, name=False, resume=False, test=False)
@@ -79,6 +81,7 @@ ROLES = {
     "dataset.flip": _NO_TEST,
     "dataset.brightness": _NO_TEST,
     "dataset.contrast": _NO_TEST,
+    "dataset.augment": Role(test=False, optional=True),
     "model.name": Role(result=False),
     "recipe": Role(length=True),
     "recipe.order": Role(),
@@ -100,7 +103,8 @@ def role(key: str) -> Role:
 
 def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a training run that decide what it computes, but for the seed."""
-    return {key: value for key, value in flattened(training) if role(key).result}
+    deciding = {key: value for key, value in flattened(training) if role(key).result}
+    return {k: v for k, v in deciding.items() if not (role(k).optional and v == repr(None))}
 
 
 def deciding_test(dataset: Mapping[str, Any]) -> dict[str, Any]:
