@@ -28,6 +28,7 @@ from capsrun.model_config import (
     CapsuleModelConfig,
     CNNConfig,
     CrossEntropyConfig,
+    EfficientCapsNetConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
@@ -193,8 +194,7 @@ def _structured(schema: type, given: Any) -> Any:
     if "dataset" in names and _has(given, "dataset.path"):
         node.dataset = OmegaConf.structured(OwnDataConfig)
     if "model" in names:
-        is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
-        node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
+        node.model = OmegaConf.structured(_model_of(given))
     if "routing" in names and OmegaConf.select(given, "routing") is not None:
         algorithm = OmegaConf.select(given, "routing.algorithm") or "dynamic"
         known = ROUTINGS.get(algorithm)
@@ -202,6 +202,14 @@ def _structured(schema: type, given: Any) -> Any:
     if "loss" in names:
         node.loss = OmegaConf.structured(_loss_of(given))
     return node
+
+
+def _model_of(given: Any) -> type[ModelConfig]:
+    """Which kind of network the values are about, likewise."""
+    if OmegaConf.select(given, "model.strides") is not None:
+        return EfficientCapsNetConfig
+    is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
+    return CNNConfig if is_cnn else CapsNetConfig
 
 
 def _loss_of(given: Any) -> type[LossConfig]:

@@ -120,5 +120,9 @@ def in_pieces(
     ]
     if history is not None:
         for parts in zip(*histories):
-            history.append(RoutingIteration(*map(torch.cat, zip(*parts))))
+            # Not every algorithm has all numbers of an iteration.
+            whole: list[Any] = [
+                None if given[0] is None else torch.cat(given) for given in zip(*parts)
+            ]
+            history.append(RoutingIteration(*whole))
     return torch.cat(capsules)
