@@ -41,6 +41,8 @@ class DatasetConfig:
     """Training images become lighter or darker by up to this share of the range of pixels."""
     contrast: float = setting(minimum=0, maximum=1)
     """The contrast of training images is multiplied by 1 − this to 1 + this."""
+    augment: str | None = setting(choices=("efficient_capsnet",), default=None)
+    """Whose way training images are changed in, in place of `shift_px`; see `data/augment.py`."""
     standardise: bool
     """Whether the network sees each image with mean 0 and standard deviation 1."""
 

@@ -21,16 +21,18 @@ def setting(
     choices: tuple[str, ...] | None = None,
     path: bool | None = None,
     raw: bool | None = None,
+    default: Any = dataclasses.MISSING,
 ) -> Any:
     """A dataclass field with the values that it may take: bounds or choices.
 
     `above` and `below` are exclusive. For a list the bounds hold for each element. path: it is one
     of a file or a folder, in which `~` is the user's own. raw: it need not be text, as names of
-    files need not.
+    files need not. default: what it was before there was this setting, for what was stored then.
     """
     bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     limits = {**bounds, "choices": choices, "path": path, "raw": raw}
-    return dataclasses.field(metadata={k: v for k, v in limits.items() if v is not None})
+    metadata = {key: value for key, value in limits.items() if value is not None}
+    return dataclasses.field(metadata=metadata, default=default)
 
 
 def allowed_values(schema: type, key: str) -> list[str]:

@@ -37,6 +37,19 @@ class CapsNetConfig(CapsuleModelConfig):
 
 
 @dataclass(kw_only=True)
+class EfficientCapsNetConfig(CapsuleModelConfig):
+    """The layers of Efficient-CapsNet. Values: `configs/model/efficient_capsnet.yaml`."""
+
+    channels: list[int] = setting(minimum=1)
+    """Output channels of each convolution but the last, which has those of PrimaryCaps."""
+    kernels_px: list[int] = setting(minimum=1)
+    strides: list[int] = setting(minimum=1)
+    norm_momentum: float = setting(minimum=0, maximum=1)
+    """Share of the running statistics that a batch keeps."""
+    norm_epsilon: float = setting(above=0, maximum=10**3)
+
+
+@dataclass(kw_only=True)
 class CNNConfig(ModelConfig):
     """The layers of a convolutional network. Values and sources: `configs/model/cnn_*.yaml`."""
 
@@ -101,6 +114,7 @@ class Routing(NamedTuple):
 ROUTINGS = {
     "dynamic": Routing("dynamic.CapsuleLayer", DynamicRoutingConfig),
     "em": Routing("em.EMCapsuleLayer", EMRoutingConfig),
+    "self_attention": Routing("self_attention.SelfAttentionLayer"),
     "self_routing": Routing("self_routing.SelfRoutingLayer"),
 }
 """By `routing.algorithm`, which all but the paper's have."""

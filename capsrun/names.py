@@ -15,7 +15,7 @@ from capsrun.data.sets import DATASETS, known
 from capsrun.data_config import DatasetConfig, OwnDataConfig
 from capsrun.disk import read_json
 from capsrun.errors import UserError
-from capsrun.model_config import CapsNetConfig, ModelConfig
+from capsrun.model_config import CapsuleModelConfig, ModelConfig
 from capsrun.settings import differing_keys, from_dict, role
 from capsrun.yaml_files import chosen_files, keys_of, own_option
 
@@ -225,7 +225,7 @@ def uses_of_model(model: ModelConfig, words: Sequence[str]) -> list[list[str]]:
 
     words: see `model_words`.
     """
-    if not (isinstance(model, CapsNetConfig) and model.reconstruction):
+    if not (isinstance(model, CapsuleModelConfig) and model.reconstruction):
         return []
     return [["perturb", *words], ["explore", *words]]
 

@@ -28,6 +28,7 @@ from capsrun.model_config import (
     CapsuleModelConfig,
     CNNConfig,
     CrossEntropyConfig,
+    EfficientCapsNetConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
@@ -53,6 +54,8 @@ class Role:
     """How long and how the network is optimised, not which network on which images."""
     test: bool = True
     """Which test images there are."""
+    optional: bool = False
+    """Whether null says nothing, as results do that were stored before there was this setting."""
 
 
 _NOTHING = Role(result=False, name=False, resume=False, test=False)
@@ -79,6 +82,7 @@ ROLES = {
     "dataset.flip": _NO_TEST,
     "dataset.brightness": _NO_TEST,
     "dataset.contrast": _NO_TEST,
+    "dataset.augment": Role(test=False, optional=True),
     "model.name": Role(result=False),
     "recipe": Role(length=True),
     "recipe.order": Role(),
@@ -100,7 +104,8 @@ def role(key: str) -> Role:
 
 def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a training run that decide what it computes, but for the seed."""
-    return {key: value for key, value in flattened(training) if role(key).result}
+    deciding = {key: value for key, value in flattened(training) if role(key).result}
+    return {k: v for k, v in deciding.items() if not (role(k).optional and v == repr(None))}
 
 
 def deciding_test(dataset: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,8 +194,7 @@ def _structured(schema: type, given: Any) -> Any:
     if "dataset" in names and _has(given, "dataset.path"):
         node.dataset = OmegaConf.structured(OwnDataConfig)
     if "model" in names:
-        is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
-        node.model = OmegaConf.structured(CNNConfig if is_cnn else CapsNetConfig)
+        node.model = OmegaConf.structured(_model_of(given))
     if "routing" in names and OmegaConf.select(given, "routing") is not None:
         algorithm = OmegaConf.select(given, "routing.algorithm") or "dynamic"
         known = ROUTINGS.get(algorithm)
@@ -198,6 +202,14 @@ def _structured(schema: type, given: Any) -> Any:
     if "loss" in names:
         node.loss = OmegaConf.structured(_loss_of(given))
     return node
+
+
+def _model_of(given: Any) -> type[ModelConfig]:
+    """Which kind of network the values are about, likewise."""
+    if OmegaConf.select(given, "model.strides") is not None:
+        return EfficientCapsNetConfig
+    is_cnn = OmegaConf.select(given, "model.kernels_px") is not None
+    return CNNConfig if is_cnn else CapsNetConfig
 
 
 def _loss_of(given: Any) -> type[LossConfig]:

@@ -15,7 +15,10 @@ def main(source: str, target: str) -> None:
     checkpoint = read_checkpoint(find_checkpoint(source, "capsrun train"))
     if checkpoint["optimizer"] is not None:
         raise UserError(f"{source} is not finished: train it to its end first")
-    weights = {name: tensor.half() for name, tensor in checkpoint["model"].items()}
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint["model"].items()
+    }
     # Where and when the run's own files are is of no use to anybody else.
     state = {key: checkpoint[key] for key in ("precision", "train_seconds")}
     Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,7 @@ def routing_changes(trainer: Trainer, images_BCHW: torch.Tensor) -> dict[str, fl
     if not isinstance(trainer.model, CapsNet):
         return {}
     history: list[RoutingIteration] = []
+    trainer.model.eval()  # so that no running statistics change; the next update trains again
     with torch.inference_mode(), autocast(trainer.device, trainer.precision):
         trainer.model.encode(images_BCHW, history)
     changes = [i.logit_changes_BIJ for i in history if i.logit_changes_BIJ is not None]

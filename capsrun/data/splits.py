@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import data
 
 from capsrun.data import batches
+from capsrun.data.augment import augment, check_augment
 from capsrun.data.batches import Batch
 from capsrun.data.files import Part, RawData, Source
 from capsrun.data.sets import class_names
@@ -207,16 +208,18 @@ class StoredImages(TrainingSplit):
 
 def varies(config: DatasetConfig) -> bool:
     """Whether training images are changed at random in more than their place."""
-    return bool(config.flip or config.brightness or config.contrast)
+    return bool(config.flip or config.brightness or config.contrast or config.augment)
 
 
 def vary(pixels_BCHW: Tensor, positions_B: Tensor, seed: int, config: DatasetConfig) -> Tensor:
-    """Mirror images, make them lighter or darker, and change their contrast, as `config` says.
+    """Augment, mirror, light images, and change their contrast, as `config` says.
 
     The contrast is that about the mean of each channel. Pixels may leave [0, 1].
     """
     if not varies(config):
         return pixels_BCHW
+    if config.augment is not None:
+        pixels_BCHW = augment(pixels_BCHW, positions_B, seed)
     counters_B3 = positions_B[:, None] * 3 + torch.arange(3, device=positions_B.device)
     draws_B3111 = batches.random_unit(counters_B3, seed, batches.LIGHT)[..., None, None, None]
     mirrored_B, lighter_B, contrast_B = draws_B3111.unbind(1)
@@ -332,6 +335,7 @@ def stored_dataset(raw: RawData, config: DatasetConfig, device: torch.device) ->
 
     Raises UserError for settings that do not fit them.
     """
+    check_augment(config)
     stored_px = raw.train.images_NCHW.shape[-1]
     # Images as large as the canvas may be moved over its edge (§5), by less than their size.
     check_shift(config, stored_px, stored_px - 1 if config.image_px == stored_px else 0)
@@ -359,6 +363,6 @@ def check_shift(config: DatasetConfig, stored_px: int, over_px: int = 0) -> None
 
 def refuse_changes(config: DatasetConfig, *unused: str) -> None:
     """Raise UserError for changes of photos, and more settings, without effect on this data set."""
-    for key in ("flip", "brightness", "contrast", "standardise", *unused):
+    for key in ("flip", "brightness", "contrast", "augment", "standardise", *unused):
         if getattr(config, key):
             raise UserError(f"dataset.{key} has no effect on {config.name}; leave it out")

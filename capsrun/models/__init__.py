@@ -4,9 +4,10 @@ import torch
 
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError
-from capsrun.model_config import CapsNetConfig, CNNConfig, ModelConfig, RoutingConfig
+from capsrun.model_config import CNNConfig, EfficientCapsNetConfig, ModelConfig, RoutingConfig
 from capsrun.models.capsnet import CapsNet, CapsNetOutput
 from capsrun.models.cnn import CNN, CNNOutput
+from capsrun.models.efficient import EfficientCapsNet
 
 # What every network has: `classes`, `channels`, `image_px`, `decoder` (or None), and a call with
 # images, labels and noise; its output has `scores_BJ` and `reconstructions_BTCHW`.
@@ -52,6 +53,7 @@ def _make(model: ModelConfig, routing: RoutingConfig | None, dataset: DatasetCon
     sizes = dataset.image_px, dataset.channels, dataset.classes, dataset.standardise
     if isinstance(model, CNNConfig):
         return CNN(model, *sizes)
-    assert isinstance(model, CapsNetConfig)  # checked in settings.py
-    assert routing is not None
+    assert routing is not None  # checked in settings.py
+    if isinstance(model, EfficientCapsNetConfig):
+        return EfficientCapsNet(model, routing, *sizes)
     return CapsNet(model, routing, *sizes)

@@ -6,7 +6,7 @@ K input dimension, D output dimension, T digits in one image.
 
 import copy
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from capsrun.experiments import defaults
 from capsrun.model_config import (
     ROUTINGS,
     CapsNetConfig,
+    CapsuleModelConfig,
     DynamicRoutingConfig,
     ModelConfig,
     OtherRoutingConfig,
@@ -109,6 +110,12 @@ class CapsNet(Layer, nn.Module):
     800
     """
 
+    settings: type[CapsuleModelConfig] = CapsNetConfig
+    config: Any
+    """Of `settings`."""
+    primarycaps: Any
+    """The layer of the input capsules."""
+
     def __init__(
         self,
         config: ModelConfig | None = None,
@@ -121,27 +128,35 @@ class CapsNet(Layer, nn.Module):
         config = copy.deepcopy(capsnet_config()) if config is None else config
         routing = routing_config() if routing is None else routing
         image_px = defaults().dataset.image_px if image_px is None else image_px
-        if not isinstance(config, CapsNetConfig):
-            hint = f": CapsNet(image_px={config})" if isinstance(config, int) else ""
-            raise ValueError(f"settings of a CapsNet are wanted, not {type(config).__name__}{hint}")
+        if not isinstance(config, self.settings):
+            name = type(self).__name__
+            hint = f": {name}(image_px={config})" if isinstance(config, int) else ""
+            raise ValueError(f"settings of a {name} are wanted, not {type(config).__name__}{hint}")
         check_sizes(image_px=image_px, channels=channels, classes=classes)
         super().__init__()
         self.config = config
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.standardised = standardised
-        self.conv1_pads, self.primary_pads, grid_px = sizes_of(config, image_px)
+        self._make_encoder(routing)
+        layer = layer_of(routing)
+        with torch.random.fork_rng(devices=[]):  # a seed gives the weights that it always gave
+            self.digitcaps = layer.from_config(routing, config, self.primary_capsules, classes)
+        self.decoder: Decoder | None = None
+        if config.reconstruction:
+            given = classes, config.digit_dimensions, image_px, channels, config.decoder_widths
+            self.decoder = Decoder(*given, initialisation="pytorch")
+        self.initialisation = getattr(config, "initialisation", self.initialisation)
+        self.reset_parameters()
+
+    def _make_encoder(self, routing: RoutingConfig) -> None:
+        """The layers below the class capsules; the weights are drawn later."""
+        config, layer, later = self.config, layer_of(routing), "pytorch"
+        self.conv1_pads, self.primary_pads, grid_px = sizes_of(config, self.image_px)
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
         reached_px = PRIMARY_STRIDE * (grid_px - 1) + 2 * config.kernel_px - 1
-        self.seen_px = min(reached_px - sum(self.conv1_pads + self.primary_pads), image_px)
-        self.conv1 = nn.Conv2d(channels, config.conv1_channels, config.kernel_px)
-        self._make_layers(routing)
-        self.initialisation = config.initialisation
-        self.reset_parameters()
-
-    def _make_layers(self, routing: RoutingConfig) -> None:
-        """The layers after Conv1; the weights are drawn later."""
-        config, layer, later = self.config, layer_of(routing), "pytorch"
+        self.seen_px = min(reached_px - sum(self.conv1_pads + self.primary_pads), self.image_px)
+        self.conv1 = nn.Conv2d(self.channels, config.conv1_channels, config.kernel_px)
         leaky = isinstance(routing, DynamicRoutingConfig) and routing.leaky
         self.primarycaps = PrimaryCaps(
             config.conv1_channels,
@@ -153,18 +168,6 @@ class CapsNet(Layer, nn.Module):
             squashed=not layer.takes_activations,
             initialisation=later,
         )
-        with torch.random.fork_rng(devices=[]):  # a seed gives the weights that it always gave
-            self.digitcaps = layer.from_config(routing, config, self.primary_capsules, self.classes)
-        self.decoder: Decoder | None = None
-        if config.reconstruction:
-            self.decoder = Decoder(
-                self.classes,
-                config.digit_dimensions,
-                self.image_px,
-                self.channels,
-                config.decoder_widths,
-                initialisation=later,
-            )
 
     @property
     def routing(self) -> RoutingConfig:
@@ -230,7 +233,7 @@ class CapsNet(Layer, nn.Module):
         Raises ValueError for images and labels that this network was not made for.
         """
         if labels_BT is not None:
-            check_labels(labels_BT, images_BCHW.shape[0], self.classes, self.conv1.weight)
+            check_labels(labels_BT, images_BCHW.shape[0], self.classes, self.primarycaps.weight)
         capsules_BJD = self.encode(images_BCHW)
         lengths_BJ = torch.linalg.vector_norm(capsules_BJD, dim=2)
         reconstructions = None

@@ -1,7 +1,12 @@
-"""How the authors' code draws new weights."""
+"""How the code of papers' authors draws new weights."""
+
+import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+TRUNCATED = 0.87962566
+"""Standard deviation of a normal distribution with σ = 1 that is truncated at ±2."""
 
 
 @torch.no_grad()
@@ -15,3 +20,13 @@ def initialise_as_authors(network: nn.Module, std: float = 0.1) -> None:
             parameter.fill_(0.1)
         else:
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+
+@torch.no_grad()
+def he_normal(weights: Tensor, inputs: int) -> None:
+    """Variance 2 / `inputs` (He et al. 2015), from a normal distribution truncated at ±2 of its σ.
+
+    As Keras draws it, and so that the variance is this after it is truncated.
+    """
+    std = math.sqrt(2 / inputs) / TRUNCATED
+    nn.init.trunc_normal_(weights, std=std, a=-2 * std, b=2 * std)

@@ -208,6 +208,7 @@ def displayed(images_BCHW: Tensor) -> Tensor:
 @torch.inference_mode()
 def reconstruct(model: CapsNet, images_BCHW: Tensor, labels_BT: Tensor) -> Tensor:
     """What the decoder draws for each of the given classes: (B, T, C, H, W)."""
+    model.eval()
     return model.decode(model.encode(images_BCHW), labels_BT)
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
+from capsrun.model_config import CapsNetConfig
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.routing import RoutingIteration
 from capsrun.report.figures import FONT_SIZE, TWO_COLOURS, new_figure
@@ -131,6 +132,8 @@ def grid_extent(model: CapsNet) -> tuple[float, float]:
     Each capsule sees 2 · kernel − 1 pixels along each axis; its cell, two pixels wide as the stride
     is, lies around their middle.
     """
+    if not isinstance(model.config, CapsNetConfig):  # each sees all of the image
+        return 0.0, float(model.image_px)
     side = math.isqrt(model.primary_capsules // model.config.primary_types)
     first = model.config.kernel_px - 0.5 - model.conv1_pads[0] - model.primary_pads[0]
     return first - 1, first - 1 + 2 * side

@@ -245,7 +245,8 @@ def check_weights(model: Model, weights: Any, whose: str) -> None:
                 f"{whose} holds the weights of another network: {name} has shape "
                 f"{tuple(getattr(tensor, 'shape', ()))}, not {tuple(ours[name].shape)}"
             )
-        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        is_other = tensor.is_floating_point() != ours[name].is_floating_point()
+        if is_other or tensor.layout != torch.strided or tensor.is_meta:
             kind = "without values" if tensor.is_meta else f"of {tensor.layout}, {tensor.dtype}"
             raise UserError(f"{whose} is damaged: {name} is {kind}, and no weights")
         if not bool(tensor.isfinite().all()):

@@ -59,8 +59,9 @@ def begin_with_weights(
 
 
 def layer_of(key: str) -> str:
-    """The layer of a weight or a bias in a state dict: `decoder.0` of `decoder.0.weight`."""
-    return re.sub("[._](weight|bias)$", "", key)
+    """The layer of something in a state dict: `decoder.0` of `decoder.0.weight`."""
+    statistics = "running_mean|running_var|num_batches_tracked"
+    return re.sub(f"[._](weight|bias|{statistics})$", "", key)
 
 
 def refuse_seen_images(

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -268,11 +268,13 @@ def is_finished_run(folder: Path) -> bool:
 
 def check_training(config: Any) -> None:
     """Raise LookupError, TypeError or ValueError where a run's settings are not of their types."""
-    named = {"model": {"name": str}, "record": {"evaluate_images": int}}
-    check_shape(config, {"seed": int, "name?": str, **named})
+    nested = {"model": {"name": str}, "record": {"evaluate_images": int}}
+    check_shape(config, {"seed": int, "name?": str, **nested})
     dataset = dataset_schema(config["dataset"])
     for key, schema in (("dataset", dataset), ("recipe", RecipeConfig), ("stop", StopConfig)):
-        if differing := {*config[key]} ^ {setting.name for setting in fields(schema)}:
+        named = {setting.name: setting.default for setting in fields(schema)}
+        needed = {name for name, default in named.items() if default is MISSING}
+        if differing := (needed - {*config[key]}) | ({*config[key]} - {*named}):
             raise TypeError(f"{key} lacks a setting, or has one too many: {', '.join(differing)}")
         section: Any = schema(**config[key])
         for setting in fields(section):

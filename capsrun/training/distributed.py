@@ -100,7 +100,11 @@ class Ranks:
         return result
 
     def share_model(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model as one that gives all processes the first one's weights, and mean gradients."""
+        """The model as one that gives all processes the first one's weights, and mean gradients.
+
+        A batch normalisation normalises by the images of its own process; the running statistics
+        are those of the first one's, which the others are given before each step.
+        """
         if self.count == 1:
             return model
         with peers():

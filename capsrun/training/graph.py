@@ -134,8 +134,10 @@ class GraphedTrainer(Trainer):
     def _outcome(self, way: Way, batches: TrainingBatches) -> Tensor:
         """The loss of a batch, and the length of the gradient of each weight, in some way."""
         self._use(way)
-        losses = self.compute(batches.batch(0))[1]
-        gradients = torch.autograd.grad(losses.total, list(self.model.parameters()))
+        self.model.train()
+        with unchanged(self):
+            losses = self.compute(batches.batch(0))[1]
+            gradients = torch.autograd.grad(losses.total, list(self.model.parameters()))
         return torch.stack([losses.total.detach(), *(grad.norm() for grad in gradients)])
 
     def _use(self, way: Way) -> None:

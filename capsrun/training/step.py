@@ -66,6 +66,11 @@ def make_optimizer(model: Model, recipe: RecipeConfig, device: torch.device) -> 
     return optimizer
 
 
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    """The weights of a network, and its buffers."""
+    return [*network.parameters(), *network.buffers()]
+
+
 class Update(NamedTuple):
     """What one update saw and computed, before it changed the weights."""
 
@@ -114,10 +119,13 @@ class Trainer:
         """Milliseconds of an update in each way that was measured; see `training/graph.py`."""
 
     def changing_tensors(self) -> list[Tensor]:
-        """Everything that an update changes: the weights, their average, the optimiser's state."""
+        """Everything that an update changes: the weights, their average, the optimiser's state.
+
+        Of both networks the buffers too, as the running statistics of a batch normalisation are.
+        """
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        averages = [] if self.averaged is None else self.averaged.parameters()
-        return [*self.model.parameters(), *moments, *averages]
+        averages = [] if self.averaged is None else tensors_of(self.averaged)
+        return [*tensors_of(self.model), *moments, *averages]
 
     def set_progress(self, step: int | Tensor) -> None:
         """Set which update is the next, for a loss that changes during a run."""
@@ -159,7 +167,7 @@ class Trainer:
     def step(self, batch: Batch, step: int) -> Update:
         """Make update number `step` (from 0).
 
-        Raises FloatingPointError, before anything is updated, for a loss that is not finite; on a
+        Raises FloatingPointError, before a weight is updated, for a loss that is not finite; on a
         CPU only, as a GPU would have to be waited for.
         """
         self.set_rate(adam_rate(self.recipe, step, self.steps))
@@ -168,6 +176,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> Update:
         """Make one update at the rate that is set; see `step`."""
+        self._network.train()  # it may have been tested since
         output, losses = self.compute(batch)
         if self.device.type == "cpu":
             total = self.mean(losses.total, batch)
@@ -194,12 +203,20 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the average of the weights: a ← decay · a + (1 − decay) · w, from the initial w."""
+        """Move the average of the weights: a ← decay · a + (1 − decay) · w, from the initial w.
+
+        That of running statistics likewise; counters are as they are.
+        """
         if self.averaged is not None:
             assert self.recipe.average is not None
             # Not AveragedModel.update_parameters, which looks at its count: a GPU waits for that.
             move = get_ema_multi_avg_fn(self.recipe.average)
-            move(list(self.averaged.parameters()), list(self.model.parameters()), 0)
+            pairs = list(zip(tensors_of(self.averaged), tensors_of(self.model)))
+            averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+            move(list(averages), list(values), 0)
+            for ours, theirs in pairs:
+                if not ours.is_floating_point():
+                    ours.copy_(theirs)
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
         """Means over the step's whole batch of what are means over this process's share of it."""

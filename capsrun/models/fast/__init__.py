@@ -120,6 +120,6 @@ def in_pieces(
     ]
     if history is not None:
         for parts in zip(*histories):
-            fields = [None if of[0] is None else torch.cat(of) for of in zip(*parts)]
+            fields: list[Any] = [None if of[0] is None else torch.cat(of) for of in zip(*parts)]
             history.append(RoutingIteration(*fields))
     return torch.cat(capsules)
