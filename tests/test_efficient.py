@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from conftest import TINY, make_model, make_trainer, train_config, untrained
+from test_graph import EFFICIENT as NARROW
+from test_report import half_precision
 from test_step import make_tiny
 from test_train import straight_and_resumed
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from capsrun.commands.writer import routing_changes
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
+from capsrun.library import save_checkpoint
 from capsrun.models.initialisation import he_normal
 from capsrun.models.routing import RoutingIteration, capsule_votes
 from capsrun.models.self_attention import SelfAttentionLayer, attend, exponential_squash
@@ -25,7 +28,7 @@ from capsrun.training.graph import PLAIN, CapturedSteps, GraphedTrainer, unchang
 from capsrun.training.metrics import score_split
 from capsrun.training.step import Trainer, tensors_of
 
-EFFICIENT = ["model=efficient_capsnet", "model.channels=[4,4,4]", "model.primary_types=2"]
+EFFICIENT = [*NARROW]
 EFFICIENT += [word for word in TINY if not word.startswith(("model.conv1", "model.primary"))]
 AUGMENTED = ["dataset.augment=efficient_capsnet", "dataset.shift_px=0"]
 
@@ -234,6 +237,7 @@ def test_training_settings_are_the_authors():
     [
         ["model=efficient_capsnet", "dataset.image_px=40"],
         ["model=efficient_capsnet", "routing=dynamic"],
+        ["model=efficient_capsnet", "routing=em"],
         ["model=efficient_capsnet", "routing=self_routing"],
         ["model=capsnet_small", "routing=self_attention", "model.primary_types=2"],
     ],
@@ -337,7 +341,14 @@ def test_it_is_resumed_bit_for_bit(tmp_path, monkeypatch):
             ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) for ours, theirs in pairs
         )
     assert result["model"] == "efficient_capsnet"
-    assert not load_checkpoint(tmp_path / "resumed").model.training
+    trained = load_checkpoint(tmp_path / "resumed").model
+    assert not trained.training
+    half_precision(monkeypatch, tmp_path / "resumed", tmp_path / "small.pt")
+    small, images = load_checkpoint(tmp_path / "small.pt").model, torch.rand(4, 1, 28, 28)
+    torch.testing.assert_close(
+        small(images).lengths_BJ, trained(images).lengths_BJ, atol=5e-3, rtol=0
+    )
+    assert small.convolutions[2].num_batches_tracked == 12, "what is counted is no half"
 
 
 def test_what_was_seen_belongs_to_its_layer(tmp_path, capsys):
@@ -349,3 +360,12 @@ def test_what_was_seen_belongs_to_its_layer(tmp_path, capsys):
     below = "convolutions.0, convolutions.2, convolutions.3, convolutions.5, convolutions.11"
     assert f"after 1 step: {below}, primarycaps, digitcaps, decoder.0, " in said
     assert "begun anew: convolutions.6, convolutions.8, convolutions.9\n" in said
+
+
+def test_the_library_keeps_what_was_seen(tmp_path):
+    network = make_model(train_config(*EFFICIENT))
+    network(torch.rand(20, 1, 28, 28))
+    save_checkpoint(network, tmp_path / "mine.pt")
+    images = torch.rand(4, 1, 28, 28)
+    kept = load_checkpoint(tmp_path / "mine.pt").model
+    assert torch.equal(kept(images).lengths_BJ, network.eval()(images).lengths_BJ)

@@ -39,6 +39,10 @@ KINDS = {
         [*NARROW, "dataset=cifar10", "model=capsnet_cifar10", "model.reconstruction=true"],
         {**PAIR, "reconstructions": (1, 3, 24, 24)},
     ),
+    "efficient": (
+        ["dataset=mnist5k", "model=efficient_capsnet", "model.channels=[4,4,4]"],
+        {**PAIR, "reconstructions": (1, 1, 28, 28)},
+    ),
     "cnn": (
         ["dataset=mnist5k", "model=cnn_affnist", "model.channels=[4,4,4]", "model.hidden=[16]"],
         {"probabilities": (10,)},

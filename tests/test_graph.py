@@ -12,19 +12,24 @@ from capsrun.training.graph import PLAIN, WAYS, CapturedSteps, GraphedTrainer, W
 from capsrun.training.step import Trainer
 
 SMALL_CNN = ["model.channels=[8]", "model.kernels_px=[5]", "model.pools_px=[4]"]
-# What is captured: images moved, pairs made, and dropout drawn, all on the device.
+EFFICIENT = ["model=efficient_capsnet", "model.channels=[4,4,4]", "model.primary_types=2"]
+# What is captured: images moved, pairs made, dropout drawn and batches normalised, on the device.
 KINDS = {
     "mnist5k": [],
     "mnist_padded": ["dataset=mnist_padded", "dataset.source=mnist5k"],
     "multimnist": ["dataset=multimnist", "dataset.source=mnist5k"],
     "cnn": ["model=cnn_baseline", *SMALL_CNN],
+    "efficient": [*EFFICIENT, "dataset.augment=efficient_capsnet", "dataset.shift_px=0"],
     "averaged, in the authors' order": ["recipe.average=0.8", "recipe.order=authors"],
 }
 
 
+OTHER_LAYERS = ("cnn", "efficient")
+
+
 def config_of(kind):
-    of_capsules = ("model.", "routing.") if kind == "cnn" else ()
-    tiny = [word for word in TINY if not word.startswith(of_capsules)]
+    of_capsnet = ("model.", "routing.") if kind in OTHER_LAYERS else ()
+    tiny = [word for word in TINY if not word.startswith(of_capsnet)]
     return train_config(*tiny, *KINDS[kind])
 
 
@@ -164,8 +169,8 @@ def test_captured_training_is_plain_training(kind, monkeypatch):
     config.recipe.steps = 30
     plain, _ = gpu_losses(config, [10, 1, 9, 10])
     for way in WAYS:
-        if kind == "cnn" and (way.triton or way.frequency):
-            continue  # it routes nothing, and has no primary capsules
+        if kind in OTHER_LAYERS and (way.triton or way.frequency):
+            continue  # only CapsNet has layers that compute in these ways
         monkeypatch.setattr(graph, "WAYS", (way,))
         ours, trainer = gpu_losses(config, [10, 1, 9, 10], kind=GraphedTrainer, fast=True)
         assert list(trainer.ways_ms) == [str(way)]

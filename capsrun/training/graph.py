@@ -112,8 +112,8 @@ class GraphedTrainer(Trainer):
         for way in DETERMINISTIC_WAYS if self._deterministic else WAYS:
             if self._deterministic and seconds:
                 break
-            if (way.triton or way.frequency) and not isinstance(self.model, CapsNet):
-                continue  # nothing is routed, and there are no primary capsules
+            if (way.triton or way.frequency) and type(self.model) is not CapsNet:
+                continue  # other networks have no layers that compute in these ways
             if not way.compiled and any(known.compiled for known in seconds):
                 break  # what is compiled works, and is faster
             try:
