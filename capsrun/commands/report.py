@@ -28,6 +28,8 @@ from capsrun.runs.progress import bar
 from capsrun.runs.reader import Result, find_results
 
 # What it leaves in its folder.
+# What may be written anew in other files: see `main_tables`.
+TABLES = "summary|questions|routings|changed"
 FILES = PAGE, HTML, TEX, CSV = "report.md", "report.html", "report.tex", "report.csv"
 # What `report.csv` has of a result before its settings.
 COLUMNS = ["name", "seed", "command", "error_percent", "errors", "count", "steps", "train_seconds"]
@@ -215,8 +217,8 @@ def places(path: Path) -> tuple[str, list[tuple[int, int, str]]]:
         said = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be updated: {said}") from error
     found = []
-    for mark in re.finditer(r"<!-- (summary|questions) -->[ \t]*\r?\n", text):
-        end = re.compile(r"<!-- (end|summary|questions) -->").search(text, mark.end())
+    for mark in re.finditer(rf"<!-- ({TABLES}) -->[ \t]*\r?\n", text):
+        end = re.compile(rf"<!-- (end|{TABLES}) -->").search(text, mark.end())
         if end is None or end[1] != "end":
             raise UserError(f"{path} has no <!-- end --> after <!-- {mark[1]} -->")
         found.append((mark.end(), end.start(), mark[1]))

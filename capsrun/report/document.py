@@ -6,13 +6,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from capsrun.experiments import GROUPS, Experiments
-from capsrun.report import plots, questions, run_page, tables
+from capsrun.report import changed, plots, questions, run_page, tables
 from capsrun.report.gallery import Pictures, curves, paper_figures
 from capsrun.report.own import own_groups
 from capsrun.report.own import section as own_section
 from capsrun.report.page import render
 from capsrun.report.rows import Group, Row, grouped, of_group
-from capsrun.report.tables import TABLES, table
+from capsrun.report.tables import NOT_RUN, TABLES, table
 from capsrun.runs.reader import Result
 from capsrun.terminal import duration
 from capsrun.yaml_files import own_option
@@ -72,9 +72,19 @@ def trainings(results: Iterable[Result]) -> list[Group]:
 
 def main_tables(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, str]:
     """The tables that other pages show too, by the name of their place there."""
-    answers = questions.lines(*questions.questions_and_answers(rows, trainings(results)))
-    summary = table(tables.SUMMARY, tables.summary_lines(rows))
-    return {"summary": summary, "questions": table(questions.HEADER, answers)}
+    asked, answers = questions.questions_and_answers(rows, trainings(results))
+    routings = [question for question in asked if is_routing(question)]
+    return {
+        "summary": table(tables.SUMMARY, tables.summary_lines(rows)),
+        "questions": table(questions.HEADER, questions.lines(asked, answers)),
+        "routings": table(questions.HEADER, questions.lines(routings, answers)),
+        "changed": "\n\n".join(changed.sections(results)) or NOT_RUN,
+    }
+
+
+def is_routing(question: questions.Question) -> bool:
+    """Whether it is about another routing algorithm, or none."""
+    return "routing.algorithm" in question.change or question.change == {"routing.iterations": 1}
 
 
 def group_tables(rows: Sequence[Row]) -> list[str | None]:
