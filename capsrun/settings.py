@@ -210,7 +210,7 @@ def _with_lists(schema: type, given: Any) -> Any:
     given = given.copy()
     for name, kind in get_type_hints(schema).items():
         value = OmegaConf.select(given, name)
-        if get_origin(kind) is list and isinstance(value, str | int):
+        if get_origin(kind) is list and isinstance(value, str | int | float):
             given[name] = [value]
     return given
 

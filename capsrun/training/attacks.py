@@ -1,10 +1,10 @@
 """White-box attacks: images perturbed within ±ε a pixel (L∞) so that a network errs, in float32.
 
 Each step goes along the sign of the gradient of what is climbed, and back into [x − ε, x + ε] and
-[0, 1]: x' ← clip(x' + α · sign ∇). One step without a random start is FGSM (Goodfellow et al. 2015),
-several are BIM (Kurakin et al. 2017), and from a random start PGD (Madry et al. 2018).
-The gradient flows through all routing iterations, also of a network that was trained with
-`routing.detach=true`.
+[0, 1]: x' ← clip(x' + α · sign ∇). One step without a random start is FGSM (Goodfellow, Shlens,
+Szegedy 2015), several are BIM (Kurakin, Goodfellow, Bengio 2017), and from a random start PGD
+(Madry et al. 2018). The gradient flows through all routing iterations, also of a network that was
+trained with `routing.detach=true`.
 
 Shapes: B batch, N images, J classes, T digits in one image, C channels, H and W pixels.
 """
