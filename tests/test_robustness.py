@@ -133,17 +133,19 @@ def test_gradients_are_those_of_finite_differences(digits, words, loss):
     net = network(*words)
     net.model.double()
     attack = Attack(net, digits, attack_of(f"attack.loss={loss}"))
-    batch = digits.batch(torch.arange(2))
-    images, labels = (batch.images_BCHW.double() * 0.8 + 0.1), batch.labels_BT
+    # Where pixels are alike, max-pooling has no derivative.
+    noise = Noise(torch.zeros(2, dtype=torch.int64), digits.config).batch(torch.arange(2))
+    images, labels = 0.1 + 0.8 * noise.images_BCHW.double(), digits.batch(torch.arange(2)).labels_BT
     with attacked(net.model):
         gradient = attack.gradient(images, labels)
         direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).double()
+        # The logits of a CNN are float32 in any case: there the slope is to be a large one.
+        direction, step = (gradient.sign(), 1e-4) if words is CNN else (direction, 1e-6)
 
         def height(step: float) -> float:
             moved = net.model(images + step * direction)
             return float(attacks.climbed(moved, labels, net, attack.config))
 
-        step = 1e-3 if words is CNN else 1e-6  # whose logits are float32 in any case
         slope = (height(step) - height(-step)) / (2 * step)
     within = 1e-2 if words is CNN else 1e-4
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=within, abs=1e-9)
@@ -152,7 +154,9 @@ def test_gradients_are_those_of_finite_differences(digits, words, loss):
 
 
 @needs_compiler
-@pytest.mark.parametrize("words", [[], ["routing.leaky=true"], ["routing.detach=true"]])
+@pytest.mark.parametrize(
+    "words", [[], ["model.padding=same", "routing.leaky=true"], ["routing.detach=true"]]
+)
 def test_the_fast_kernels_have_the_same_gradients(digits, words):
     plain, fast = network(*words), network(*words, fast=True)
     numbers = digits.indices(0, 40)  # enough for the convolution by its spectrum
@@ -162,7 +166,7 @@ def test_the_fast_kernels_have_the_same_gradients(digits, words):
         with attacked(net.model):
             attack = Attack(net, digits, attack_of("attack.loss=difference"))
             found.append(attack.gradient(batch.images_BCHW, batch.labels_BT))
-    assert torch.allclose(*found, rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
+    assert torch.allclose(*found, rtol=0, atol=5e-4 * float(found[0].abs().max()))
     assert float(found[0].abs().max()) > 0
 
 

@@ -129,7 +129,8 @@ class Attack:
         output = self.network.model(as_seen(pixels_BCHW, self.split.config))
         height = climbed(output, aims_BT, self.network, self.config)
         (gradient,) = torch.autograd.grad(-height if self.config.targeted else height, pixels_BCHW)
-        return gradient.nan_to_num(0)  # an image of one grey has no deviation to divide by
+        # An image of one grey has no deviation to divide by.
+        return gradient.nan_to_num(0) if self.split.config.standardise else gradient
 
     def perturb(
         self, pixels_BCHW: Tensor, aims_BT: Tensor, numbers_B: Tensor, epsilon: float, restart: int
