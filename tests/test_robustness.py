@@ -28,6 +28,7 @@ from capsrun.training import attacks, detection
 from capsrun.training.attacks import Attack, Network, attack_split, attacked, step_size
 
 PLAIN = ["eval", "dataset=mnist5k", "images=60", "device=cpu", "precision=fp32"]
+PLAIN += ["pictures=1", "routing_images=[]"]
 CNN = ["model=cnn_authors", "model.channels=[4,4]", "model.hidden=[8]"]
 
 

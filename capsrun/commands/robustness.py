@@ -132,20 +132,26 @@ class Tested:
 def find(tested: Tested) -> Found:
     """All that is asked for beside the plain test: figures, and what `result.json` holds of it."""
     config = tested.config
+    # What may be missing is looked for before anything takes long.
+    attack = None if config.attack is None else make_attack(tested)
+    sets = {name: others(tested, name) for name in config.detect}
+    if config.detect and tested.plain.count < 2:
+        raise UserError("detect= needs two images at least: half of them may give the threshold")
     drawn, facts = transformed(tested)
     outcomes: list[Outcome] = []
     rows: list[dict[str, Any]] = []
-    if config.attack is not None:
-        began = time.perf_counter()
-        outcomes = attacked(tested)
-        rows = [attack_row(outcome, config.attack.targeted) for outcome in outcomes]
+    if attack is not None:
+        began, progress = time.perf_counter(), partial(bar, doing=attack.config.name)
+        options = config.images, progress, bool(config.detect)
+        outcomes = attack_split(attack, tested.models[0], *options)
+        rows = [attack_row(outcome, attack.config.targeted) for outcome in outcomes]
         facts |= {"attack": rows, "attack_seconds": time.perf_counter() - began}
     if config.detect:
-        drawn_detection, found = detected(tested, outcomes)
+        drawn_detection, found = detected(tested, sets, outcomes)
         drawn |= drawn_detection
         facts["detection"] = found
-    if config.attack is not None:
-        report.print_rows(f"ε of {config.attack.name}", rows, "epsilon")
+    if attack is not None:
+        report.print_rows(f"ε of {attack.config.name}", rows, "epsilon")
         took = duration(facts["attack_seconds"])
         print(f"attacked: {counted(rows[0]['count'], 'image')}, each {len(rows)} times, in {took}")
         parts = facts["detection"]["attack"] if config.detect else rows
@@ -179,11 +185,11 @@ def transformed(tested: Tested) -> Found:
     return drawn, {"curves": curves, "border": BORDER} if curves else {}
 
 
-def attacked(tested: Tested) -> list[Outcome]:
-    """What an attack on the tested network, or on another one, comes to within each ε."""
-    config, model = tested.config, tested.models[0]
+def make_attack(tested: Tested) -> Attack:
+    """The attack on the tested network, or on another one. Raises UserError for one of no use."""
+    config = tested.config
     assert config.attack is not None
-    network = Network(model, tested.trained.config.loss)
+    network = Network(tested.models[0], tested.trained.config.loss)
     if config.attack.source is not None:
         path = checkpoints.find_checkpoint(config.attack.source)
         source = checkpoints.load_checkpoint(path)
@@ -191,9 +197,7 @@ def attacked(tested: Tested) -> list[Outcome]:
         device = tested.split.device
         network = Network(to_device(source.model, device, config.compile), source.config.loss)
         print(f"perturbed on: {path}")
-    attack = Attack(network, tested.split, config.attack)
-    progress = partial(bar, doing=config.attack.name)
-    return attack_split(attack, model, config.images, progress, detect=bool(config.detect))
+    return Attack(network, tested.split, config.attack)
 
 
 def attack_row(outcome: Outcome, targeted: bool) -> dict[str, Any]:
@@ -253,7 +257,7 @@ def others(tested: Tested, name: str) -> Split:
     return load_dataset(dataclasses.replace(usual, shift_px=0, **kept), device).test
 
 
-def detected(tested: Tested, outcomes: Sequence[Outcome]) -> Found:
+def detected(tested: Tested, others: Mapping[str, Split], outcomes: Sequence[Outcome]) -> Found:
     """How well other and attacked images are told from real ones by their reconstructions."""
     config, model = tested.config, tested.models[0]
 
@@ -265,16 +269,14 @@ def detected(tested: Tested, outcomes: Sequence[Outcome]) -> Found:
     validation, first = held_out(tested), 0
     if validation is None:
         first = len(real_N) // 2
-        if not first:
-            raise UserError("detect= needs two images at least: half of them give the threshold")
     held_N = real_N[:first] if validation is None else distances(validation, "validation")
     came = "the first half of the tested images, which are not measured"
     if validation is not None:
         came = "the validation images of the run"
     threshold, measured_N = detection.threshold_of(held_N), real_N[first:]
     sets = {}
-    for name in config.detect:
-        other_N = distances(others(tested, name), name)
+    for name, split in others.items():
+        other_N = distances(split, name)
         sets[name] = {
             "count": len(other_N),
             "flagged_percent": detection.flagged_percent(other_N, threshold),

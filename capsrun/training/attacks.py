@@ -96,7 +96,7 @@ def climbed(output: Output, labels_BT: Tensor, network: Network, config: AttackC
     """What grows as some classes are seen less, summed over images; see `AttackConfig.loss`.
 
     The margin loss is exactly flat where all margins are kept. The difference of scores, of a CNN's
-    logits, never is.
+    logits, is not flat there.
     """
     if config.loss == "trained":
         nothing = labels_BT  # there are no reconstructions to be compared with anything
