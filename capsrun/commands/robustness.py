@@ -153,7 +153,8 @@ def find(tested: Tested) -> Found:
     if attack is not None:
         report.print_rows(f"ε of {attack.config.name}", rows, "epsilon")
         took = duration(facts["attack_seconds"])
-        print(f"attacked: {counted(rows[0]['count'], 'image')}, each {len(rows)} times, in {took}")
+        what = counted(rows[0]["count"], "image"), counted(len(rows), "value")
+        print(f"attacked: {what[0]}, {what[1]} of ε, in {took}")
         parts = facts["detection"]["attack"] if config.detect else rows
         drawn |= attack_figures(tested, outcomes, [{**p, **row} for p, row in zip(parts, rows)])
     return drawn, facts
@@ -216,7 +217,8 @@ def attack_figures(
 ) -> dict[str, Figure]:
     """The error against ε, and some perturbed images."""
     assert tested.config.attack is not None
-    name = tested.config.attack.name
+    attack = tested.config.attack
+    name = f"{attack.name}, loss {attack.loss}{', targeted' if attack.targeted else ''}"
     _, labels_ST = tested.examples()
     pictures = [
         (f"ε {outcome.epsilon:g}", outcome.shown_SCHW, outcome.predicted_NT[: len(labels_ST)])
@@ -225,7 +227,7 @@ def attack_figures(
     title = f"{name}: label above; red: what it is wrongly taken for"
     names = tested.dataset.class_names
     return {
-        "attack": report.attack_curve(rows, tested.config.split, f"{name}: {tested.title}"),
+        "attack": report.attack_curve(rows, tested.config.split, f"{tested.title}: {name}"),
         "attack_images": report.taken_for(pictures, labels_ST, names, title),
     }
 
