@@ -36,6 +36,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "out": (".html",),
     "sources": (),
     "keep": (),
+    "attack.source": (".pt",),  # that of a data set is none
 }
 # Only names that Hydra reads without quotes are offered.
 PLAIN_NAME = re.compile(r"[\w.+@%~: -]+")
@@ -107,14 +108,16 @@ def keys(command: str, before: Sequence[str]) -> list[str]:
 def values(command: str, word: str) -> list[str]:
     """What a word that has a key can become; a list is closed after its last value."""
     key, _, value = word.partition("=")
-    last = key.rpartition(".")[2]
+    last = key if key in PATHS else key.rpartition(".")[2]
     is_path = last in PATHS or last.endswith("_dir")
     start, end = f"{key}=", "]" if value.startswith("[") else ""
     if end or not is_path:  # the last of a list, or of a sweep
         start += value[: 1 + max(value.rfind(sign) for sign in "[,")]
     if is_path:
         found = paths(word[len(start) :], PATHS.get(last, ()))
-        found += [SMALL] if last in ("checkpoint", "init") else []
+        found += [SMALL] if last in ("checkpoint", "init", "attack.source") else []
+    elif key == "detect":
+        found = [*group_choices(command)["dataset"], "noise"]
     else:
         found = group_choices(command).get(key) or setting_values(command, key)
     return [start + each + ("" if each.endswith("/") else end) for each in found]

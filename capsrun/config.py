@@ -6,6 +6,7 @@ A field's `setting(...)` says what is allowed; `settings.from_dict` makes these 
 import math
 from dataclasses import dataclass
 
+from capsrun.attack_config import AttackConfig
 from capsrun.data_config import DatasetConfig
 from capsrun.fields import setting
 from capsrun.model_config import LossConfig, ModelConfig, RoutingConfig
@@ -147,6 +148,15 @@ class EvalConfig(CheckpointConfig):
     """How many hits, and at most how many failures, are drawn."""
     routing_images: list[int] = setting(minimum=0)
     """The images of the split whose routing is drawn, where the model has one."""
+    rotate: list[float] = setting(minimum=-360, maximum=360)
+    """Degrees, counter-clockwise: the images are tested rotated by each of them, too."""
+    shift: list[float] = setting(minimum=0, maximum=1_000)
+    """And moved by each of so many pixels; see `data/warped.py`."""
+    scale: list[float] = setting(minimum=0.01, maximum=100)
+    """And made larger or smaller by each of these factors."""
+    attack: AttackConfig | None
+    detect: list[str]
+    """Other data sets, or `noise`, to be told from the tested images by their reconstructions."""
 
 
 @dataclass(kw_only=True)

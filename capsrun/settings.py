@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
@@ -237,8 +237,11 @@ def _with_lists(schema: type, given: Any) -> Any:
     given = given.copy()
     for name, kind in get_type_hints(schema).items():
         value = OmegaConf.select(given, name)
-        if get_origin(kind) is list and isinstance(value, str | int):
+        if get_origin(kind) is list and isinstance(value, str | int | float):
             given[name] = [value]
+        for part in (kind, *get_args(kind)) if isinstance(value, DictConfig) else ():
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                given[name] = _with_lists(part, value)
     return given
 
 

@@ -11,7 +11,7 @@ ROOMS = [
     "errors terminal",
     "disk yaml_files",
     "fields",
-    "data_config model_config",
+    "attack_config data_config model_config",
     "config",
     "settings",
     "compose",

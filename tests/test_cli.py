@@ -76,6 +76,8 @@ def test_every_yaml_composes(choice):
         assert config.queue.entries if group == "queue" else config.budget.name == name
     elif group == "experiment":
         train_config(choice)
+    elif group == "attack":
+        assert settings_for(EvalConfig, compose.compose("eval", [choice])).attack.name == name
     else:
         # Cross-entropy is for networks without capsules.
         fitting = ["model=cnn_baseline"] * ("entropy" in choice)

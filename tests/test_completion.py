@@ -75,6 +75,12 @@ OFFERED = {
     "bench --pr": "--profile",
     "eval split=te": "split=test",
     "eval recipe": "",
+    "eval att": "attack=",
+    "eval attack=": "attack=bim attack=fgsm attack=pgd",
+    "eval attack=pgd attack.st": "attack.step_size= attack.steps=",
+    "eval attack=pgd attack.loss=": "attack.loss=difference attack.loss=trained",
+    "eval detect=[mnist5k,k": "detect=[mnist5k,kmnist]",
+    "eval detect=no": "detect=noise",
     "perturb perturb.invert=a": "perturb.invert=auto",
     "reproduce targets=[table1,figure_": (
         "targets=[table1,figure_3] targets=[table1,figure_4] targets=[table1,figure_5] "
@@ -129,6 +135,7 @@ def test_paths_are_offered_where_a_setting_is_one(home):
     for typed, values in {
         "eval checkpoint=": ["data/", "model.pt", "runs/", "small"],
         "eval checkpoint=r": ["runs/"],
+        "eval attack=pgd attack.source=mo": ["model.pt"],
         "eval checkpoint=runs/": ["runs/a b/"],
         "eval ensemble=[model.pt,mo": ["[model.pt,model.pt]"],
         "eval checkpoint=~/mo": ["~/model.pt"],

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from capsrun import disk
+from capsrun.commands import robustness
 from capsrun.commands.models import announce, load_images, model_facts, result_folder, write_result
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data.sets import known
@@ -32,7 +33,7 @@ from capsrun.training.metrics import Score, score_split
 from capsrun.training.step import to_device
 
 # What an earlier evaluation may have left that this one does not draw.
-PICTURES = ("confusion", "reconstructions", "failures", "absent", "routing_*")
+PICTURES = ("confusion", "reconstructions", "failures", "absent", "routing_*", *robustness.PICTURES)
 
 
 def main(config: EvalConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     dataset = load_images(config, ensemble, device)
     split, names = dataset.split(config.split), dataset.class_names
     check_routing_images(config, split)
+    robustness.check(config, ensemble)
     place = folder_name(config, trained.config, paths[1:])
     with result_folder(config, checkpoint, place) as folder:
         for path, member in zip(paths, ensemble):
@@ -67,18 +69,14 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
             raise UserError(f"{checkpoint} cannot be tested: {error}") from error
         seconds = time.perf_counter() - began
         print_table(score, names)
-        model = models[0]
-        drawn = score_figures(model, split, names, score, config.mask, config.pictures)
-        routing: list[dict[str, Any]] = []
-        if isinstance(model, CapsNet):
-            drawn_routing, routing = route_images(config, model, dataset)
-            drawn |= drawn_routing
+        tested = robustness.Tested(config, trained, models, dataset, precision, score)
+        drawn, found = look_into(tested)
         replace_pictures(folder / "pictures", drawn)
         write_predictions(folder / "predictions.csv", score, names)
         result = {
             **about(config, ensemble, paths),
             **score_summary(score, names),
-            "routing": routing,
+            **found,
             "eval_seconds": seconds,
             "images_per_second": score.count / seconds,
             **provenance(device, precision),
@@ -150,7 +148,21 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     if others:
         digest = hashlib.md5("\n".join(map(str, others)).encode(), usedforsecurity=False)
         parts.append(f"ensemble{1 + len(others)}-{digest.hexdigest()[:6]}")
+    parts += robustness.folder_parts(config)
     return "-".join(parts)
+
+
+def look_into(tested: robustness.Tested) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """The pictures of a test, and what `result.json` holds beside its errors."""
+    config, model, dataset = tested.config, tested.models[0], tested.dataset
+    names, options = dataset.class_names, (tested.plain, config.mask, config.pictures)
+    drawn = score_figures(model, tested.split, names, *options)
+    routing: list[dict[str, Any]] = []
+    if isinstance(model, CapsNet):
+        drawn_routing, routing = route_images(config, model, dataset)
+        drawn |= drawn_routing
+    changed_drawn, changed = robustness.find(tested)
+    return drawn | changed_drawn, {"routing": routing, **changed}
 
 
 def route_images(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # One number for each thing that is drawn, so that they do not depend on each other.
 ORDER, SHIFT, SPLIT, NOISE, LIGHT, PLACE, PARTNER, WARP, HELD_OUT_PLACE, WAIT = range(1, 11)
-AUGMENT = 11
+AUGMENT, START, TARGET, PIXELS = range(11, 15)
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 _GAMMA = 0x9E3779B97F4A7C15

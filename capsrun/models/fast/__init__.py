@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from capsrun.model_config import DynamicRoutingConfig
 from capsrun.models.fast import frequency_conv, frequency_gpu, routing_cpu
-from capsrun.models.fast.patch_conv import patch_conv2d
+from capsrun.models.fast.patch_conv import image_conv2d, patch_conv2d
 from capsrun.models.fast.strided_conv import relu_strided_conv2d
 from capsrun.models.inputs import is_traced
 from capsrun.models.routing import RoutingIteration
@@ -42,10 +42,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def conv2d(layer: nn.Conv2d, images_BCHW: Tensor, fast: bool) -> Tensor:
     """A convolution of images."""
-    training = torch.is_grad_enabled() and layer.weight.requires_grad
-    if fast and training and not images_BCHW.requires_grad and _on_cpu(images_BCHW):
+    which = images_BCHW.requires_grad, layer.weight.requires_grad
+    if fast and torch.is_grad_enabled() and _on_cpu(images_BCHW):
         assert layer.bias is not None
-        return patch_conv2d(images_BCHW, layer.weight, layer.bias)
+        if which == (False, True):
+            return patch_conv2d(images_BCHW, layer.weight, layer.bias)
+        if which == (True, False) and not torch.is_autocast_enabled("cpu"):
+            return image_conv2d(images_BCHW, layer.weight, layer.bias)
     return layer(images_BCHW)
 
 

@@ -57,3 +57,29 @@ class _PatchConv(torch.autograd.Function):
         used = ctx.shape[1:].numel()
         to_weight = both_KO[:used].t().reshape(ctx.shape)
         return None, to_weight, both_KO[used]
+
+
+def image_conv2d(images_BCHW: Tensor, weight_OCMN: Tensor, bias_O: Tensor) -> Tensor:
+    """`F.conv2d(images, weight, bias)`, (B, O, Y, X), for images with a gradient, as in attacks.
+
+    There is none for weight and bias. That of the images is a matrix product, of which each patch's
+    part is added to its place: 5 to 10 times as fast as a library's way on a CPU.
+    """
+    return _ImageConv.apply(images_BCHW, weight_OCMN, bias_O)
+
+
+class _ImageConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images_BCHW: Tensor, weight_OCMN: Tensor, bias_O: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OCMN)
+        ctx.size = images_BCHW.shape[2:]
+        return F.conv2d(images_BCHW, weight_OCMN, bias_O)
+
+    @staticmethod
+    @only_first
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight_OCMN,) = ctx.saved_tensors
+        gradient_BOP = gradients[0].flatten(2)
+        # In the order of a patch, whatever that of the memory is.
+        patches_BKP = torch.matmul(weight_OCMN.flatten(1).t(), gradient_BOP)
+        return F.fold(patches_BKP, ctx.size, weight_OCMN.shape[2:]), None, None
