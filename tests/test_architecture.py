@@ -13,7 +13,7 @@ ROOMS = [
     "fields",
     "attack_config data_config model_config",
     "config",
-    "settings",
+    "checks settings",
     "compose",
     "experiments",
     "data",

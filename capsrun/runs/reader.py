@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from capsrun import disk
+from capsrun.checks import is_name
 from capsrun.config import RecipeConfig, StopConfig, TrainConfig
 from capsrun.data import sizes
 from capsrun.data_config import dataset_schema, title_of
 from capsrun.errors import UserError, notice
-from capsrun.settings import deciding, deciding_test, from_dict, is_name
+from capsrun.settings import deciding, deciding_test, from_dict
 from capsrun.training.schedule import total_steps
 
 RESULT, METRICS, CONFIG = "result.json", "metrics.jsonl", "config.yaml"

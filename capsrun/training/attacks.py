@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from capsrun.attack_config import AttackConfig
-from capsrun.config import LossConfig
 from capsrun.data.batches import START, TARGET, in_class_order, random_integers
 from capsrun.data.splits import Split
 from capsrun.data.warped import as_seen, pixels_of, uniform_pixels
+from capsrun.model_config import LossConfig
 from capsrun.models import CNNOutput, Model, Output
+from capsrun.models.dynamic import CapsuleLayer
 from capsrun.models.fast.frequency_conv import weights_stay
-from capsrun.models.layers import CapsuleLayer
 from capsrun.training.detection import distances
 from capsrun.training.losses import class_presence, model_losses
 from capsrun.training.metrics import Progress, predicted_classes
