@@ -18,7 +18,7 @@ from capsrun.models.capsnet import layer_of
 from capsrun.models.em import EMCapsuleLayer, coordinates, em_route
 from capsrun.models.self_routing import SelfRoutingLayer, self_route
 from capsrun.settings import from_dict
-from capsrun.training.graph import GraphedTrainer
+from capsrun.training.graph import CapturedSteps, GraphedTrainer
 from capsrun.training.losses import negative_log_likelihood, spread_loss
 
 CHOICES = ["dynamic", "uniform", *(name for name in ROUTINGS if name != "dynamic")]
@@ -236,8 +236,6 @@ def test_a_captured_graph_knows_how_far_the_run_is():
     batches = TrainingBatches(dataset.train, 0, config.recipe.batch_size)
     plain, graphed = make_trainer(config), make_trainer(config, GraphedTrainer)
     losses = [plain.advance(batches, step, 1).losses.total.item() for step in range(3)]
-    from capsrun.training.graph import CapturedSteps
-
     again = CapturedSteps(graphed, batches, 3).replay(0).losses.total.item()
     assert again == pytest.approx(losses[-1], rel=1e-5)
     assert plain.progress.item() == graphed.progress.item() == pytest.approx(2 / 12)
@@ -282,7 +280,7 @@ def test_mistakes(words, said):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_short_trainings_learn(choice):
-    """On real digits, from a loss that is as good as a guess."""
+    """On real digits, beginning with what is as good as a guess."""
     small = ["model.conv1_channels=16", "model.primary_types=4", "recipe.batch_size=32"]
     config = train_config("dataset=mnist5k", f"routing={choice}", *small, "recipe.steps=60")
     dataset = load_dataset(config.dataset, torch.device("cpu"))
@@ -293,8 +291,8 @@ def test_short_trainings_learn(choice):
         update = trainer.advance(batches, step, 1)
         found = update.output.lengths_BJ.argmax(1, keepdim=True)
         right.append((found == update.batch.labels_BT).float().mean().item())
-    assert sum(right[-10:]) / 10 > 0.6
-    assert sum(right[:3]) / 3 < 0.4
+    assert sum(right[:3]) / 3 < 0.3
+    assert sum(right[-10:]) / 10 > 0.45
 
 
 @pytest.mark.parametrize("choice", CHOICES)
