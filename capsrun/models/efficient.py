@@ -32,9 +32,14 @@ class WholeCaps(nn.Conv2d):
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """Maps (B, C, H, W) to capsules u (B, I, K)."""
-        # Capsules compute in the precision of their weights (float32), whatever autocast does.
-        maps = super().forward(maps_BCHW).to(self.weight.dtype)
-        capsules_BIK = maps.flatten(1).unflatten(1, (self.types, self.output_dim))
+        bias = self.bias
+        assert bias is not None
+        # In the precision of the weights (float32), whatever autocast does. On a CPU this is up to
+        # several times faster than PyTorch's depthwise convolution.
+        maps_BHWC, weight_HWC = maps_BCHW.permute(0, 2, 3, 1), self.weight[:, 0].permute(1, 2, 0)
+        capsules_BIK = ((maps_BHWC * weight_HWC).sum((1, 2)) + bias).unflatten(
+            1, (self.types, self.output_dim)
+        )
         return exponential_squash(capsules_BIK) if self.squashed else capsules_BIK
 
 
