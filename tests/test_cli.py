@@ -25,6 +25,7 @@ from capsrun import cli, compose, experiments, names, terminal, yaml_files
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.errors import UserError
 from capsrun.experiments import settings_for
+from capsrun.model_config import ROUTINGS
 from capsrun.runs.checkpoint import check_dataset, find_model
 from capsrun.settings import differing_keys, from_dict
 
@@ -76,6 +77,11 @@ def test_every_yaml_composes(choice):
         assert config.queue.entries if group == "queue" else config.budget.name == name
     elif group == "experiment":
         train_config(choice)
+    elif group == "routing":
+        routing = train_config(choice).routing
+        algorithm = "dynamic" if name == "uniform" else name
+        assert getattr(routing, "algorithm", "dynamic") == algorithm
+        assert type(routing) is ROUTINGS[algorithm].settings
     elif group == "attack":
         assert settings_for(EvalConfig, compose.compose("eval", [choice])).attack.name == name
     else:
@@ -106,7 +112,7 @@ def test_every_yaml_composes(choice):
         (["train", "recipe.epochs=inf"], ["recipe.epochs is inf", "finite"]),
         (["train", "seed=99999999999999999999"], ["seed is 99999999999999999999", "below 2^63"]),
         (["train", "dataset=mnits"], ["dataset=mnits", "did you mean 'mnist'", "fashion_mnist"]),
-        (["train", "loss=none"], ["loss=none", "authors, cross_entropy, paper"]),
+        (["train", "loss=none"], ["loss=none", "authors, cross_entropy, log_likelihood, paper"]),
         (["train", "seed=zero"], ["seed", "'zero'"]),
         (["train", "seed=1.5"], ["seed", "1.5"]),
         (["train", "seed=-1"], ["seed is -1", "at least 0"]),
