@@ -143,7 +143,7 @@ def test_paths_are_offered_where_a_setting_is_one(home):
         "train runs_dir=": ["data/", "runs/"],
         f"train runs_dir={home}/da": [f"{home}/data/"],
     }.items():
-        key = typed.split()[1].partition("=")[0]
+        key = typed.split()[-1].partition("=")[0]
         assert offered(typed) == [f"{key}={value}" for value in values]
 
 

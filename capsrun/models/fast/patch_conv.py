@@ -63,7 +63,7 @@ def image_conv2d(images_BCHW: Tensor, weight_OCMN: Tensor, bias_O: Tensor) -> Te
     """`F.conv2d(images, weight, bias)`, (B, O, Y, X), for images with a gradient, as in attacks.
 
     There is none for weight and bias. That of the images is a matrix product, of which each patch's
-    part is added to its place: 5 to 10 times as fast as a library's way on a CPU.
+    part is added to its place. With a small CapsNet that takes a quarter off a gradient.
     """
     return _ImageConv.apply(images_BCHW, weight_OCMN, bias_O)
 
