@@ -585,3 +585,85 @@ def test_own_runs_are_on_the_screen_and_in_tables_for_other_programs(tmp_path, c
     latex = (tmp_path / "out/report.tex").read_text()
     assert "routing.iterations=2 & mnist5k" in latex
     assert latex.count(r"\bottomrule") == 1
+
+
+ROTATED = {"rotate": [{"value": 0, "error_percent": 0.5}, {"value": 30, "error_percent": 10.0}]}
+
+
+def rotated(folder: Path, errors: float, seed: int, *overrides: str, **changes) -> None:
+    """Write what an evaluation of a rotated test set leaves."""
+    rows = [dict(row) for row in ROTATED["rotate"]]
+    rows[1]["error_percent"] = errors
+    trained = dataclasses.asdict(train_config("model=capsnet_small", *overrides)) | {"seed": seed}
+    facts = {"curves": {"rotate": rows}, "seed": seed, "trained": trained}
+    facts |= {"model": "capsnet_small"}
+    eval_result(folder, "dataset=mnist", 10, **{**facts, **changes})
+
+
+def test_changed_images_are_a_table_of_networks_and_values(tmp_path):
+    for seed, errors in enumerate((10.0, 12.0)):
+        rotated(tmp_path / f"dynamic{seed}", errors, seed)
+    rotated(tmp_path / "em", 20.0, 0, "routing=em")
+    text = build(tmp_path, tmp_path / "out")
+    section = text.partition("## On changed images")[2].partition("\n## ")[0]
+    assert "**mnist, 320,000 images, rotated, degrees: error %**" in section
+    assert "| capsnet_small | dynamic, 3 iterations |" in section
+    lines = {line.split(" | ")[1]: line for line in section.splitlines() if "capsnet_small" in line}
+    assert lines["dynamic, 3 iterations"].endswith("| 0 1 | 0.50 ± 0.00 | 11.00 ± 1.41 |")
+    assert lines["em"].endswith("| 0 | 0.50 | 20.00 |")
+
+
+def test_attacks_and_detection_say_how(tmp_path):
+    attack = {"name": "pgd", "targeted": True, "steps": 10, "restarts": 2, "loss": "difference"}
+    config = dataclasses.asdict(EXPERIMENTS.tested(["eval"])) | {
+        "attack": attack | {"source": None}
+    }
+    row = {"epsilon": 0.1, "error_percent": 30.0, "success_percent": 20.0}
+    detection = {
+        "real_flagged_percent": 5.0,
+        "sets": {"noise": {"flagged_percent": 99.0, "roc_area": 0.99}},
+        "attack": [{"epsilon": 0.1, "undetected_percent": 12.5}],
+    }
+    facts = {"curves": {}, "attack": [row], "detection": detection, "config": config}
+    rotated(tmp_path / "a", 1.0, 0, **facts)
+    text = build(tmp_path, tmp_path / "out")
+    how = "pgd to a target, 10 steps, 2 starts, by the scores' difference"
+    for title, cells in (
+        (f"{how}: error % within ε", "| 30.00 |"),
+        (f"{how}: taken for the target, %, within ε", "| 20.00 |"),
+        (f"{how}: fooled and not flagged, %, within ε", "| 12.50 |"),
+        ("not flagged by reconstruction, %", "| 95.00 | 1.00 |"),
+        ("area under the ROC curve of reconstruction, %", "| 99.00 |"),
+    ):
+        table = text.partition(f"{title}**")[2].partition("**")[0]
+        assert cells in table, title
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"curves": {"rotate": [{"value": "0"}]}},
+        {"attack": [{"epsilon": 0.1, "error_percent": 30.0}]},  # of no attack in the settings
+        {"detection": {"real_flagged_percent": 5.0, "sets": {"noise": {}}, "attack": []}},
+    ],
+)
+def test_a_damaged_evaluation_of_changed_images_is_left_out(tmp_path, damaged, capsys):
+    rotated(tmp_path / "a", 1.0, 0, **damaged)
+    assert find_results([tmp_path]) == []
+    assert "is left out" in capsys.readouterr().err
+
+
+def test_routings_are_questions_of_their_own(tmp_path, in_tmp):
+    words = ["model=capsnet_small", "recipe=quick"]
+    for name, errors in (("dynamic", 46), ("uniform", 72), ("em", 40)):
+        for seed in range(3):
+            folder = tmp_path / f"{name}{seed}"
+            train_result(folder, errors + seed**2, seed, *words, f"routing={name}")
+    page = in_tmp / "page.md"
+    page.write_text("<!-- routings -->\n<!-- end -->\n<!-- changed -->\n<!-- end -->\n")
+    words = {"sources": [str(tmp_path)], "runs_dir": "runs", "out_dir": "out", "keep": None}
+    report(ReportConfig(**words, update=[str(page)]), EXPERIMENTS)
+    text = page.read_text()
+    assert "uniform coupling" in text or "1 routing iteration" in text
+    assert "| -0.060 ± 0.000 |" in text
+    assert "self-attention routing (Mazzia et al. 2021) | not run yet" in text

@@ -44,6 +44,20 @@ SHAPE: dict[str, Any] = {
 }
 TEST_SHAPE: dict[str, Any] = {"dataset": str, "errors": int, "count": int}
 TEST_SHAPE |= dict.fromkeys(("error_percent", "train_seconds"), NUMBER)
+# What an evaluation holds of changed images.
+ROWS = [{"value": NUMBER, "error_percent": NUMBER}]
+WITHIN = {"epsilon": NUMBER, "error_percent": NUMBER, "success_percent?": NUMBER}
+SET = {"flagged_percent": NUMBER, "roc_area": NUMBER}
+CHANGED: dict[str, Any] = {
+    "curves?": {"rotate?": ROWS, "shift?": ROWS, "scale?": ROWS},
+    "attack?": [WITHIN],
+    "detection?": {
+        "real_flagged_percent": NUMBER,
+        "sets": dict,
+        "attack": [{"epsilon": NUMBER, "undetected_percent": NUMBER}],
+    },
+}
+ATTACK = {"name": str, "targeted": bool, "steps": int, "restarts": int, "loss": str}
 # No number of a network is larger, and sums of such numbers are finite.
 LARGEST = 1e38
 
@@ -237,10 +251,21 @@ def sound_result(path: Path) -> Result:
     check_training(result.training)
     if result.command != "perturb":
         _ = result.tested, result.members_alike
+        check_changed(result.values)
         counted = 100 * result.values["errors"] / result.values["count"]
         if not math.isclose(result.error_percent, counted, rel_tol=1e-6, abs_tol=1e-9):
             raise ValueError("its 'error_percent' is not that of its 'errors' and 'count'")
     return result
+
+
+def check_changed(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where what was found of changed images is not sound."""
+    check_shape(values, CHANGED)
+    detection = values.get("detection")
+    for name, found in detection["sets"].items() if detection else ():
+        check_shape(found, SET, name)
+    if values.get("attack"):
+        check_shape(values["config"], {"attack": {**ATTACK, "source?": str}})
 
 
 def check_shape(value: Any, shape: Any, name: str = "result") -> None:
