@@ -344,11 +344,13 @@ def test_other_networks_images_and_tests_are_shown_apart(tmp_path):
     # A change without its twin of the same seed says nothing yet.
     train_result(tmp_path / "base", 40, 0, *SMALL)
     train_result(tmp_path / "changed", 50, 1, *SMALL, "recipe.order=authors")
+    em = "routing=em", "routing.shared=true", "dataset=fashion_mnist"
+    train_result(tmp_path / "em", 60, 0, *SMALL, *em)
     assert questions_of(tmp_path)["the authors' order of training images"][0] == "not run yet"
     text = build(tmp_path, tmp_path / "out").split("## What is missing")[0]
     paper, own = text.split("## Other runs\n")
     assert "| 0.25 |" not in paper
-    narrow = "model=capsnet, recipe=authors, model.conv1_channels=64, model.primary_types=8"
+    narrow = "model=capsnet, recipe=authors, model.primary_types=8, model.conv1_channels=64"
     assert f"| run | {narrow} | mnist (10,000 images) | 0.25 |" in own
     end = "multimnist (320,000 images)"
     assert f", tested with test=all | {end} | 6.00 |" in own
@@ -356,6 +358,8 @@ def test_other_networks_images_and_tests_are_shown_apart(tmp_path):
     assert "| 8.00 |" not in text, "training itself tested on the same images"
     assert "tested with source=mnist5k | affnist_like (320,000 images) | 21.00 |" in own
     assert all(f"| {error} |" in own for error in ("0.40", "0.50"))
+    em = "recipe=quick, routing=em, routing.shared=true, recipe.epochs=30"
+    assert f"| run | model=capsnet_small, {em} | fashion_mnist" in own
 
 
 def test_missing_rows_say_the_command_that_makes_them(tmp_path):
@@ -655,7 +659,7 @@ def test_a_damaged_evaluation_of_changed_images_is_left_out(tmp_path, damaged, c
 
 def test_routings_are_questions_of_their_own(tmp_path, in_tmp):
     words = ["model=capsnet_small", "recipe=quick"]
-    for name, errors in (("dynamic", 46), ("uniform", 72), ("em", 40)):
+    for name, errors in (("dynamic", 46), ("uniform", 72), ("em", 40), ("self_routing", 129)):
         for seed in range(3):
             folder = tmp_path / f"{name}{seed}"
             train_result(folder, errors + seed**2, seed, *words, f"routing={name}")

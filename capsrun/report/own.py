@@ -59,6 +59,9 @@ def words(group: Group, experiments: Experiments) -> str:
         for choice in ("dataset", "model", "recipe", "loss")
         if training[choice]["name"] in group_choices("train")[choice]
     }
+    algorithm = (training["routing"] or {}).get("algorithm")
+    if algorithm in group_choices("train")["routing"]:
+        chosen["routing"] = f"routing={algorithm}"
     own_loss = chosen.pop("loss", None)
     where = path_words(training["dataset"])
     usual = experiments.training([*chosen.values(), *where])

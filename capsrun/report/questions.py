@@ -161,7 +161,7 @@ def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]
     """
     points: dict[str, tuple[Group, dict[int, list[float]]]] = {}
     for answer in found:
-        if answer.changed is not None and "routing.iterations" in answer.question.change:
+        if answer.changed is not None and {*answer.question.change} == {"routing.iterations"}:
             key = key_of(answer.base.first.settings)
             _, errors = points.setdefault(key, (answer.base, {}))
             for group in (answer.base, answer.changed):
