@@ -7,6 +7,7 @@ from typing import Any
 from capsrun.config import RecipeConfig, TrainConfig
 from capsrun.errors import UserError
 from capsrun.model_config import (
+    ROUTINGS,
     CapsuleLossConfig,
     CapsuleModelConfig,
     CNNConfig,
@@ -51,6 +52,14 @@ def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossCo
         raise UserError(
             f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
             "loss=paper"
+        )
+    algorithm = getattr(routing, "algorithm", "dynamic")
+    shares = algorithm in ROUTINGS and ROUTINGS[algorithm].shares
+    if has_capsules and type(loss) is CapsuleLossConfig and not shares:
+        fitting = " or ".join(f"routing={name}" for name, found in ROUTINGS.items() if found.shares)
+        raise UserError(
+            f"loss={loss.name} is for capsules whose lengths add up to 1: {fitting}, or another "
+            "loss, as loss=authors"
         )
     if not has_capsules and routing is not None:
         raise UserError(f"model={model.name} has no capsules, so there is nothing for routing=")

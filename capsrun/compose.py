@@ -14,6 +14,7 @@ from typing import Any
 
 from capsrun.errors import UserError, did_you_mean
 from capsrun.yaml_files import (
+    GROUPS,
     choices_of,
     chosen_files,
     configs_dir,
@@ -49,16 +50,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 SHORT_OPTIONS = {"-c": "--cfg", "-i": "--info", "-m": "--multirun"}
-# The groups that experiments are in, with their titles in the report.
-GROUPS = {
-    "table1": "Table 1: MNIST",
-    "multimnist": "Table 1: MultiMNIST",
-    "affnist": "Padded MNIST and affNIST (§5.2)",
-    "section7": "Other data sets (§7)",
-    "figures": "Figures",
-    "ablations": "What the number depends on",
-    "own": "Experiments of your own",
-}
 # Short forms of settings that Hydra's own options look like.
 FLAGS = {"bench": {"--profile": "profile=true"}}
 
@@ -322,6 +313,9 @@ def _describe_unknown_key(key: str, command: str, arguments: Sequence[str]) -> s
     names = setting_names(command, chosen)
     if key in setting_names(command):  # but not with what was chosen: a CNN has no routing
         return f"with {' '.join(chosen)} there is no setting {key!r}"
+    group = key.partition(".")[0]
+    if group in groups and group != key and not any(name.startswith(f"{group}.") for name in names):
+        return f"{key} is of a choice that was not made: {group}={', '.join(groups[group])}"
     hint = did_you_mean(key, names)
     return f"there is no setting {key!r}{hint}; `capsrun {command} --cfg job` shows them all"
 

@@ -8,12 +8,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsrun.compose import GROUPS, compose
+from capsrun.compose import compose
 from capsrun.config import EvalConfig, TrainConfig
 from capsrun.errors import UserError, did_you_mean
 from capsrun.fields import setting
 from capsrun.settings import Config, from_dict
-from capsrun.yaml_files import choices_of, chosen_files, keys_of, own_dir, path_of, with_place
+from capsrun.yaml_files import (
+    GROUPS,
+    choices_of,
+    chosen_files,
+    keys_of,
+    own_dir,
+    path_of,
+    with_place,
+)
 
 
 @dataclass(kw_only=True)

@@ -109,13 +109,15 @@ class Routing(NamedTuple):
     layer: str
     """The layer of class capsules, as `file.class` of `models/`."""
     settings: type[RoutingConfig] = OtherRoutingConfig
+    shares: bool = False
+    """Whether the lengths of the class capsules add up to 1, as probabilities do."""
 
 
 ROUTINGS = {
     "dynamic": Routing("dynamic.CapsuleLayer", DynamicRoutingConfig),
     "em": Routing("em.EMCapsuleLayer", EMRoutingConfig),
     "self_attention": Routing("self_attention.SelfAttentionLayer"),
-    "self_routing": Routing("self_routing.SelfRoutingLayer"),
+    "self_routing": Routing("self_routing.SelfRoutingLayer", shares=True),
 }
 """By `routing.algorithm`, which all but the paper's have."""
 
@@ -138,7 +140,7 @@ class CrossEntropyConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class CapsuleLossConfig(LossConfig):
-    """What networks with capsules minimise: by itself, the log-likelihood of their activations."""
+    """What networks with capsules minimise: by itself, the log-likelihood of what adds up to 1."""
 
     reconstruction_weight: float = setting(minimum=0, maximum=10**6)
 

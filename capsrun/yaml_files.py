@@ -11,6 +11,16 @@ from pathlib import Path
 from capsrun.disk import MOST_YAML_BYTES
 from capsrun.errors import UserError
 
+# The groups that experiments are in, with their titles in the report.
+GROUPS = {
+    "table1": "Table 1: MNIST",
+    "multimnist": "Table 1: MultiMNIST",
+    "affnist": "Padded MNIST and affNIST (§5.2)",
+    "section7": "Other data sets (§7)",
+    "figures": "Figures",
+    "ablations": "What the number depends on",
+    "own": "Experiments of your own",
+}
 OPTION = re.compile(r"(?:--config-d(?:ir?)?|-cd)(?:=(.*))?", re.DOTALL)
 # What Hydra takes as a choice, and nobody for a number or a flag.
 NAME = re.compile(

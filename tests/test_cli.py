@@ -79,7 +79,7 @@ def test_every_yaml_composes(choice):
         train_config(choice)
     elif group == "routing":
         routing = train_config(choice).routing
-        algorithm = "dynamic" if name == "uniform" else name
+        algorithm = "dynamic" if name in ("uniform", "leaky") else name
         assert getattr(routing, "algorithm", "dynamic") == algorithm
         assert type(routing) is ROUTINGS[algorithm].settings
     elif group == "attack":

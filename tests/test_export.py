@@ -39,6 +39,15 @@ KINDS = {
         [*NARROW, "dataset=cifar10", "model=capsnet_cifar10", "model.reconstruction=true"],
         {**PAIR, "reconstructions": (1, 3, 24, 24)},
     ),
+    "em": ([*TINY, "routing=em"], {**PAIR, "reconstructions": (1, 1, 28, 28)}),
+    "em-shared": (
+        [*TINY, "routing=em", "routing.shared=true"],
+        {**PAIR, "reconstructions": (1, 1, 28, 28)},
+    ),
+    "self-routing": (
+        [*TINY, "routing=self_routing"],
+        {**PAIR, "reconstructions": (1, 1, 28, 28)},
+    ),
     "efficient": (
         ["dataset=mnist5k", "model=efficient_capsnet", "model.channels=[4,4,4]"],
         {**PAIR, "reconstructions": (1, 1, 28, 28)},
@@ -57,6 +66,8 @@ def exportable(kind: str, seed: int = 0) -> Exportable:
     with torch.no_grad():
         for weights in model.parameters():
             weights *= 1.5 if kind == "cnn" else 3
+        if kind == "self-routing":  # which begins with equal shares for all
+            model.digitcaps.routing_weight.normal_(generator=torch.Generator().manual_seed(0))
     dataset = config.dataset
     return Exportable(model.eval(), dataset.digits, dataset.standardise).requires_grad_(False)
 

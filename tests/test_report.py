@@ -619,6 +619,7 @@ def test_changed_images_are_a_table_of_networks_and_values(tmp_path):
 
 def test_attacks_and_detection_say_how(tmp_path):
     attack = {"name": "pgd", "targeted": True, "steps": 10, "restarts": 2, "loss": "difference"}
+    attack |= {"random_start": True, "seed": 0, "step_size": None}
     config = dataclasses.asdict(EXPERIMENTS.tested(["eval"])) | {
         "attack": attack | {"source": None}
     }
@@ -641,6 +642,20 @@ def test_attacks_and_detection_say_how(tmp_path):
     ):
         table = text.partition(f"{title}**")[2].partition("**")[0]
         assert cells in table, title
+
+
+def test_different_attacks_are_never_put_together(tmp_path):
+    tested = EXPERIMENTS.tested(["eval", "attack=bim"])
+    plain = dataclasses.asdict(tested)
+    changes = [{}, {"step_size": 0.001}, {"seed": 3}, {"random_start": True}, {"name": "mine"}]
+    changes += [{"source": f"runs/{name}/seed0"} for name in ("cnn", "em")]
+    changes += [{"steps": 20}, {"loss": "difference"}, {"restarts": 5, "random_start": True}]
+    for number, change in enumerate(changes):
+        config = plain | {"attack": plain["attack"] | change}
+        row = {"epsilon": 0.1, "error_percent": float(number)}
+        rotated(tmp_path / f"{number}", 1.0, 0, curves={}, attack=[row], config=config)
+    text = build(tmp_path, tmp_path / "out").partition("## On changed images")[2]
+    assert all(f"| 0 | {number}.00 |" in text for number in range(len(changes)))
 
 
 @pytest.mark.parametrize(

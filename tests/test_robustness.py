@@ -55,6 +55,9 @@ def network(*words: str, fast: bool = False) -> Network:
         with torch.no_grad():
             model.primarycaps.weight.mul_(20)
             model.digitcaps.weight.mul_(10)
+            if "routing=self_routing" in words:  # which begins with equal shares for all
+                generator = torch.Generator().manual_seed(0)
+                model.digitcaps.routing_weight.normal_(generator=generator)
     return Network(model, config.loss)
 
 
@@ -127,7 +130,19 @@ def test_noise_is_the_same_again_and_uniform():
 # Attacks
 
 
-@pytest.mark.parametrize("words", [[], CNN, ["routing.detach=true"], ["routing.iterations=1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        CNN,
+        ["routing.detach=true"],
+        ["routing.iterations=1"],
+        ["routing=em"],
+        ["routing=em", "routing.shared=true"],
+        ["routing=self_attention"],
+        ["routing=self_routing"],
+    ],
+)
 @pytest.mark.parametrize("loss", ["trained", "difference"])
 def test_gradients_are_those_of_finite_differences(digits, words, loss):
     """Also through the routing of a network that was trained without that gradient."""
@@ -260,7 +275,6 @@ def test_the_error_grows_with_epsilon(digits, trained):
     aimed = attack_of("attack.targeted=true", "attack.epsilon=[0,0.3]", "attack.loss=difference")
     before, after = attack_split(Attack(net, digits, aimed), net.model, 60, iter, detect=False)
     assert int(after.fooled_N.sum()) > int(before.fooled_N.sum())
-    assert bool((after.fooled_N & ~after.wrong_N).sum() == 0)
 
 
 def test_more_starts_never_fool_fewer(digits, trained):
@@ -384,7 +398,7 @@ def test_two_digits(in_tmp, printed):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["attack.epsilon=0.1"], "did you mean 'attack'"),
+        (["attack.epsilon=0.1"], "a choice that was not made: attack=bim, fgsm, pgd"),
         (["attack=bmi"], "did you mean 'bim'"),
         (["attack=bim", "attack.epsilon=[0,2]"], "attack.epsilon is 2.0; it must be at most 1"),
         (["attack=bim", "attack.epsilon=[]"], "attack.epsilon is empty"),

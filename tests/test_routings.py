@@ -271,11 +271,20 @@ def test_without_a_choice_it_is_routing_by_agreement():
         (["routing=em", "model=cnn_baseline"], "has no capsules, so there is nothing for routing="),
         (["routing=em", "loss=cross_entropy"], "loss=cross_entropy is not for model=capsnet"),
         (["routing=emm"], "did you mean 'em'"),
+        (["loss=log_likelihood"], "whose lengths add up to 1: routing=self_routing"),
+        (["routing=em", "loss=log_likelihood"], "whose lengths add up to 1: routing=self_routing"),
     ],
 )
 def test_mistakes(words, said):
     with pytest.raises(UserError, match=said):
         make_model(train_config(*words))
+
+
+@pytest.mark.parametrize("choice", ["em", "self_attention", "self_routing"])
+def test_a_network_with_leaky_routing_takes_another_one(choice):
+    assert train_config("model=capsnet_cifar10", "dataset=cifar10").routing.leaky
+    config = train_config("model=capsnet_cifar10", "dataset=cifar10", f"routing={choice}")
+    assert config.routing.algorithm == choice
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -309,4 +318,8 @@ def test_what_is_done_with_a_network(choice, in_tmp, capsys):
     said = capsys.readouterr().out
     can = "digits can be drawn" in said
     assert can == (choice in ("dynamic", "uniform"))
+    # Lengths of any routing are averaged with those of any other.
+    untrained(in_tmp / "other.pt", "dataset=mnist5k", *small)
+    ensemble = ["ensemble=[other.pt]", "images=20", "out_dir=both"]
+    assert cli.main(["eval", *words, *ensemble]) == 0
     assert can or "the page computes CapsNet with routing by agreement" in said

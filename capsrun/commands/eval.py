@@ -56,6 +56,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
     split, names = dataset.split(config.split), dataset.class_names
     check_routing_images(config, split)
     robustness.check(config, ensemble)
+    others = robustness.find_others(config, split)
     place = folder_name(config, trained.config, paths[1:])
     with result_folder(config, checkpoint, place) as folder:
         for path, member in zip(paths, ensemble):
@@ -69,7 +70,7 @@ def evaluate(config: EvalConfig, checkpoint: Path) -> dict[str, Any]:
             raise UserError(f"{checkpoint} cannot be tested: {error}") from error
         seconds = time.perf_counter() - began
         print_table(score, names)
-        tested = robustness.Tested(config, trained, models, dataset, precision, score)
+        tested = robustness.Tested(config, trained, models, dataset, precision, score, others)
         drawn, found = look_into(tested)
         replace_pictures(folder / "pictures", drawn)
         write_predictions(folder / "predictions.csv", score, names)
@@ -102,7 +103,7 @@ def load_ensemble(config: EvalConfig, paths: list[Path]) -> list[Trained]:
         raise UserError("an ensemble is of several models, but one of them is named twice")
     for member in ensemble:
         checkpoints.check_dataset(config.dataset, member.config, config.split)
-        if type(member.config.loss) is not type(first.config.loss):
+        if isinstance(member.model, CapsNet) != isinstance(first.model, CapsNet):
             raise UserError(
                 "an ensemble averages capsule lengths, or the probabilities of CNNs, but not both: "
                 f"{first.config.model.name} and {member.config.model.name}"

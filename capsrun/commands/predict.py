@@ -32,6 +32,7 @@ from capsrun.data.sets import class_names
 from capsrun.data.splits import standardise
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError, notice
+from capsrun.model_config import ROUTINGS
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, packaged, suggest, word
@@ -51,7 +52,8 @@ CSV = "image", "class", "runner_up", "doubt"
 RECORD, SHEET = "predictions.json", "sheet.png"
 # A shorter capsule, or lower probability, says that the model knows nothing like it, and so does a
 # drawing that misses the image by so many times what those of test images do on average. Of MNIST's
-# test digits the networks of `results/` and `weights/` have 1 % beyond each.
+# test digits the networks of `results/` and `weights/` have 1 % beyond each. Of scores that add up
+# to 1, as probabilities do, the digits of an image share it.
 LEAST_LENGTH = 0.6
 MOST_TIMES_USUAL = 3
 
@@ -72,13 +74,15 @@ class Prediction:
     """The next one."""
     drawn_CHW: Tensor | None
     """What the decoder makes of the classes that are seen."""
+    least: float
+    """A lower score is a doubt."""
     usual_error: float | None
     """By how much drawings of test images miss them, in squares; None: not known."""
 
     @property
     def doubt(self) -> str:
         """Why the answer is worth little; empty where nothing speaks against it."""
-        if float(self.scores_J[self.seen].min()) < LEAST_LENGTH:
+        if float(self.scores_J[self.seen].min()) < self.least:
             return "unlike all that the model knows"
         if self.drawn_CHW is not None and self.usual_error is not None:
             error = float((self.drawn_CHW - self.pixels_CHW).square().sum())
@@ -210,6 +214,7 @@ def predict(
                 faults += 1
         if not read:
             continue
+        usual = LEAST_LENGTH / (dataset.digits if add_up_to_1(model) else 1), usual_error
         pixels_BCHW = torch.stack([pixels for _, pixels, _ in read]).to(device)
         seen_BCHW = standardise(pixels_BCHW) if dataset.standardise else pixels_BCHW
         output = model(seen_BCHW)
@@ -223,11 +228,15 @@ def predict(
             *seen, second = order_BJ[number, : dataset.digits + 1].tolist()
             scores_J = scores_BJ[number].cpu()
             found.append(
-                Prediction(
-                    path, pixels_CHW, remarks, scores_J, seen, second, drawn[number], usual_error
-                )
+                Prediction(path, pixels_CHW, remarks, scores_J, seen, second, drawn[number], *usual)
             )
     return found, faults
+
+
+def add_up_to_1(model: Model) -> bool:
+    """Whether the scores of the classes do, as probabilities."""
+    algorithm = getattr(model.routing, "algorithm", "") if isinstance(model, CapsNet) else None
+    return algorithm is None or (algorithm in ROUTINGS and ROUTINGS[algorithm].shares)
 
 
 def show(predictions: Sequence[Prediction], names: Sequence[str], measure: str) -> None:

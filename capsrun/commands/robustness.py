@@ -85,6 +85,10 @@ def check(config: EvalConfig, ensemble: Sequence[Trained]) -> None:
             raise UserError(f"{name}= is of one network, and ensemble=… of several: leave one out")
     if config.attack is not None and not config.attack.epsilon:
         raise UserError("attack.epsilon is empty: say how far pixels may be moved, as [0,0.1]")
+    if config.attack is not None and config.attack.restarts > 1 and not config.attack.random_start:
+        raise UserError(
+            "attack.restarts are from random places: attack=pgd, or attack.random_start=true"
+        )
     if config.attack is not None and config.attack.targeted and config.dataset.digits > 1:
         raise UserError("attack.targeted=true is for images of one digit: leave it out")
     if config.detect and ensemble[0].model.decoder is None:
@@ -104,6 +108,32 @@ def check(config: EvalConfig, ensemble: Sequence[Trained]) -> None:
 
 
 @dataclass(frozen=True)
+class Others:
+    """What is needed beside the tested network and images."""
+
+    source: Trained | None
+    """The network on which images are perturbed, if it is another."""
+    sets: Mapping[str, Split]
+    """Images that are to be told from the tested ones."""
+
+
+def find_others(config: EvalConfig, split: Split) -> Others:
+    """Read that before anything takes long. Raises UserError for what is not there, or unfit."""
+    source = None
+    if config.attack is not None and config.attack.source is not None:
+        try:
+            path = checkpoints.find_checkpoint(config.attack.source)
+            source = checkpoints.load_checkpoint(path)
+            checkpoints.check_dataset(config.dataset, source.config, config.split)
+        except UserError as error:
+            raise UserError(f"attack.source={config.attack.source}: {error}") from error
+        print(f"perturbed on: {path}")
+    if config.detect and min(len(split), config.images or 2) < 2:
+        raise UserError("detect= needs two images at least: half of them may give the threshold")
+    return Others(source, {name: other_images(config, split, name) for name in config.detect})
+
+
+@dataclass(frozen=True)
 class Tested:
     """A network that was tested on the images as they are, and what came out."""
 
@@ -114,6 +144,7 @@ class Tested:
     dataset: Dataset
     precision: str
     plain: Score
+    others: Others
 
     @property
     def split(self) -> Split:
@@ -132,11 +163,7 @@ class Tested:
 def find(tested: Tested) -> Found:
     """All that is asked for beside the plain test: figures, and what `result.json` holds of it."""
     config = tested.config
-    # What may be missing is looked for before anything takes long.
     attack = None if config.attack is None else make_attack(tested)
-    sets = {name: others(tested, name) for name in config.detect}
-    if config.detect and tested.plain.count < 2:
-        raise UserError("detect= needs two images at least: half of them may give the threshold")
     drawn, facts = transformed(tested)
     outcomes: list[Outcome] = []
     rows: list[dict[str, Any]] = []
@@ -147,7 +174,7 @@ def find(tested: Tested) -> Found:
         rows = [attack_row(outcome, attack.config.targeted) for outcome in outcomes]
         facts |= {"attack": rows, "attack_seconds": time.perf_counter() - began}
     if config.detect:
-        drawn_detection, found = detected(tested, sets, outcomes)
+        drawn_detection, found = detected(tested, outcomes)
         drawn |= drawn_detection
         facts["detection"] = found
     if attack is not None:
@@ -187,17 +214,13 @@ def transformed(tested: Tested) -> Found:
 
 
 def make_attack(tested: Tested) -> Attack:
-    """The attack on the tested network, or on another one. Raises UserError for one of no use."""
-    config = tested.config
+    """The attack on the tested network, or on another one."""
+    config, source = tested.config, tested.others.source
     assert config.attack is not None
     network = Network(tested.models[0], tested.trained.config.loss)
-    if config.attack.source is not None:
-        path = checkpoints.find_checkpoint(config.attack.source)
-        source = checkpoints.load_checkpoint(path)
-        checkpoints.check_dataset(config.dataset, source.config, config.split)
+    if source is not None:
         device = tested.split.device
         network = Network(to_device(source.model, device, config.compile), source.config.loss)
-        print(f"perturbed on: {path}")
     return Attack(network, tested.split, config.attack)
 
 
@@ -241,14 +264,14 @@ def held_out(tested: Tested) -> Split | None:
     return load_dataset(same, tested.split.device).validation
 
 
-def others(tested: Tested, name: str) -> Split:
+def other_images(config: EvalConfig, split: Split, name: str) -> Split:
     """The test images of another data set on the same canvas, or noise.
 
     Raises UserError where the network cannot take them.
     """
-    ours, device = tested.config.dataset, tested.split.device
+    ours, device = config.dataset, split.device
     if name == NOISE:
-        return Noise(torch.zeros(tested.plain.count, dtype=torch.int64, device=device), ours)
+        return Noise(torch.zeros(len(split), dtype=torch.int64, device=device), ours)
     usual = usual_dataset(name)
     if usual.channels != ours.channels or usual.image_px > ours.image_px:
         raise UserError(
@@ -259,7 +282,7 @@ def others(tested: Tested, name: str) -> Split:
     return load_dataset(dataclasses.replace(usual, shift_px=0, **kept), device).test
 
 
-def detected(tested: Tested, others: Mapping[str, Split], outcomes: Sequence[Outcome]) -> Found:
+def detected(tested: Tested, outcomes: Sequence[Outcome]) -> Found:
     """How well other and attacked images are told from real ones by their reconstructions."""
     config, model = tested.config, tested.models[0]
 
@@ -277,7 +300,7 @@ def detected(tested: Tested, others: Mapping[str, Split], outcomes: Sequence[Out
         came = "the validation images of the run"
     threshold, measured_N = detection.threshold_of(held_N), real_N[first:]
     sets = {}
-    for name, split in others.items():
+    for name, split in tested.others.sets.items():
         other_N = distances(split, name)
         sets[name] = {
             "count": len(other_N),

@@ -159,7 +159,7 @@ class EMCapsuleLayer(RoutedLayer):
 
     def votes(self, poses_BID: Tensor) -> Tensor:
         """Votes V_ij = M_i W_ij (B, I, J, D) of poses (B, I, D)."""
-        batch, side, places = len(poses_BID), self.side, self.inputs // self.types
+        batch, side, places = poses_BID.shape[0], self.side, self.inputs // self.types
         rows_TMN = poses_BID.unflatten(1, (self.types, places)).transpose(0, 1)
         rows_TMN = rows_TMN.reshape(self.types, batch * places * side, side)
         votes = torch.bmm(rows_TMN, self.weight.flatten(2))

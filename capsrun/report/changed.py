@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from capsrun.names import run_of
 from capsrun.report.questions import network
 from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import length, mean_and_spread, shown, table
@@ -26,6 +27,7 @@ def sections(results: Iterable[Result]) -> Iterator[str]:
         groups = grouped(result for result, _ in kinds[title])
         yield f"**{title}**"
         yield table(*of_groups(groups, by_folder))
+        yield from (f"{remark}." for group in groups for remark in group.remarks)
 
 
 def of_groups(
@@ -97,9 +99,16 @@ def detected_by(result: Result, images: str) -> Iterator[tuple[str, Points]]:
 
 def attack_text(attack: Mapping[str, Any]) -> str:
     """How images were attacked."""
-    words = [attack["name"], "to a target" if attack["targeted"] else ""]
-    words += ["on another network" if attack["source"] else ""]
-    steps = f"{attack['steps']} steps" if attack["steps"] > 1 else ""
-    restarts = f"{attack['restarts']} starts" if attack["restarts"] > 1 else ""
+    name = attack["name"] + (" to a target" if attack["targeted"] else "")
+    source = attack["source"]
+    starts = "from random starts" if attack["restarts"] == 1 else f"{attack['restarts']} starts"
+    size, seed = attack["step_size"], attack["seed"]
+    words = [
+        f"{name} on {run_of(source)}" if source else name,
+        "" if attack["steps"] == 1 else f"{attack['steps']} steps",
+        "" if size is None else f"of {size:g}",
+        starts if attack["random_start"] else "",
+        f"seed {seed}" if seed else "",
+    ]
     loss = "the loss of training" if attack["loss"] == "trained" else "the scores' difference"
-    return f"{', '.join(filter(None, (' '.join(filter(None, words)), steps, restarts)))}, by {loss}"
+    return f"{', '.join(filter(None, words))}, by {loss}"

@@ -32,7 +32,7 @@ from capsrun.names import (
     train_command,
 )
 from capsrun.runs.foreign import kind_of_content, kind_of_file
-from capsrun.runs.reader import check_shape
+from capsrun.runs.shapes import check_shape
 from capsrun.settings import from_dict
 from capsrun.training.device import checked_device
 
