@@ -15,6 +15,7 @@ from capsrun.model_config import (
     LossConfig,
     ModelConfig,
     RoutingConfig,
+    algorithm_of,
 )
 
 
@@ -53,10 +54,9 @@ def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossCo
             f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
             "loss=paper"
         )
-    algorithm = getattr(routing, "algorithm", "dynamic")
-    shares = algorithm in ROUTINGS and ROUTINGS[algorithm].shares
-    if has_capsules and type(loss) is CapsuleLossConfig and not shares:
-        fitting = " or ".join(f"routing={name}" for name, found in ROUTINGS.items() if found.shares)
+    found = None if routing is None else ROUTINGS.get(algorithm_of(routing))
+    if has_capsules and type(loss) is CapsuleLossConfig and not (found and found.shares):
+        fitting = " or ".join(f"routing={name}" for name, each in ROUTINGS.items() if each.shares)
         raise UserError(
             f"loss={loss.name} is for capsules whose lengths add up to 1: {fitting}, or another "
             "loss, as loss=authors"

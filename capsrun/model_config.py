@@ -103,6 +103,11 @@ class EMRoutingConfig(OtherRoutingConfig):
     """The numbers of a pose, a square matrix: of the capsules below, and of the classes'."""
 
 
+def algorithm_of(routing: RoutingConfig) -> str:
+    """The name of its algorithm in `ROUTINGS`: the paper's is not among its settings."""
+    return routing.algorithm if isinstance(routing, OtherRoutingConfig) else "dynamic"
+
+
 class Routing(NamedTuple):
     """A routing algorithm."""
 

@@ -29,6 +29,7 @@ from capsrun.training.attacks import Attack, Network, attack_split, attacked, st
 
 PLAIN = ["eval", "dataset=mnist5k", "images=60", "device=cpu", "precision=fp32"]
 PLAIN += ["pictures=1", "routing_images=[]"]
+EFFICIENT = ["dataset=mnist5k", "model=efficient_capsnet", "model.channels=[4,4,4]"]
 CNN = ["model=cnn_authors", "model.channels=[4,4]", "model.hidden=[8]"]
 
 
@@ -48,7 +49,8 @@ def digits():
 
 def network(*words: str, fast: bool = False) -> Network:
     """An untrained tiny network with weights that are large enough to say something."""
-    config = train_config(*(TINY[:1] if "model=cnn_authors" in words else TINY[:3]), *words)
+    is_capsnet = not any(word.startswith("model=") for word in words)
+    config = train_config(*(TINY[:3] if is_capsnet else TINY[:1]), *words)
     model = make_model(config)
     take(model, fast=fast)
     if model.decoder is not None:
@@ -141,6 +143,7 @@ def test_noise_is_the_same_again_and_uniform():
         ["routing=em", "routing.shared=true"],
         ["routing=self_attention"],
         ["routing=self_routing"],
+        EFFICIENT,
     ],
 )
 @pytest.mark.parametrize("loss", ["trained", "difference"])

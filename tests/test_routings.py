@@ -185,6 +185,23 @@ def test_self_routing_is_its_equations():
     torch.testing.assert_close(found.norm(dim=2).sum(1), torch.ones(2).double())
 
 
+def test_what_self_routing_does_not_depend_on():
+    layer, capsules = self_routing_layer(), torch.randn(2, 5, 5).double()
+    found, order, classes = layer(capsules), torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 0, 1])
+    moved = self_routing_layer()
+    with torch.no_grad():
+        for name, weights in moved.named_parameters():
+            theirs = layer.get_parameter(name)[order]
+            weights.copy_(theirs[..., classes, :] if name == "weight" else theirs[..., classes])
+    torch.testing.assert_close(moved(capsules[:, order]), found[:, classes])
+    # A capsule that is not there has no say.
+    absent = capsules.clone()
+    absent[:, 0, -1] = -1e9
+    other = absent.clone()
+    other[:, 0, :-1] = 7
+    torch.testing.assert_close(layer(absent), layer(other))
+
+
 def test_the_gradient_of_self_routing():
     shapes = (2, 4, 3), (2, 4), (2, 4, 3), (4, 3, 3, 2)
     given = [torch.rand(*shape).double().requires_grad_() for shape in shapes]

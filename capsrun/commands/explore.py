@@ -17,7 +17,7 @@ from capsrun.data.batches import in_class_order
 from capsrun.data.splits import Split
 from capsrun.errors import UserError
 from capsrun.explorer.page import Shown, build_page
-from capsrun.model_config import DynamicRoutingConfig, RoutingConfig
+from capsrun.model_config import DynamicRoutingConfig, RoutingConfig, algorithm_of
 from capsrun.models.capsnet import CapsNet
 from capsrun.models.dynamic import CapsuleLayer
 from capsrun.names import model_words, suggest
@@ -89,7 +89,7 @@ def routing_text(routing: RoutingConfig) -> str:
     """
     if isinstance(routing, DynamicRoutingConfig):
         return counted(routing.iterations, "routing iteration")
-    return f"routing {getattr(routing, 'algorithm', '')}"
+    return f"routing {algorithm_of(routing)}"
 
 
 def refuse_another_file(path: Path) -> None:

@@ -32,7 +32,7 @@ from capsrun.data.sets import class_names
 from capsrun.data.splits import standardise
 from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError, notice
-from capsrun.model_config import ROUTINGS
+from capsrun.model_config import ROUTINGS, algorithm_of
 from capsrun.models import Model
 from capsrun.models.capsnet import CapsNet
 from capsrun.names import model_words, packaged, suggest, word
@@ -235,8 +235,7 @@ def predict(
 
 def add_up_to_1(model: Model) -> bool:
     """Whether the scores of the classes do, as probabilities."""
-    algorithm = getattr(model.routing, "algorithm", "") if isinstance(model, CapsNet) else None
-    return algorithm is None or (algorithm in ROUTINGS and ROUTINGS[algorithm].shares)
+    return not isinstance(model, CapsNet) or ROUTINGS[algorithm_of(model.routing)].shares
 
 
 def show(predictions: Sequence[Prediction], names: Sequence[str], measure: str) -> None:

@@ -41,13 +41,13 @@ class Split(data.Dataset[tuple[Tensor, int | Tensor]], ABC):
     digits = 1
     """How many digits one image shows."""
 
-    @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """How many images there are: as many as are stored, if each is one of them."""
+        return len(self.labels_N)
 
-    @abstractmethod
     def labels(self, indices_B: Tensor) -> Tensor:
         """The classes (B, T) that some images show, int64."""
+        return self.labels_N[indices_B][:, None]
 
     @abstractmethod
     def batch(self, indices_B: Tensor) -> Batch:
@@ -162,12 +162,6 @@ class StoredImages(TrainingSplit):
     """uint8, 0 is black."""
     labels_N: Tensor
     config: DatasetConfig
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def labels(self, indices_B: Tensor) -> Tensor:
-        return self.labels_N[indices_B][:, None]
 
     def batch(self, indices_B: Tensor) -> Batch:
         pixels_BCHW = self._moved(indices_B, torch.zeros_like(indices_B)[:, None].expand(-1, 2))

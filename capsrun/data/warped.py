@@ -87,12 +87,6 @@ class Noise(Split):
     """Zeros: these images show nothing."""
     config: DatasetConfig
 
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def labels(self, indices_B: Tensor) -> Tensor:
-        return self.labels_N[indices_B][:, None]
-
     def batch(self, indices_B: Tensor) -> Batch:
         shape = self.config.channels, self.config.image_px, self.config.image_px
         pixels_BCHW = uniform_pixels(indices_B, shape, self.config.split_seed, PIXELS)

@@ -19,8 +19,8 @@ from capsrun.model_config import (
     CapsuleModelConfig,
     DynamicRoutingConfig,
     ModelConfig,
-    OtherRoutingConfig,
     RoutingConfig,
+    algorithm_of,
 )
 from capsrun.models import fast
 from capsrun.models.initialisation import initialise_as_authors
@@ -42,7 +42,7 @@ from capsrun.models.routing import RoutingIteration
 
 def layer_of(routing: RoutingConfig) -> type[RoutedLayer]:
     """The layer of class capsules of a routing. Raises UserError for one that there is not."""
-    name = routing.algorithm if isinstance(routing, OtherRoutingConfig) else "dynamic"
+    name = algorithm_of(routing)
     if name not in ROUTINGS:
         hint, names = did_you_mean(name, ROUTINGS), ", ".join(ROUTINGS)
         raise UserError(f"routing.algorithm is {name!r}{hint}; it can be one of: {names}")
@@ -137,8 +137,8 @@ class CapsNet(Layer, nn.Module):
         self.config = config
         self.image_px, self.channels, self.classes = image_px, channels, classes
         self.standardised = standardised
-        self._make_encoder(routing)
         layer = layer_of(routing)
+        self._make_encoder(routing, layer.takes_activations)
         with torch.random.fork_rng(devices=[]):  # a seed gives the weights that it always gave
             self.digitcaps = layer.from_config(routing, config, self.primary_capsules, classes)
         self.decoder: Decoder | None = None
@@ -148,9 +148,12 @@ class CapsNet(Layer, nn.Module):
         self.initialisation = getattr(config, "initialisation", self.initialisation)
         self.reset_parameters()
 
-    def _make_encoder(self, routing: RoutingConfig) -> None:
-        """The layers below the class capsules; the weights are drawn later."""
-        config, layer, later = self.config, layer_of(routing), "pytorch"
+    def _make_encoder(self, routing: RoutingConfig, with_activations: bool) -> None:
+        """The layers below the class capsules; the weights are drawn later.
+
+        with_activations: see `RoutedLayer.takes_activations`.
+        """
+        config = self.config
         self.conv1_pads, self.primary_pads, grid_px = sizes_of(config, self.image_px)
         self.primary_capsules = config.primary_types * grid_px**2
         # Where the stride does not come out even, the last row and column reach no capsule.
@@ -161,12 +164,12 @@ class CapsNet(Layer, nn.Module):
         self.primarycaps = PrimaryCaps(
             config.conv1_channels,
             config.primary_types,
-            config.primary_dimensions + layer.takes_activations,
+            config.primary_dimensions + with_activations,
             config.kernel_px,
             padding=config.padding,
             scale=primary_scale(config.primary_scale, config.primary_types, leaky),
-            squashed=not layer.takes_activations,
-            initialisation=later,
+            squashed=not with_activations,
+            initialisation="pytorch",
         )
 
     @property
@@ -193,8 +196,9 @@ class CapsNet(Layer, nn.Module):
             self.digitcaps.reset_parameters()
 
     def primary_poses(self, images_BCHW: Tensor) -> Tensor:
-        """Images with pixels in [0, 1] to PrimaryCaps outputs u of shape (B, I, K), squashed.
+        """Images with pixels in [0, 1] to PrimaryCaps outputs u of shape (B, I, K).
 
+        Squashed, or with the logit of an activation as one more number; see `RoutedLayer`.
         Input capsules are ordered (type, row, column), and the K numbers of a capsule are K
         channels at one place of the grid.
         """

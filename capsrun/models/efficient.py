@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from capsrun.model_config import EfficientCapsNetConfig, RoutingConfig
-from capsrun.models.capsnet import CapsNet, layer_of
+from capsrun.models.capsnet import CapsNet
 from capsrun.models.initialisation import he_normal
 from capsrun.models.inputs import check_images
 from capsrun.models.layers import convolved
@@ -55,9 +55,9 @@ class EfficientCapsNet(CapsNet):
     settings = EfficientCapsNetConfig
     config: EfficientCapsNetConfig
 
-    def _make_encoder(self, routing: RoutingConfig) -> None:
+    def _make_encoder(self, routing: RoutingConfig, with_activations: bool) -> None:
         """The layers below the class capsules; the weights are drawn later."""
-        config, with_activations = self.config, layer_of(routing).takes_activations
+        config = self.config
         if not len(config.kernels_px) == len(config.strides) == len(config.channels) + 1:
             raise ValueError(
                 "model.kernels_px and model.strides have a value for each convolution, and "

@@ -6,7 +6,6 @@ type, N rows and columns of a pose matrix, D = N² its numbers, H = 2D.
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +120,11 @@ class EMCapsuleLayer(RoutedLayer):
         self.weight = nn.Parameter(torch.empty(self.types, self.side, outputs, self.side))
         self.beta_u = nn.Parameter(torch.empty(outputs))
         self.beta_a = nn.Parameter(torch.empty(outputs))
-        self.places: Tensor  # a buffer, so that it moves with the weights
-        self.register_buffer("places", coordinates(math.isqrt(places)), persistent=False)
+        # What is added to the votes of each place: a buffer, so that it moves with the weights.
+        shift_PN1N = torch.zeros(places, self.side, 1, self.side)
+        shift_PN1N[:, :2, 0, -1] = coordinates(math.isqrt(places))[:, : self.side]
+        self.shift_PN1N: Tensor
+        self.register_buffer("shift_PN1N", shift_PN1N, persistent=False)
         self.reset_parameters()
 
     @classmethod
@@ -165,19 +167,16 @@ class EMCapsuleLayer(RoutedLayer):
         votes = torch.bmm(rows_TMN, self.weight.flatten(2))
         votes = votes.view(self.types, batch, places, side, self.outputs, side)
         if self.routing.shared:
-            shift = votes.new_zeros(places, side, 1, side)
-            shift[:, :2, 0, -1] = self.places[:, :side]
-            votes = votes + shift
+            votes = votes + self.shift_PN1N
         # In memory (B, J, I, D), over whose contiguous (I, D) the sums of routing run.
         votes_BJID = votes.permute(1, 4, 0, 2, 3, 5).reshape(batch, self.outputs, self.inputs, -1)
         return votes_BJID.transpose(1, 2)
 
     def route(self, capsules_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
         """See `em_route`."""
-        settings: dict[str, Any] = dataclasses.asdict(self.routing)
-        for key in ("algorithm", "shared", "pose_dimensions"):
-            del settings[key]
+        said = self.routing
+        how = said.inverse_temperature, said.temperature_decay, said.minimum_variance
         votes_BIJD = self.votes(capsules_BIK[:, :, :-1])
         given = votes_BIJD, self.activations(capsules_BIK), self.beta_u, self.beta_a
-        poses_BJD, logits_BJ = em_route(*given, **settings, history=history)
+        poses_BJD, logits_BJ = em_route(*given, said.iterations, *how, history)
         return with_length(poses_BJD, logits_BJ.sigmoid())

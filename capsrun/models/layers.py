@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels, I input capsules, J output capsules
 D output dimension, T digits in one image.
 """
 
+import abc
 import itertools
 import math
 from collections.abc import Callable
@@ -230,7 +231,7 @@ class PrimaryCaps(Layer, nn.Conv2d):
         return squash(capsules_BIK) if self.squashed else capsules_BIK
 
 
-class RoutedLayer(Layer, nn.Module):
+class RoutedLayer(Layer, nn.Module, abc.ABC):
     """What layers of capsules have in common to which those of the layer below are routed.
 
     One of them says how by `route`, and may be in `ROUTINGS`; the class capsules of a network are
@@ -271,9 +272,9 @@ class RoutedLayer(Layer, nn.Module):
             else:
                 parameter.uniform_(-bound, bound)
 
+    @abc.abstractmethod
     def route(self, capsules_BIK: Tensor, history: list[RoutingIteration] | None) -> Tensor:
         """Capsules u (B, I, K), in the precision of the weights, to v (B, J, D)."""
-        raise NotImplementedError
 
     def fused(self, capsules_BIK: Tensor) -> Tensor | None:
         """The same, to rounding, by a kernel that is faster; None where there is none."""

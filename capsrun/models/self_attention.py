@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from capsrun.model_config import OtherRoutingConfig
 from capsrun.models.initialisation import he_normal
 from capsrun.models.layers import RoutedLayer
 from capsrun.models.routing import RoutingIteration, capsule_votes
@@ -73,7 +72,6 @@ class SelfAttentionLayer(RoutedLayer):
 
     def __init__(self, inputs: int, input_dim: int, outputs: int, output_dim: int) -> None:
         super().__init__(inputs, input_dim, outputs, output_dim)
-        self.routing = OtherRoutingConfig(algorithm="self_attention")
         self.weight = nn.Parameter(torch.empty(inputs, input_dim, outputs, output_dim))
         self.bias = nn.Parameter(torch.empty(inputs, outputs))
         self.reset_parameters()

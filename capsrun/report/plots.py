@@ -81,7 +81,7 @@ def comparison(
             label = f"{short} (n = {len(seeds)})" if curves and name not in named else None
             named |= {name} if curves else set()
             _seeds_and_mean(axes, curves, label, marker=None if noisy else "o", **style(number))
-        _finish(axes, "step", title, logarithmic=True)
+        finish(axes, "step", title, logarithmic=True)
     beside = 2 if max(map(len, rows)) < LONG_LABEL else 1
     if named:
         figure.legend(loc="lower center", ncols=beside, fontsize=FONT_SIZE - 1, frameon=False)
@@ -118,7 +118,7 @@ def run_curves(metrics: Metrics) -> Figure:
             logarithmic = logarithmic and bool((values > 0).all())
         if len(keys) > 1:
             axes.legend(fontsize=FONT_SIZE - 1, frameon=False)
-        _finish(axes, "step", title, logarithmic)
+        finish(axes, "step", title, logarithmic)
     figure.tight_layout()
     return figure
 
@@ -135,7 +135,8 @@ def few(names: Sequence[str]) -> list[str]:
     return [names[int(place)] for place in places]
 
 
-def _finish(axes: Axes, x: str, y: str, logarithmic: bool = False) -> None:
+def finish(axes: Axes, x: str, y: str, logarithmic: bool = False) -> None:
+    """Name the axes, and draw the grid."""
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -164,7 +165,7 @@ def error_by_iterations(points: Mapping[int, Sequence[float]], title: str) -> Fi
     deviations = [float(np.std(points[n], ddof=1)) if len(points[n]) > 1 else 0 for n in iterations]
     axes.errorbar(iterations, means, deviations, marker="s", capsize=4, color=COLOURS[0])
     axes.set_xticks(iterations)
-    _finish(axes, "routing iterations", "test error %")
+    finish(axes, "routing iterations", "test error %")
     axes.set_title(title, fontsize=FONT_SIZE, wrap=True)
     figure.tight_layout()
     return figure
@@ -187,10 +188,10 @@ def routing_changes(seeds: Sequence[Metrics]) -> Figure:
         last.append(float(np.mean(mean[-5:])))
     during.set_yscale("log")
     during.legend(fontsize=FONT_SIZE - 1, frameon=False)
-    _finish(during, "step", "mean |change of a logit|")
+    finish(during, "step", "mean |change of a logit|")
     after.plot(range(1, len(keys) + 1), last, marker="o", color=COLOURS[0])
     after.set_yscale("log")
     after.xaxis.get_major_locator().set_params(integer=True)
-    _finish(after, "routing iteration", "at the end of training")
+    finish(after, "routing iteration", "at the end of training")
     figure.tight_layout()
     return figure

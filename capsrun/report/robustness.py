@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from capsrun.data.warped import BORDER, UNITS
 from capsrun.report.figures import FONT_SIZE, GAP_PX, image_grid, new_figure
 from capsrun.report.pictures import displayed, shown_classes
-from capsrun.report.plots import few, style
+from capsrun.report.plots import few, finish, style
 
 WRONG_COLOUR, RIGHT_COLOUR = "#FF7733", "#33DD99"  # on black
 
@@ -66,18 +65,10 @@ def _curves(
     axes.set_ylim(bottom=0)
     if len(lines) > 1:
         axes.legend(fontsize=FONT_SIZE, frameon=False)
-    _finish(axes, x, y, title)
+    finish(axes, x, y)
+    axes.set_title(title, fontsize=FONT_SIZE + 1)
     figure.tight_layout()
     return figure
-
-
-def _finish(axes: Axes, x: str, y: str, title: str) -> None:
-    axes.set_xlabel(x, fontsize=FONT_SIZE)
-    axes.set_ylabel(y, fontsize=FONT_SIZE)
-    axes.set_title(title, fontsize=FONT_SIZE + 1)
-    axes.tick_params(labelsize=FONT_SIZE)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def taken_for(
@@ -123,7 +114,8 @@ def roc_curves(detection: Mapping[str, Any], title: str) -> Figure:
         axes.plot(*zip(*found["roc"]), lw=1.6, label=label, **style(number))
     axes.axvline(detection["real_flagged_percent"], color="#888888", lw=0.8)
     axes.legend(fontsize=FONT_SIZE, frameon=False, loc="lower right")
-    _finish(axes, "real images flagged %", "other images flagged %", title)
+    finish(axes, "real images flagged %", "other images flagged %")
+    axes.set_title(title, fontsize=FONT_SIZE + 1)
     figure.tight_layout()
     return figure
 
