@@ -219,10 +219,11 @@ def test_every_option_changes_the_numbers(override):
     assert fingerprint(*override.split()) != fingerprint()
 
 
-def test_routing_in_pieces_changes_nothing():
+def test_routing_in_pieces_changes_nothing(monkeypatch):
     """On a CPU a batch is routed a few images at a time."""
     model = make(*TINY)
-    images = torch.rand(2 * fast.ROUTED_AT_ONCE_ON_CPU + 3, 1, 28, 28)
+    monkeypatch.setattr(fast, "ROUTED_AT_ONCE_ON_CPU", 8 * model.digitcaps.inputs)
+    images = torch.rand(2 * 8 + 3, 1, 28, 28)
     history, whole = [], []
     capsules = model.encode(images, history)
     votes = capsule_votes(model.primary_poses(images), model.digitcaps.weight)
