@@ -609,12 +609,40 @@ def test_changed_images_are_a_table_of_networks_and_values(tmp_path):
         rotated(tmp_path / f"dynamic{seed}", errors, seed)
     rotated(tmp_path / "em", 20.0, 0, "routing=em")
     text = build(tmp_path, tmp_path / "out")
-    section = text.partition("## On changed images")[2].partition("\n## ")[0]
+    section = text.partition("## On other and on changed images")[2].partition("\n## ")[0]
     assert "**mnist, 320,000 images, rotated, degrees: error %**" in section
     assert "| capsnet_small | dynamic, 3 iterations |" in section
     lines = {line.split(" | ")[1]: line for line in section.splitlines() if "capsnet_small" in line}
     assert lines["dynamic, 3 iterations"].endswith("| 0 1 | 0.50 ± 0.00 | 11.00 ± 1.41 |")
     assert lines["em"].endswith("| 0 | 0.50 | 20.00 |")
+
+
+def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
+    for seed, (dynamic, em) in enumerate([(10.0, 11.0), (12.0, 14.0), (8.0, 11.0)]):
+        rotated(tmp_path / f"dynamic{seed}", dynamic, seed)
+        rotated(tmp_path / f"em{seed}", em, seed, "routing=em")
+        rotated(tmp_path / f"long{seed}", em, seed, "routing=em", "recipe.epochs=20", steps=9_000)
+    rotated(tmp_path / "em3", 50.0, 3, "routing=em")
+    section = build(tmp_path, tmp_path / "out").partition("## On other and on changed")[2]
+    paired = [line for line in section.splitlines() if "paired" in line]
+    cells = "| 0 1 2 | +0.00 ± 0.00 | +2.00 ± 0.58 |"
+    assert paired == [f"|  | difference from dynamic, paired |  {cells}"]
+
+
+def test_another_data_set_stands_beside_that_of_training(tmp_path):
+    words = ["dataset=mnist_padded", "model=capsnet_small"]
+    for seed, errors in enumerate((80, 90)):
+        train_result(tmp_path / f"run{seed}", errors, seed, *words)
+        trained = json.loads((tmp_path / f"run{seed}/result.json").read_text())["config"]
+        facts = {"seed": seed, "model": "capsnet_small", "trained": trained}
+        eval_result(
+            tmp_path / f"like{seed}", "dataset=affnist_like", 64_000 + 3_200 * seed, **facts
+        )
+    section = build(tmp_path, tmp_path / "out").partition("## On other and on changed images")[2]
+    title = "affnist_like, 320,000 images, trained on mnist_padded: error %"
+    table = section.partition(f"**{title}**")[2].partition("**")[0]
+    assert "| seeds | mnist_padded | affnist_like |" in table
+    assert "| 0 1 | 0.85 ± 0.07 | 20.50 ± 0.71 |" in table
 
 
 def test_attacks_and_detection_say_how(tmp_path):
@@ -654,7 +682,7 @@ def test_different_attacks_are_never_put_together(tmp_path):
         config = plain | {"attack": plain["attack"] | change}
         row = {"epsilon": 0.1, "error_percent": float(number)}
         rotated(tmp_path / f"{number}", 1.0, 0, curves={}, attack=[row], config=config)
-    text = build(tmp_path, tmp_path / "out").partition("## On changed images")[2]
+    text = build(tmp_path, tmp_path / "out").partition("## On other and on changed images")[2]
     assert all(f"| 0 | {number}.00 |" in text for number in range(len(changes)))
 
 
