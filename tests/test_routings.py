@@ -9,15 +9,18 @@ from conftest import TINY, make_model, make_trainer, train_config, untrained
 from torch.autograd import gradcheck
 
 from capsrun import cli
-from capsrun.config import TrainConfig
+from capsrun.compose import compose
+from capsrun.config import EvalConfig, TrainConfig
 from capsrun.data import load_dataset
 from capsrun.data.splits import TrainingBatches
 from capsrun.errors import UserError
+from capsrun.experiments import settings_for
 from capsrun.model_config import ROUTINGS, DynamicRoutingConfig, SpreadLossConfig
 from capsrun.models.capsnet import layer_of
 from capsrun.models.em import EMCapsuleLayer, coordinates, em_route
 from capsrun.models.self_routing import SelfRoutingLayer, self_route
 from capsrun.settings import from_dict
+from capsrun.training.attacks import Attack, Network, attack_split
 from capsrun.training.graph import CapturedSteps, GraphedTrainer
 from capsrun.training.losses import negative_log_likelihood, spread_loss
 
@@ -305,8 +308,8 @@ def test_a_network_with_leaky_routing_takes_another_one(choice):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_short_trainings_learn(choice):
-    """On real digits, beginning with what is as good as a guess."""
+def test_short_trainings_learn_and_attacks_undo_it(choice):
+    """On real digits, beginning with what is as good as a guess; more within a larger ε."""
     small = ["model.conv1_channels=16", "model.primary_types=4", "recipe.batch_size=32"]
     config = train_config("dataset=mnist5k", f"routing={choice}", *small, "recipe.steps=60")
     dataset = load_dataset(config.dataset, torch.device("cpu"))
@@ -319,6 +322,13 @@ def test_short_trainings_learn(choice):
         right.append((found == update.batch.labels_BT).float().mean().item())
     assert sum(right[:3]) / 3 < 0.3
     assert sum(right[-10:]) / 10 > 0.45
+    words = ["dataset=mnist5k", "attack=bim", "attack.loss=difference", "attack.steps=3"]
+    settings = settings_for(EvalConfig, compose("eval", [*words, "attack.epsilon=[0,0.05,0.2]"]))
+    attack = Attack(Network(trainer.model, config.loss), dataset.test, settings.attack)
+    outcomes = attack_split(attack, trainer.model, 60, iter, detect=False)
+    none, small, large = (int(outcome.wrong_N.sum()) for outcome in outcomes)
+    assert none <= small < large
+    assert large > none + 15
 
 
 @pytest.mark.parametrize("choice", CHOICES)
