@@ -627,6 +627,8 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
     paired = [line for line in section.splitlines() if "paired" in line]
     cells = "| 0 1 2 | +0.00 ± 0.00 | +2.00 ± 0.58 |"
     assert paired == [f"|  | difference from dynamic, paired |  {cells}"]
+    assert "(pictures/changed.png)" in section
+    assert (tmp_path / "out/pictures/changed.png").is_file()
 
 
 def test_another_data_set_stands_beside_that_of_training(tmp_path):

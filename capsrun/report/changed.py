@@ -5,11 +5,16 @@ Those of another data set, and changed ones, as `capsrun eval rotate=…`, `atta
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from capsrun.data_config import title_of
 from capsrun.names import run_of
+from capsrun.report import plots
 from capsrun.report.questions import FEWEST_SEEDS, key_of, network
 from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import length, mean_and_spread, shown, table
@@ -22,47 +27,108 @@ BASE = "dynamic, 3 iterations"
 Points = dict[str, float]
 
 
-def sections(results: Iterable[Result]) -> Iterator[str]:
-    """A table for each kind of change, with what it is of above it."""
+@dataclass(frozen=True)
+class Kind:
+    """What was found about one kind of change, or another data set."""
+
+    title: str
+    groups: Sequence[Group]
+    found: Mapping[Path, Points]
+    """Of each result, by its folder."""
+
+    @cached_property
+    def heads(self) -> list[tuple[str, str, str]]:
+        """Of each group the first cells of `HEADER`."""
+        of = [(group, group.first.settings) for group in self.groups]
+        return [(network(g), routing_of(settings), length(None, g)) for g, settings in of]
+
+    @cached_property
+    def by_seed(self) -> list[dict[int, Points]]:
+        """What each group has found, by its seeds."""
+        return [{r.seed: self.found[r.folder] for r in group.results} for group in self.groups]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Of the points that any of them has."""
+        runs = [points for of_group in self.by_seed for points in of_group.values()]
+        return list(dict.fromkeys(label for points in runs for label in points))
+
+    @property
+    def table(self) -> str:
+        """Networks against values, means over seeds.
+
+        Below another routing, where three seeds of both were trained alike, is what it has more
+        than dynamic routing: the mean of the differences, seed by seed, and its standard error.
+        """
+        lines = []
+        for head, runs in zip(self.heads, self.by_seed):
+            lines.append([*head, _seeds(runs), *self._cells(runs, mean_and_spread)])
+            of_base = dict(zip(self.heads, self.by_seed)).get((head[0], BASE, head[2]), {})
+            paired = {k: less(run, of_base[k]) for k, run in runs.items() if k in of_base}
+            if head[1] != BASE and len(paired) >= FEWEST_SEEDS:
+                cells = self._cells(paired, mean_and_error)
+                lines.append(["", "difference from dynamic, paired", "", _seeds(paired), *cells])
+        return table([*HEADER, *self.labels], lines)
+
+    @property
+    def curves(self) -> dict[str, dict[float, list[float]]]:
+        """Of networks with several seeds, what these found at each value; empty: no numbers."""
+        if not all(map(is_number, self.labels)):
+            return {}
+        return {
+            f"{head[0]}, {head[1]}": {
+                float(label): [run[label] for run in runs.values()] for label in self.labels
+            }
+            for head, runs in zip(self.heads, self.by_seed)
+            if len(runs) >= FEWEST_SEEDS
+            and all({*self.labels} == run.keys() for run in runs.values())
+        }
+
+    def _cells(
+        self, runs: Mapping[int, Points], text: Callable[[Sequence[float]], str]
+    ) -> list[str]:
+        return [
+            text([run[label] for run in runs.values()])
+            if all(label in run for run in runs.values())
+            else "–"
+            for label in self.labels
+        ]
+
+
+def kinds(results: Iterable[Result]) -> list[Kind]:
+    """All there are, in the order of their titles."""
     results = list(results)
     own = {same_run(r): r.error_percent for r in results if r.command == "train"}
-    kinds: dict[str, list[tuple[Result, Points]]] = {}
-    for result in (each for each in results if each.command == "eval"):
+    found: dict[str, dict[Path, Points]] = {}
+    tested = {result.folder: result for result in results if result.command == "eval"}
+    for result in tested.values():
         for title, points in (*on_another_set(result, own), *found_by(result)):
-            kinds.setdefault(title, []).append((result, points))
-    for title in sorted(kinds):
-        by_folder = {result.folder: points for result, points in kinds[title]}
-        groups = grouped(result for result, _ in kinds[title])
-        yield f"**{title}**"
-        yield table(*of_groups(groups, by_folder))
-        yield from (f"{remark}." for group in groups for remark in group.remarks)
+            found.setdefault(title, {})[result.folder] = points
+    return [Kind(t, grouped(tested[f] for f in found[t]), found[t]) for t in sorted(found)]
 
 
-def of_groups(
-    groups: Sequence[Group], found: Mapping[Path, Points]
-) -> tuple[list[str], list[list[str]]]:
-    """The header and the lines: networks against values, means over seeds.
+def sections(results: Iterable[Result]) -> Iterator[str]:
+    """A table for each kind, with what it is of above it."""
+    for kind in kinds(results):
+        yield f"**{kind.title}**"
+        yield kind.table
+        yield from (f"{remark}." for group in kind.groups for remark in group.remarks)
 
-    Below another routing, where three seeds of both were trained alike, is what it has more than
-    dynamic routing: the mean of the differences, seed by seed, and its standard error.
-    found: what each result has, by its folder.
-    """
-    heads = [(network(g), routing_of(g.first.settings), length(None, g)) for g in groups]
-    by_seed = [{result.seed: found[result.folder] for result in g.results} for g in groups]
-    labels = list(dict.fromkeys(label for runs in by_seed for r in runs.values() for label in r))
-    lines = []
-    for head, runs in zip(heads, by_seed):
-        lines.append([*head, _seeds(runs), *_cells(list(runs.values()), labels, mean_and_spread)])
-        of_base = dict(zip(heads, by_seed)).get((head[0], BASE, head[2]), {})
-        paired = {
-            seed: {label: run[label] - of_base[seed][label] for label in run.keys() & of_base[seed]}
-            for seed, run in runs.items()
-            if seed in of_base and head[1] != BASE
-        }
-        if len(paired) >= FEWEST_SEEDS:
-            cells = _cells(list(paired.values()), labels, mean_and_error)
-            lines.append(["", "difference from dynamic, paired", "", _seeds(paired), *cells])
-    return [*HEADER, *labels], lines
+
+def figure(results: Iterable[Result]) -> Figure | None:
+    """The curves of all kinds; None where nothing has enough seeds."""
+    panels = {kind.title: kind.curves for kind in kinds(results) if kind.curves}
+    return plots.by_value(panels) if panels else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a label is a value that images were changed by."""
+    return text.replace(".", "", 1).isdigit()
+
+
+def less(run: Points, other: Points) -> Points:
+    """What one has more than the other, where both have something."""
+    return {label: run[label] - other[label] for label in run if label in other}
 
 
 def mean_and_error(differences: Sequence[float]) -> str:
@@ -73,15 +139,6 @@ def mean_and_error(differences: Sequence[float]) -> str:
 
 def _seeds(runs: Iterable[int]) -> str:
     return " ".join(map(str, runs))
-
-
-def _cells(
-    runs: Sequence[Points], labels: Iterable[str], text: Callable[[Sequence[float]], str]
-) -> list[str]:
-    return [
-        text([run[label] for run in runs]) if all(label in run for run in runs) else "–"
-        for label in labels
-    ]
 
 
 def routing_of(settings: Mapping[str, Any]) -> str:

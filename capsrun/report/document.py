@@ -51,6 +51,7 @@ def document(
         **main_tables(rows, results),
         sections=sections,
         after_ablations=[iterations_figure(found, pictures)],
+        after_changed=[changed_figure(results, pictures)],
         own=own_section(own, experiments, pictures),
         figures=paper_figures(rows, results, pictures),
         missing=missing(rows),
@@ -113,6 +114,12 @@ def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> 
     title = f"{questions.network(base)}, {tables.length(None, base)}"
     figure = plots.error_by_iterations(errors, title)
     return pictures.draw("iterations", figure, "test error against routing iterations")
+
+
+def changed_figure(results: Iterable[Result], pictures: Pictures) -> str:
+    """Error against what images are changed by, where there are enough seeds of something."""
+    figure = changed.figure(results)
+    return "" if figure is None else pictures.draw("changed", figure, "error on changed images")
 
 
 def missing(rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from capsrun.report.figures import FONT_SIZE, new_figure
 
@@ -168,6 +169,35 @@ def error_by_iterations(points: Mapping[int, Sequence[float]], title: str) -> Fi
     finish(axes, "routing iterations", "test error %")
     axes.set_title(title, fontsize=FONT_SIZE, wrap=True)
     figure.tight_layout()
+    return figure
+
+
+def by_value(panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]) -> Figure:
+    """Percentages against a value, beside each other: the mean of seeds and its deviation.
+
+    panels: by their titles, and in each by the name of a line, what each seed found at each value.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = new_figure(3.6 * columns, 2.9 * rows + 0.6)
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for name, points in lines.items():
+            values = np.array(sorted(points))
+            found = np.array([points[value] for value in values])
+            mean, deviation = found.mean(1), found.std(1, ddof=1)
+            look = style(names.index(name))
+            axes.plot(values, mean, lw=1.4, **look)
+            band = mean - deviation, mean + deviation
+            axes.fill_between(values, *band, color=look["color"], alpha=0.15, lw=0)
+        axes.set_ylim(bottom=0)
+        what, _, unit = title.rpartition(": ")
+        finish(axes, "", unit)
+        axes.set_title(textwrap.fill(what, 45), fontsize=FONT_SIZE - 1)
+    looks = [Line2D([], [], label=name, **style(number)) for number, name in enumerate(names)]
+    figure.legend(handles=looks, loc="lower center", ncols=3, fontsize=FONT_SIZE, frameon=False)
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
     return figure
 
 
