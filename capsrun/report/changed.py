@@ -1,7 +1,4 @@
-"""Networks on other images than those of training, over seeds.
-
-Those of another data set, and changed ones, as `capsrun eval rotate=…`, `attack=…`, … found.
-"""
+"""Networks on other images than those of training, over seeds, and against dynamic routing."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,19 +9,73 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from capsrun.data_config import title_of
-from capsrun.names import run_of
 from capsrun.report import plots
+from capsrun.report.evaluations import TRANSFORMS, Points, found_by, on_another_set, same_run
 from capsrun.report.questions import FEWEST_SEEDS, key_of, network
 from capsrun.report.rows import Group, grouped
-from capsrun.report.tables import length, mean_and_spread, shown, table
+from capsrun.report.tables import NOT_RUN, length, mean_and_spread, shown, table
 from capsrun.runs.reader import Result
-from capsrun.settings import deciding
 
-TRANSFORMS = {"rotate": "rotated, degrees", "shift": "moved, pixels", "scale": "scaled, factor"}
 HEADER = ("network", "routing", "trained for", "seeds")
 BASE = "dynamic, 3 iterations"
-Points = dict[str, float]
+OF_ROUTING = ("model.primary_dimensions", "model.digit_dimensions")  # which go with some of them
+# What stands in the summary: the name of a column, the title of a table, and which of its points.
+ROTATED, MOVED, SCALED = (f"mnist, 10,000 images, {how}: error %" for how in TRANSFORMS.values())
+ELSEWHERE = "affnist_like, 320,000 images, trained on mnist_padded: error %"
+ATTACKED = "mnist, 1,000 images, bim, 10 steps, by the scores' difference: "
+SUMMARY = (
+    ("test error %", ROTATED, "0"),
+    ("rotated by 30°", ROTATED, "30"),
+    ("moved by 4 px", MOVED, "4"),
+    ("shrunk to 0.75", SCALED, "0.75"),
+    (
+        "affnist_like",
+        "affnist_like, 320,000 images, trained on mnist_padded: error %",
+        "affnist_like",
+    ),
+    ("attacked, ε = 0.1", f"{ATTACKED}error % within ε", "0.1"),
+    ("and not flagged", f"{ATTACKED}fooled and not flagged, %, within ε", "0.1"),
+    (
+        "Fashion-MNIST not flagged",
+        "mnist, 10,000 images, not flagged by reconstruction, %",
+        "fashion_mnist",
+    ),
+)
+# Of so many differences, how many standard errors their mean is from zero by chance in one of
+# twenty cases (Student's t); of more, fewer than the last.
+BY_CHANCE = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What networks that differ in their seed only have found about a kind of change."""
+
+    group: Group
+    runs: Mapping[int, Points]
+    """By their seeds."""
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        return self.group.first.settings
+
+    @property
+    def name(self) -> list[str]:
+        """The network, and what routes its capsules."""
+        return [network(self.group), routing_of(self.settings)]
+
+    def values(self, label: str) -> list[float]:
+        """What each seed has at a point; empty where one of them has nothing there."""
+        found = [run[label] for run in self.runs.values() if label in run]
+        return found if len(found) == len(self.runs) else []
+
+    def less(self, other: "Line") -> "Line":
+        """What each seed has more than the same of another line, where both have something."""
+        runs = {
+            seed: {k: run[k] - other.runs[seed][k] for k in run.keys() & other.runs[seed].keys()}
+            for seed, run in self.runs.items()
+            if seed in other.runs
+        }
+        return Line(self.group, runs)
 
 
 @dataclass(frozen=True)
@@ -32,25 +83,12 @@ class Kind:
     """What was found about one kind of change, or another data set."""
 
     title: str
-    groups: Sequence[Group]
-    found: Mapping[Path, Points]
-    """Of each result, by its folder."""
-
-    @cached_property
-    def heads(self) -> list[tuple[str, str, str]]:
-        """Of each group the first cells of `HEADER`."""
-        of = [(group, group.first.settings) for group in self.groups]
-        return [(network(g), routing_of(settings), length(None, g)) for g, settings in of]
-
-    @cached_property
-    def by_seed(self) -> list[dict[int, Points]]:
-        """What each group has found, by its seeds."""
-        return [{r.seed: self.found[r.folder] for r in group.results} for group in self.groups]
+    lines: Sequence[Line]
 
     @cached_property
     def labels(self) -> list[str]:
         """Of the points that any of them has."""
-        runs = [points for of_group in self.by_seed for points in of_group.values()]
+        runs = [points for line in self.lines for points in line.runs.values()]
         return list(dict.fromkeys(label for points in runs for label in points))
 
     @property
@@ -60,15 +98,34 @@ class Kind:
         Below another routing, where three seeds of both were trained alike, is what it has more
         than dynamic routing: the mean of the differences, seed by seed, and its standard error.
         """
-        lines = []
-        for head, runs in zip(self.heads, self.by_seed):
-            lines.append([*head, _seeds(runs), *self._cells(runs, mean_and_spread)])
-            of_base = dict(zip(self.heads, self.by_seed)).get((head[0], BASE, head[2]), {})
-            paired = {k: less(run, of_base[k]) for k, run in runs.items() if k in of_base}
-            if head[1] != BASE and len(paired) >= FEWEST_SEEDS:
-                cells = self._cells(paired, mean_and_error)
-                lines.append(["", "difference from dynamic, paired", "", _seeds(paired), *cells])
-        return table([*HEADER, *self.labels], lines)
+        rows = []
+        for line in self.lines:
+            cells = [_text(line.values(label), mean_and_spread) for label in self.labels]
+            rows.append([*line.name, length(None, line.group), _seeds(line), *cells])
+            paired = self.paired(line)
+            if paired is not None:
+                cells = [_text(paired.values(label), mean_and_error) for label in self.labels]
+                rows.append(["", "difference from dynamic, paired", "", _seeds(paired), *cells])
+        return table([*HEADER, *self.labels], rows)
+
+    def paired(self, line: Line) -> Line | None:
+        """What a routing has more than the dynamic one; None where it has too few seeds."""
+        for other in self.lines:
+            if other is not line and is_base(other, line):
+                less = line.less(other)
+                return less if len(less.runs) >= FEWEST_SEEDS else None
+        return None
+
+    def cell(self, of: str, label: str) -> str:
+        """What the network and routing `of` (see `network_key`) have at a point: of most seeds."""
+        own = [each for each in self.lines if network_key(each.settings) == of]
+        own = [each for each in own if each.values(label)]
+        if not own:
+            return "–"
+        line = max(own, key=lambda each: len(each.runs))
+        paired = self.paired(line)
+        star = "*" if paired and differs(paired.values(label)) else ""
+        return f"{mean_and_spread(line.values(label))} ({len(line.runs)}){star}"
 
     @property
     def curves(self) -> dict[str, dict[float, list[float]]]:
@@ -76,23 +133,25 @@ class Kind:
         if not all(map(is_number, self.labels)):
             return {}
         return {
-            f"{head[0]}, {head[1]}": {
-                float(label): [run[label] for run in runs.values()] for label in self.labels
-            }
-            for head, runs in zip(self.heads, self.by_seed)
-            if len(runs) >= FEWEST_SEEDS
-            and all({*self.labels} == run.keys() for run in runs.values())
+            ", ".join(line.name): {float(label): line.values(label) for label in self.labels}
+            for line in self.lines
+            if len(line.runs) > 1 and all(map(line.values, self.labels))
         }
 
-    def _cells(
-        self, runs: Mapping[int, Points], text: Callable[[Sequence[float]], str]
-    ) -> list[str]:
-        return [
-            text([run[label] for run in runs.values()])
-            if all(label in run for run in runs.values())
-            else "–"
-            for label in self.labels
-        ]
+
+def network_key(settings: Mapping[str, Any]) -> str:
+    """The same for the same network and routing, whatever it was trained on, and how long."""
+    return key_of({k: v for k, v in settings.items() if k.startswith(("model.", "routing"))})
+
+
+def is_base(other: Line, line: Line) -> bool:
+    """Whether one is the same but for its dynamic routing, and what belongs to it."""
+    first, second = (
+        {k: v for k, v in each.settings.items() if not k.startswith(("routing", "loss."))}
+        | dict.fromkeys(OF_ROUTING)
+        for each in (other, line)
+    )
+    return routing_of(other.settings) == BASE and first == second
 
 
 def kinds(results: Iterable[Result]) -> list[Kind]:
@@ -104,20 +163,52 @@ def kinds(results: Iterable[Result]) -> list[Kind]:
     for result in tested.values():
         for title, points in (*on_another_set(result, own), *found_by(result)):
             found.setdefault(title, {})[result.folder] = points
-    return [Kind(t, grouped(tested[f] for f in found[t]), found[t]) for t in sorted(found)]
+    return [
+        Kind(
+            title,
+            [
+                Line(group, {r.seed: found[title][r.folder] for r in group.results})
+                for group in grouped(tested[folder] for folder in found[title])
+            ],
+        )
+        for title in sorted(found)
+    ]
 
 
-def sections(results: Iterable[Result]) -> Iterator[str]:
+def sections(found: Iterable[Kind]) -> Iterator[str]:
     """A table for each kind, with what it is of above it."""
-    for kind in kinds(results):
+    for kind in found:
         yield f"**{kind.title}**"
         yield kind.table
-        yield from (f"{remark}." for group in kind.groups for remark in group.remarks)
+        yield from (f"{remark}." for line in kind.lines for remark in line.group.remarks)
 
 
-def figure(results: Iterable[Result]) -> Figure | None:
-    """The curves of all kinds; None where nothing has enough seeds."""
-    panels = {kind.title: kind.curves for kind in kinds(results) if kind.curves}
+def summary(found: Iterable[Kind]) -> str:
+    """A row for each network and routing, with the points of `SUMMARY`."""
+    by_title = {kind.title: kind for kind in found}
+    columns = [(name, by_title[t], label) for name, t, label in SUMMARY if t in by_title]
+    if not columns:
+        return NOT_RUN
+    _, first, _ = columns[0]
+    lines = {network_key(line.settings): line for line in reversed(first.lines)}
+    rows = [
+        [*line.name, *(kind.cell(key, label) for _, kind, label in columns)]
+        for key, line in reversed(lines.items())
+    ]
+    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows)
+
+
+def differs(differences: Sequence[float]) -> bool:
+    """Whether their mean is farther from zero than chance brings it in one of twenty cases."""
+    if len(differences) < FEWEST_SEEDS:
+        return False
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return abs(statistics.fmean(differences)) > BY_CHANCE[min(len(differences), 10)] * error
+
+
+def figure(found: Iterable[Kind]) -> Figure | None:
+    """The curves of all kinds; None where nothing has several seeds."""
+    panels = {kind.title: kind.curves for kind in found if kind.curves}
     return plots.by_value(panels) if panels else None
 
 
@@ -126,96 +217,26 @@ def is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def less(run: Points, other: Points) -> Points:
-    """What one has more than the other, where both have something."""
-    return {label: run[label] - other[label] for label in run if label in other}
-
-
 def mean_and_error(differences: Sequence[float]) -> str:
     """With the standard error of the mean."""
     error = statistics.stdev(differences) / len(differences) ** 0.5
     return f"{statistics.fmean(differences):+.2f} ± {error:.2f}"
 
 
-def _seeds(runs: Iterable[int]) -> str:
-    return " ".join(map(str, runs))
+def _text(values: Sequence[float], text: Callable[[Sequence[float]], str]) -> str:
+    return text(values) if values else "–"
+
+
+def _seeds(line: Line) -> str:
+    return " ".join(map(str, line.runs))
 
 
 def routing_of(settings: Mapping[str, Any]) -> str:
     """What routes the capsules of a network, from its settings with dots."""
     if "routing.algorithm" in settings:
-        return shown(settings["routing.algorithm"])
+        shared = ", shared" if settings.get("routing.shared") == "True" else ""
+        return shown(settings["routing.algorithm"]) + shared
     if "routing.iterations" not in settings:
         return "none: no capsules"
     iterations = settings["routing.iterations"]
     return "uniform" if iterations == 1 else f"dynamic, {iterations:g} iterations"
-
-
-def same_run(result: Result) -> tuple[str, int]:
-    """What a run and the evaluations of it have in common."""
-    return key_of(deciding(result.training)), result.seed
-
-
-def on_another_set(
-    result: Result, own: Mapping[tuple[str, int], float]
-) -> Iterator[tuple[str, Points]]:
-    """The error of an evaluation on another data set, with that of `own` where it is known."""
-    trained_on = title_of(result.training["dataset"])
-    if result.tested_on != trained_on:
-        points = {trained_on: own[same_run(result)]} if same_run(result) in own else {}
-        points[result.tested_on] = result.error_percent
-        count = result.values["count"]
-        yield f"{result.tested_on}, {count:,} images, trained on {trained_on}: error %", points
-
-
-def found_by(result: Result) -> Iterator[tuple[str, Points]]:
-    """What an evaluation found about each kind of change: its title, and percentages by a label."""
-    images = f"{result.tested_on}, {result.values['count']:,} images"
-    for how, rows in result.values.get("curves", {}).items():
-        points = {f"{row['value']:g}": row["error_percent"] for row in rows}
-        yield f"{images}, {TRANSFORMS[how]}: error %", points
-    attacked = result.values.get("attack")
-    if attacked:
-        how = attack_text(result.values["config"]["attack"])
-        yield (
-            f"{images}, {how}: error % within ε",
-            {f"{row['epsilon']:g}": row["error_percent"] for row in attacked},
-        )
-        if "success_percent" in attacked[0]:
-            success = {f"{row['epsilon']:g}": row["success_percent"] for row in attacked}
-            yield f"{images}, {how}: taken for the target, %, within ε", success
-    yield from detected_by(result, images)
-
-
-def detected_by(result: Result, images: str) -> Iterator[tuple[str, Points]]:
-    """The same of detection by reconstruction."""
-    detection = result.values.get("detection")
-    if not detection:
-        return
-    sets = detection["sets"]
-    points = {"the digits": 100 - detection["real_flagged_percent"]}
-    points |= {name: 100 - found["flagged_percent"] for name, found in sets.items()}
-    yield f"{images}, not flagged by reconstruction, %", points
-    areas = {name: 100 * found["roc_area"] for name, found in sets.items()}
-    yield f"{images}, area under the ROC curve of reconstruction, %", areas
-    if detection["attack"]:
-        how = attack_text(result.values["config"]["attack"])
-        missed = {f"{row['epsilon']:g}": row["undetected_percent"] for row in detection["attack"]}
-        yield f"{images}, {how}: fooled and not flagged, %, within ε", missed
-
-
-def attack_text(attack: Mapping[str, Any]) -> str:
-    """How images were attacked."""
-    name = attack["name"] + (" to a target" if attack["targeted"] else "")
-    source = attack["source"]
-    starts = "from random starts" if attack["restarts"] == 1 else f"{attack['restarts']} starts"
-    size, seed = attack["step_size"], attack["seed"]
-    words = [
-        f"{name} on {run_of(source)}" if source else name,
-        "" if attack["steps"] == 1 else f"{attack['steps']} steps",
-        "" if size is None else f"of {size:g}",
-        starts if attack["random_start"] else "",
-        f"seed {seed}" if seed else "",
-    ]
-    loss = "the loss of training" if attack["loss"] == "trained" else "the scores' difference"
-    return f"{', '.join(filter(None, words))}, by {loss}"

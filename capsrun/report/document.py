@@ -12,7 +12,7 @@ from capsrun.report.own import own_groups
 from capsrun.report.own import section as own_section
 from capsrun.report.page import render
 from capsrun.report.rows import Group, Row, grouped, of_group
-from capsrun.report.tables import NOT_RUN, TABLES, table
+from capsrun.report.tables import TABLES, table
 from capsrun.runs.reader import Result
 from capsrun.terminal import duration
 from capsrun.yaml_files import own_option
@@ -50,6 +50,7 @@ def document(
         dates=" to ".join(dict.fromkeys((min(dates), max(dates)))),
         **main_tables(rows, results),
         sections=sections,
+        all_changed=list(changed.sections(changed.kinds(results))),
         after_ablations=[iterations_figure(found, pictures)],
         after_changed=[changed_figure(results, pictures)],
         own=own_section(own, experiments, pictures),
@@ -79,7 +80,7 @@ def main_tables(rows: Sequence[Row], results: Sequence[Result]) -> dict[str, str
         "summary": table(tables.SUMMARY, tables.summary_lines(rows)),
         "questions": table(questions.HEADER, questions.lines(asked, answers)),
         "routings": table(questions.HEADER, questions.lines(routings, answers)),
-        "changed": "\n\n".join(changed.sections(results)) or NOT_RUN,
+        "changed": changed.summary(changed.kinds(results)),
     }
 
 
@@ -117,8 +118,8 @@ def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> 
 
 
 def changed_figure(results: Iterable[Result], pictures: Pictures) -> str:
-    """Error against what images are changed by, where there are enough seeds of something."""
-    figure = changed.figure(results)
+    """Error against what images are changed by, where there are several seeds of something."""
+    figure = changed.figure(changed.kinds(results))
     return "" if figure is None else pictures.draw("changed", figure, "error on changed images")
 
 
