@@ -117,7 +117,7 @@ class Kind:
         return None
 
     def cell(self, of: str, label: str) -> str:
-        """What the network and routing `of` (see `network_key`) have at a point: of most seeds."""
+        """What the network `of` (see `network_key`) has at a point: that of most seeds."""
         own = [each for each in self.lines if network_key(each.settings) == of]
         own = [each for each in own if each.values(label)]
         if not own:
@@ -140,8 +140,9 @@ class Kind:
 
 
 def network_key(settings: Mapping[str, Any]) -> str:
-    """The same for the same network and routing, whatever it was trained on, and how long."""
-    return key_of({k: v for k, v in settings.items() if k.startswith(("model.", "routing"))})
+    """The same for the same network and recipe, whatever it was trained on, and how long."""
+    apart = ("dataset.", "precision", "recipe.steps", "recipe.epochs")
+    return key_of({key: v for key, v in settings.items() if not key.startswith(apart)})
 
 
 def is_base(other: Line, line: Line) -> bool:
