@@ -645,6 +645,16 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
     assert (tmp_path / "out/pictures/changed.png").is_file()
 
 
+def test_nothing_is_compared_where_two_might_be_meant(tmp_path):
+    for seed in range(3):
+        rotated(tmp_path / f"dynamic{seed}", 10.0, seed)
+        rotated(tmp_path / f"detach{seed}", 11.0, seed, "routing.detach=true")
+        rotated(tmp_path / f"em{seed}", 12.0, seed, "routing=em")
+    text = build(tmp_path, tmp_path / "out")
+    assert "difference from dynamic, paired" not in text
+    assert "12.00 ± 0.00 (3) |" in text
+
+
 def test_another_data_set_stands_beside_that_of_training(tmp_path):
     words = ["dataset=mnist_padded", "model=capsnet_small"]
     for seed, errors in enumerate((80, 90)):

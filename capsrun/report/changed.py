@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from capsrun.report import plots
 from capsrun.report.evaluations import TRANSFORMS, Points, found_by, on_another_set, same_run
-from capsrun.report.questions import FEWEST_SEEDS, key_of, network
+from capsrun.report.questions import FEWEST_SEEDS, error_of_mean, key_of, network
 from capsrun.report.rows import Group, grouped
 from capsrun.report.tables import NOT_RUN, length, mean_and_spread, shown, table
 from capsrun.runs.reader import Result
@@ -28,11 +28,7 @@ SUMMARY = (
     ("rotated by 30°", ROTATED, "30"),
     ("moved by 4 px", MOVED, "4"),
     ("shrunk to 0.75", SCALED, "0.75"),
-    (
-        "affnist_like",
-        "affnist_like, 320,000 images, trained on mnist_padded: error %",
-        "affnist_like",
-    ),
+    ("affnist_like", ELSEWHERE, "affnist_like"),
     ("attacked, ε = 0.1", f"{ATTACKED}error % within ε", "0.1"),
     ("and not flagged", f"{ATTACKED}fooled and not flagged, %, within ε", "0.1"),
     (
@@ -109,12 +105,15 @@ class Kind:
         return table([*HEADER, *self.labels], rows)
 
     def paired(self, line: Line) -> Line | None:
-        """What a routing has more than the dynamic one; None where it has too few seeds."""
-        for other in self.lines:
-            if other is not line and is_base(other, line):
-                less = line.less(other)
-                return less if len(less.runs) >= FEWEST_SEEDS else None
-        return None
+        """What another routing has more than dynamic routing.
+
+        None where that has too few seeds, or where several of them might be meant.
+        """
+        bases = [other for other in self.lines if is_base(other, line)]
+        if routing_of(line.settings) == BASE or len(bases) != 1:
+            return None
+        less = line.less(bases[0])
+        return less if len(less.runs) >= FEWEST_SEEDS else None
 
     def cell(self, of: str, label: str) -> str:
         """What the network `of` (see `network_key`) has at a point: that of most seeds."""
@@ -203,8 +202,8 @@ def differs(differences: Sequence[float]) -> bool:
     """Whether their mean is farther from zero than chance brings it in one of twenty cases."""
     if len(differences) < FEWEST_SEEDS:
         return False
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return abs(statistics.fmean(differences)) > BY_CHANCE[min(len(differences), 10)] * error
+    far = BY_CHANCE[min(len(differences), max(BY_CHANCE))] * error_of_mean(differences)
+    return abs(statistics.fmean(differences)) > far
 
 
 def figure(found: Iterable[Kind]) -> Figure | None:
@@ -220,8 +219,7 @@ def is_number(text: str) -> bool:
 
 def mean_and_error(differences: Sequence[float]) -> str:
     """With the standard error of the mean."""
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{statistics.fmean(differences):+.2f} ± {error:.2f}"
+    return f"{statistics.fmean(differences):+.2f} ± {error_of_mean(differences):.2f}"
 
 
 def _text(values: Sequence[float], text: Callable[[Sequence[float]], str]) -> str:

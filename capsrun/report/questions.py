@@ -148,10 +148,15 @@ def difference(differences: Sequence[float]) -> str:
     mean, seeds = statistics.fmean(differences), len(differences)
     if seeds == 1:
         return f"{mean:+.3f}; one seed has no standard error"
-    error = statistics.stdev(differences) / seeds**0.5
+    error = error_of_mean(differences)
     certain = seeds >= FEWEST_SEEDS and error >= 1e-9  # it is rounding where all are alike
     far = f" ({abs(mean) / error:.1f} standard errors)" if certain else ""
     return f"{mean:+.3f} ± {error:.3f}{far}"
+
+
+def error_of_mean(values: Sequence[float]) -> float:
+    """The standard error of the mean of several."""
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]]] | None:
