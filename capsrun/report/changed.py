@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
 from capsrun.report import plots
 from capsrun.report.evaluations import TRANSFORMS, Points, found_by, on_another_set, same_run
@@ -37,9 +38,6 @@ SUMMARY = (
         "fashion_mnist",
     ),
 )
-# Of so many differences, how many standard errors their mean is from zero by chance in one of
-# twenty cases (Student's t); of more, fewer than the last.
-BY_CHANCE = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass(frozen=True)
@@ -202,8 +200,8 @@ def differs(differences: Sequence[float]) -> bool:
     """Whether their mean is farther from zero than chance brings it in one of twenty cases."""
     if len(differences) < FEWEST_SEEDS:
         return False
-    far = BY_CHANCE[min(len(differences), max(BY_CHANCE))] * error_of_mean(differences)
-    return abs(statistics.fmean(differences)) > far
+    by_chance = stdtrit(len(differences) - 1, 1 - 0.05 / 2)  # of Student's t, in either direction
+    return abs(statistics.fmean(differences)) > by_chance * error_of_mean(differences)
 
 
 def figure(found: Iterable[Kind]) -> Figure | None:
