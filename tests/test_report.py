@@ -626,6 +626,7 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
         rotated(tmp_path / f"em{seed}", em, seed, "routing=em")
         rotated(tmp_path / f"long{seed}", em, seed, "routing=em", *longer, steps=9_000)
         rotated(tmp_path / f"all{seed}", dynamic + 2 + seed / 10, seed, "routing=uniform")
+        rotated(tmp_path / f"text{seed}", dynamic + 1 + seed / 10, seed, "loss=paper")
     rotated(tmp_path / "em3", 50.0, 3, "routing=em")
     for name, errors, *recipe in (("like", 32_000), ("other", 64_000, "recipe=authors")):
         words = ["dataset=mnist_padded", "model=capsnet_small", *recipe]
@@ -634,8 +635,9 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
     paired = [line for line in section.splitlines() if "from dynamic, paired" in line]
     assert paired == [
         f"|  | difference from dynamic, paired |  | 0 1 2 | +0.00 ± 0.00 | {cell} |"
-        for cell in ("+2.00 ± 0.58", "+2.10 ± 0.06")
+        for cell in ("+2.00 ± 0.58", "+2.10 ± 0.06", "+1.10 ± 0.06")
     ]
+    assert "| capsnet_small | dynamic, 3 iterations, loss=paper | 0.50 ± 0.00 (3) |" in section
     # 3.5 standard errors of three pairs are not enough, 36 are.
     assert "| capsnet_small | em | 0.50 ± 0.00 (4) | 21.50 ± 19.05 (4) | – |" in section
     assert "| capsnet_small | uniform | 0.50 ± 0.00 (3) | 12.10 ± 1.95 (3)* | – |" in section

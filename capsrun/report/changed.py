@@ -229,11 +229,16 @@ def _seeds(line: Line) -> str:
 
 
 def routing_of(settings: Mapping[str, Any]) -> str:
-    """What routes the capsules of a network, from its settings with dots."""
+    """What routes the capsules of a network, from its settings with dots.
+
+    The paper's scale of the margin loss is named, as networks differ in it alone; that of the
+    authors' code, and the losses of other routings, go without saying.
+    """
     if "routing.algorithm" in settings:
         shared = ", shared" if settings.get("routing.shared") == "True" else ""
         return shown(settings["routing.algorithm"]) + shared
     if "routing.iterations" not in settings:
         return "none: no capsules"
     iterations = settings["routing.iterations"]
-    return "uniform" if iterations == 1 else f"dynamic, {iterations:g} iterations"
+    name = "uniform" if iterations == 1 else f"dynamic, {iterations:g} iterations"
+    return name + (", loss=paper" if shown(settings["loss.name"]) == "paper" else "")
