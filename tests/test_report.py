@@ -20,6 +20,7 @@ from capsrun.commands.report import ReportConfig, report, update_tables
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.report import plots, questions
+from capsrun.report.changed import kinds, summary
 from capsrun.report.keep import keep
 from capsrun.report.page import to_html
 from capsrun.report.rows import grouped, make_row, standard_error
@@ -655,6 +656,35 @@ def test_nothing_is_compared_where_two_might_be_meant(tmp_path):
     text = build(tmp_path, tmp_path / "out")
     assert "difference from dynamic, paired" not in text
     assert "12.00 ± 0.00 (3) |" in text
+    for detached in ("false", "true"):  # in the table of rotated digits, and in that of all
+        name = f"| capsnet_small | dynamic, 3 iterations, routing.detach={detached} | "
+        assert text.count(name) == 2
+
+
+def test_networks_that_differ_in_their_training_only_have_names_and_curves_of_their_own(tmp_path):
+    faster, authors = ["recipe.learning_rate=0.016"], ["recipe=authors"]
+    for seed in range(2):
+        rotated(tmp_path / f"slow{seed}", 10.0, seed)
+        rotated(tmp_path / f"fast{seed}", 11.0, seed, *faster)
+        rotated(tmp_path / f"slow_em{seed}", 12.0, seed, "routing=em")
+        rotated(tmp_path / f"fast_em{seed}", 13.0, seed, "routing=em", *faster)
+        rotated(tmp_path / f"authors_em{seed}", 14.0, seed, "routing=em", *authors)
+    found = kinds(find_results([tmp_path]))
+    rows = [line.split(" | ") for line in summary(found).splitlines()]
+    errors = {
+        "dynamic, 3 iterations, recipe.learning_rate=0.004": 10.0,
+        "dynamic, 3 iterations, recipe.learning_rate=0.016": 11.0,
+        "em, recipe.name=quick, recipe.learning_rate=0.004": 12.0,
+        "em, recipe.name=quick, recipe.learning_rate=0.016": 13.0,
+        "em, recipe.name=authors": 14.0,
+    }
+    assert {row[1]: row[3] for row in rows[2:]} == {
+        name: f"{error:.2f} ± 0.00 (2) |" for name, error in errors.items()
+    }
+    (rotations,) = found
+    assert {name: points[30] for name, points in rotations.curves.items()} == {
+        f"capsnet_small, {name}": [error, error] for name, error in errors.items()
+    }
 
 
 def test_another_data_set_stands_beside_that_of_training(tmp_path):

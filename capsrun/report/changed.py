@@ -20,6 +20,7 @@ from capsrun.runs.reader import Result
 HEADER = ("network", "routing", "trained for", "seeds")
 BASE = "dynamic, 3 iterations"
 OF_ROUTING = ("model.primary_dimensions", "model.digit_dimensions")  # which go with some of them
+NOT_OF_A_NETWORK = ("dataset.", "precision", "recipe.steps", "recipe.epochs")
 # What stands in the summary: the name of a column, the title of a table, and which of its points.
 ROTATED, MOVED, SCALED = (f"mnist, 10,000 images, {how}: error %" for how in TRANSFORMS.values())
 ELSEWHERE = "affnist_like, 320,000 images, trained on mnist_padded: error %"
@@ -93,9 +94,9 @@ class Kind:
         than dynamic routing: the mean of the differences, seed by seed, and its standard error.
         """
         rows = []
-        for line in self.lines:
+        for line, name in zip(self.lines, distinct_names(self.lines, ignored=("recipe.",))):
             cells = [_text(line.values(label), mean_and_spread) for label in self.labels]
-            rows.append([*line.name, length(None, line.group), _seeds(line), *cells])
+            rows.append([*name, length(None, line.group), _seeds(line), *cells])
             paired = self.paired(line)
             if paired is not None:
                 cells = [_text(paired.values(label), mean_and_error) for label in self.labels]
@@ -130,16 +131,33 @@ class Kind:
         if not all(map(is_number, self.labels)):
             return {}
         return {
-            ", ".join(line.name): {float(label): line.values(label) for label in self.labels}
-            for line in self.lines
+            ", ".join(name): {float(label): line.values(label) for label in self.labels}
+            for line, name in zip(self.lines, distinct_names(self.lines))
             if len(line.runs) > 1 and all(map(line.values, self.labels))
         }
 
 
 def network_key(settings: Mapping[str, Any]) -> str:
     """The same for the same network and recipe, whatever it was trained on, and how long."""
-    apart = ("dataset.", "precision", "recipe.steps", "recipe.epochs")
-    return key_of({key: v for key, v in settings.items() if not key.startswith(apart)})
+    return key_of({key: v for key, v in settings.items() if not key.startswith(NOT_OF_A_NETWORK)})
+
+
+def distinct_names(lines: Sequence[Line], ignored: tuple[str, ...] = ()) -> list[list[str]]:
+    """The name of each line, with as many settings as tell it from lines of the same name.
+
+    ignored: the first characters of settings that are not named, as they are told beside it.
+    """
+    names = []
+    for line in lines:
+        alike = [each.settings for each in lines if each.name == line.name]
+        network_name, routing = line.name
+        for key in sorted(line.settings, key=lambda key: key != "recipe.name"):
+            same = [each for each in alike if each.get(key) == line.settings[key]]
+            if len(same) < len(alike) and not key.startswith(ignored):
+                routing += f", {key}={shown(line.settings[key])}"
+                alike = same
+        names.append([network_name, routing])
+    return names
 
 
 def is_base(other: Line, line: Line) -> bool:
@@ -190,10 +208,10 @@ def summary(found: Iterable[Kind]) -> str:
     _, first, _ = columns[0]
     lines = {network_key(line.settings): line for line in reversed(first.lines)}
     rows = [
-        [*line.name, *(kind.cell(key, label) for _, kind, label in columns)]
-        for key, line in reversed(lines.items())
+        [*name, *(kind.cell(key, label) for _, kind, label in columns)]
+        for key, name in zip(lines, distinct_names([*lines.values()], NOT_OF_A_NETWORK))
     ]
-    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows)
+    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows[::-1])
 
 
 def differs(differences: Sequence[float]) -> bool:
