@@ -20,6 +20,7 @@ from capsrun.runs.reader import Result
 HEADER = ("network", "routing", "trained for", "seeds")
 BASE = "dynamic, 3 iterations"
 OF_ROUTING = ("model.primary_dimensions", "model.digit_dimensions")  # which go with some of them
+# What may differ within a line of the summary: the images, and how long a network was trained.
 NOT_OF_A_NETWORK = ("dataset.", "precision", "recipe.steps", "recipe.epochs")
 # What stands in the summary: the name of a column, the title of a table, and which of its points.
 ROTATED, MOVED, SCALED = (f"mnist, 10,000 images, {how}: error %" for how in TRANSFORMS.values())
@@ -150,13 +151,14 @@ def distinct_names(lines: Sequence[Line], ignored: tuple[str, ...] = ()) -> list
     names = []
     for line in lines:
         alike = [each.settings for each in lines if each.name == line.name]
-        network_name, routing = line.name
-        for key in sorted(line.settings, key=lambda key: key != "recipe.name"):
+        told = []
+        for key in sorted(line.settings, key=lambda key: key != "recipe.name"):  # which says most
             same = [each for each in alike if each.get(key) == line.settings[key]]
             if len(same) < len(alike) and not key.startswith(ignored):
-                routing += f", {key}={shown(line.settings[key])}"
+                told.append(f"{key}={shown(line.settings[key])}")
                 alike = same
-        names.append([network_name, routing])
+        network_name, routing = line.name
+        names.append([network_name, ", ".join([routing, *told])])
     return names
 
 
@@ -206,12 +208,14 @@ def summary(found: Iterable[Kind]) -> str:
     if not columns:
         return NOT_RUN
     _, first, _ = columns[0]
-    lines = {network_key(line.settings): line for line in reversed(first.lines)}
+    lines: dict[str, Line] = {}
+    for line in first.lines:
+        lines.setdefault(network_key(line.settings), line)
     rows = [
         [*name, *(kind.cell(key, label) for _, kind, label in columns)]
         for key, name in zip(lines, distinct_names([*lines.values()], NOT_OF_A_NETWORK))
     ]
-    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows[::-1])
+    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows)
 
 
 def differs(differences: Sequence[float]) -> bool:
