@@ -24,6 +24,9 @@ class AttackConfig:
     loss: str = setting(choices=("trained", "difference"))
     """What is climbed: the loss that the network was trained with, or the largest score of a wrong
     class minus the smallest of a right one."""
+    reconstructive: bool
+    """Whether an image that fools the network is moved towards its reconstruction, so that a
+    detector misses it."""
     source: str | None = setting(path=True)
     """A checkpoint of another network, whose gradients are used; None: the tested one's."""
     seed: int = setting(minimum=0, maximum=2**63 - 1)

@@ -15,7 +15,7 @@ from conftest import (
     untrained,
 )
 
-from capsrun.commands.robustness import folder_parts
+from capsrun.commands.robustness import folder_parts, undetected
 from capsrun.compose import compose
 from capsrun.config import EvalConfig
 from capsrun.data.warped import Noise, warped
@@ -245,10 +245,14 @@ def flat_net(digits) -> Network:
 
 def test_the_margin_loss_is_flat_on_sure_images_and_the_difference_is_not(digits):
     net = flat_net(digits)
-    for loss, flat in (("trained", 20), ("difference", 0)):
-        settings = attack_of(f"attack.loss={loss}", "attack.epsilon=[0.1]", "attack.steps=2")
-        (found,) = attack_split(Attack(net, digits, settings), net.model, 20, iter, detect=False)
-        assert int(found.flat_N.sum()) == flat
+    for loss in ("trained", "difference"):
+        settings = attack_of(f"attack.loss={loss}", "attack.epsilon=[0,0.1]", "attack.steps=2")
+        unmoved, moved = attack_split(
+            Attack(net, digits, settings), net.model, 60, iter, detect=False
+        )
+        right_N = ~unmoved.wrong_N  # others are left alone
+        assert int(right_N.sum()) > 3
+        assert torch.equal(moved.flat_N, right_N if loss == "trained" else right_N & False)
 
 
 @pytest.fixture(scope="module")
@@ -280,16 +284,32 @@ def test_the_error_grows_with_epsilon(digits, trained):
     assert int(after.fooled_N.sum()) > int(before.fooled_N.sum())
 
 
-def test_more_starts_never_fool_fewer(digits, trained):
+def test_more_starts_fool_more(digits, trained):
     found = load_checkpoint(trained)
     net = Network(found.model, found.config.loss)
     fooled = []
-    for restarts in (1, 3):
+    for restarts in (1, 8):
         words = ("attack=pgd", "attack.epsilon=[0.03]", "attack.steps=1")
         settings = attack_of(*words, f"attack.restarts={restarts}")
         (outcome,) = attack_split(Attack(net, digits, settings), net.model, 60, iter, detect=False)
         fooled.append(outcome.fooled_N)
     assert bool((fooled[1] | ~fooled[0]).all())
+    assert int(fooled[1].sum()) > int(fooled[0].sum())
+
+
+def test_a_reconstructive_attack_fools_with_better_reconstructions(digits, trained):
+    found = load_checkpoint(trained)
+    net = Network(found.model, found.config.loss)
+    outcomes = []
+    for words in ([], ["attack.reconstructive=true"]):
+        settings = attack_of("attack.loss=difference", "attack.epsilon=[0.1]", *words)
+        attack = Attack(net, digits, settings)
+        outcomes += attack_split(attack, net.model, 60, iter, detect=True)
+    plain, disguised = outcomes
+    both = plain.fooled_N & disguised.fooled_N
+    assert int(disguised.fooled_N.sum()) >= int(plain.fooled_N.sum()) > 10
+    assert bool((disguised.distances_N <= plain.distances_N)[both].float().mean() > 0.9)
+    assert float((plain.distances_N - disguised.distances_N)[both].mean()) > 0.1
 
 
 # Detection
@@ -370,13 +390,28 @@ def test_all_of_it_at_once_beside_the_plain_test(trained, printed):
     assert not group.remarks
 
 
-def test_without_held_out_images_the_first_half_gives_the_threshold(in_tmp, printed):
+def test_without_held_out_images_every_second_gives_the_threshold(in_tmp, printed):
     untrained(in_tmp / "a.pt", *TINY[:4])
     lines = printed(*PLAIN, "checkpoint=a.pt", "detect=noise", "out_dir=out")
-    assert any("the first half of the tested images" in line for line in lines)
+    assert any("every second of the tested images" in line for line in lines)
     found = result_of(in_tmp / "out")["detection"]
-    assert found["threshold_from"] == "first_half"
+    assert found["threshold_from"] == "every_second"
     assert found["threshold_images"] == found["measured_images"] == 30
+
+
+def test_what_fools_and_is_missed_is_counted_among_the_measured_images():
+    given = torch.tensor([5.0, 1.0, 9.0, 2.0, 0.0, 3.0]), torch.tensor([1, 1, 1, 1, 0, 0]).bool()
+    distances, fooled = given
+    none = torch.zeros(6, dtype=torch.bool)
+    outcome = attacks.Outcome(0.1, none, none, fooled, none, distances, none)
+    real = torch.tensor([0.5, 1.5, 2.5])
+    found = undetected(outcome, slice(1, None, 2), real, threshold=2.0)  # 1, 2 and 3 are measured
+    assert (found["count"], found["fooled"], found["undetected"]) == (3, 2, 2)
+    assert found["undetected_percent"] == pytest.approx(200 / 3)
+    assert found["flagged_percent"] == pytest.approx(100 / 3)
+    assert found["fooled_detection"]["roc_area"] == pytest.approx((1 + 2) / 6)
+    every = undetected(outcome, slice(None), real, threshold=2.0)
+    assert (every["count"], every["fooled"], every["undetected"]) == (6, 4, 2)
 
 
 def test_a_cnn_and_a_transferred_attack(in_tmp, printed):

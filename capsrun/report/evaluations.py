@@ -72,6 +72,7 @@ def detected_by(result: Result, images: str) -> Iterator[tuple[str, Points]]:
 def attack_text(attack: Mapping[str, Any]) -> str:
     """How images were attacked."""
     name = attack["name"] + (" to a target" if attack["targeted"] else "")
+    name = f"reconstructive {name}" if attack.get("reconstructive") else name
     source = attack["source"]
     starts = "from random starts" if attack["restarts"] == 1 else f"{attack['restarts']} starts"
     size, seed = attack["step_size"], attack["seed"]

@@ -106,10 +106,15 @@ def taken_for(
 
 
 def roc_curves(detection: Mapping[str, Any], title: str) -> Figure:
-    """The ROC curve of each other data set against the real images."""
+    """The ROC curve of each other data set, and of images that fool, against the real ones."""
     figure = new_figure(5, 4.2)
     axes = figure.add_subplot()
-    for number, (name, found) in enumerate(detection["sets"].items()):
+    attacked = {
+        f"fooled within ε = {row['epsilon']:g}": row["fooled_detection"]
+        for row in detection["attack"]
+        if row["epsilon"] and "fooled_detection" in row
+    }
+    for number, (name, found) in enumerate({**detection["sets"], **attacked}.items()):
         label = f"{name}: area {found['roc_area']:.4f}"
         axes.plot(*zip(*found["roc"]), lw=1.6, label=label, **style(number))
     axes.axvline(detection["real_flagged_percent"], color="#888888", lw=0.8)
@@ -129,8 +134,12 @@ def print_detection(detection: Mapping[str, Any]) -> None:
         flagged = f"{found['flagged_percent']:.2f} %"
         lines.append([name, f"{found['count']:,}", flagged, f"{found['roc_area']:.4f}"])
     for row in detection["attack"]:
-        flagged = f"{row['flagged_percent']:.2f} %"
+        flagged, found = f"{row['flagged_percent']:.2f} %", row.get("fooled_detection")
         lines.append([f"ε = {row['epsilon']:g}", f"{row['count']:,}", flagged, ""])
+        if found:
+            flagged = f"{found['flagged_percent']:.2f} %"
+            line = [" which fool", f"{found['count']:,}", flagged, f"{found['roc_area']:.4f}"]
+            lines.append(line)
     sides = ["left", "right", "right", "right"]
     print(f"detection: {detection['description']}")
     print(tabulate(lines, header, tablefmt="plain", disable_numparse=True, colalign=sides))

@@ -39,7 +39,13 @@ CHANGED: dict[str, Any] = {
     },
 }
 ATTACK = {"name": str, "targeted": bool, "random_start": bool, "loss": str, "source?": str}
-ATTACK |= {"steps": int, "restarts": int, "seed": int, "step_size?": NUMBER}
+ATTACK |= {
+    "reconstructive?": bool,
+    "steps": int,
+    "restarts": int,
+    "seed": int,
+    "step_size?": NUMBER,
+}
 # No number of a network is larger, and sums of such numbers are finite.
 LARGEST = 1e38
 

@@ -3,8 +3,9 @@
 Each step goes along the sign of the gradient of what is climbed, and back into [x − ε, x + ε] and
 [0, 1]: x' ← clip(x' + α · sign ∇). One step without a random start is FGSM (Goodfellow, Shlens,
 Szegedy 2015), several are BIM (Kurakin, Goodfellow, Bengio 2017), and from a random start PGD
-(Madry et al. 2018). The gradient flows through all routing iterations, also of a network that was
-trained with `routing.detach=true`.
+(Madry et al. 2018). Reconstructive ones (after Qin et al. 2020) deceive the detector, too: in each
+step, an image that fools the network is moved towards its reconstruction. The gradient flows
+through all routing iterations, also of a network that was trained with `routing.detach=true`.
 
 Shapes: B batch, N images, J classes, T digits in one image, C channels, H and W pixels.
 """
@@ -48,9 +49,12 @@ class Outcome:
     epsilon: float
     predicted_NT: Tensor
     wrong_N: Tensor
-    """Which images are not taken for what they show; those that were so before are left alone."""
+    """Which images are not taken for what they show."""
     fooled_N: Tensor
-    """Those that are taken for their target; of an attack without targets, those that are wrong."""
+    """Those that are taken for their target; of an attack without targets, those that are wrong.
+
+    Those that were so before are left as they are.
+    """
     flat_N: Tensor
     """Where the gradient at the first start was exactly 0, so that it showed no way."""
     distances_N: Tensor
@@ -92,6 +96,11 @@ def targets(labels_BT: Tensor, numbers_B: Tensor, classes: int, seed: int) -> Te
     return (labels_BT + drawn_B[:, None]) % classes
 
 
+def each(values_B: Tensor) -> Tensor:
+    """A value for each image, as (B, 1, 1, 1)."""
+    return values_B[:, None, None, None]
+
+
 def climbed(output: Output, labels_BT: Tensor, network: Network, config: AttackConfig) -> Tensor:
     """What grows as some classes are seen less, summed over images; see `AttackConfig.loss`.
 
@@ -123,6 +132,11 @@ class Attack:
             return labels_BT
         return targets(labels_BT, numbers_B, self.network.model.classes, self.config.seed)
 
+    def fools(self, predicted_BT: Tensor, aims_BT: Tensor) -> Tensor:
+        """Which images (B,) are taken for what is wanted."""
+        taken_B = (predicted_BT == aims_BT).all(1)
+        return taken_B if self.config.targeted else ~taken_B
+
     def gradient(self, pixels_BCHW: Tensor, aims_BT: Tensor) -> Tensor:
         """Of what is climbed, with respect to the pixels."""
         pixels_BCHW = pixels_BCHW.detach().requires_grad_()
@@ -132,12 +146,24 @@ class Attack:
         # An image of one grey has no deviation to divide by.
         return gradient.nan_to_num(0) if self.split.config.standardise else gradient
 
+    def disguise(self, pixels_BCHW: Tensor, aims_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient towards reconstructions, and the `distances` of images that fool.
+
+        Of others the distance is ∞.
+        """
+        pixels_BCHW = pixels_BCHW.detach().requires_grad_()
+        model, config = self.network.model, self.split.config
+        predicted_BT, distances_B = distances(model, pixels_BCHW, config)
+        (gradient,) = torch.autograd.grad(-distances_B.sum(), pixels_BCHW)
+        return gradient, distances_B.where(self.fools(predicted_BT, aims_BT), torch.inf).detach()
+
     def perturb(
         self, pixels_BCHW: Tensor, aims_BT: Tensor, numbers_B: Tensor, epsilon: float, restart: int
     ) -> tuple[Tensor, Tensor]:
         """The images moved by up to ε a pixel, and where the gradient at the start is all 0.
 
-        With ε = 0 they are what they were, bit for bit.
+        With ε = 0 they are what they were, bit for bit. A reconstructive attack returns, of the
+        images on the way, those that fool with the best reconstruction.
         """
         low, high = (pixels_BCHW - epsilon).clamp(min=0), (pixels_BCHW + epsilon).clamp(max=1)
         moved = pixels_BCHW
@@ -145,14 +171,20 @@ class Attack:
             keys = self.config.seed, START, restart
             unit = uniform_pixels(numbers_B, tuple(pixels_BCHW.shape[1:]), *keys)
             moved = (pixels_BCHW + epsilon * (2 * unit - 1)).clamp(low, high)
-        first = self.gradient(moved, aims_BT)
-        flat_B = first.flatten(1).count_nonzero(1) == 0
-        size = step_size(self.config, epsilon)
-        moved = (moved + size * first.sign()).clamp(low, high)
-        for _ in range(self.config.steps - 1 if epsilon else 0):
+        size, flat_B = step_size(self.config, epsilon), None
+        best, least_B = moved, moved.new_full((len(moved),), torch.inf)
+        for _ in range(self.config.steps if epsilon else 1):
             gradient = self.gradient(moved, aims_BT)
+            if flat_B is None:
+                flat_B = gradient.flatten(1).count_nonzero(1) == 0
+            if self.config.reconstructive:
+                nearer, distances_B = self.disguise(moved, aims_BT)
+                best = torch.where(each(distances_B < least_B), moved, best)
+                least_B = least_B.minimum(distances_B)
+                gradient = torch.where(each(distances_B.isfinite()), nearer, gradient)
             moved = (moved + size * gradient.sign()).clamp(low, high)
-        return moved, flat_B
+        assert flat_B is not None
+        return torch.where(each(least_B.isfinite()), best, moved), flat_B
 
 
 def attack_split(
@@ -162,7 +194,7 @@ def attack_split(
 
     model: the one that is tested, maybe another than that on which they are perturbed.
     most: use so many images only. progress: wraps the batches. detect: find the `distances`, too.
-    An image that the model gets wrong as it is, or takes for its target, stays as it is.
+    An image that the model gets wrong as it is, or with targets takes for its own, is left alone.
     """
     count = len(attack.split) if most is None else min(most, len(attack.split))
     found: list[list[Outcome]] = [[] for _ in attack.config.epsilon]
@@ -182,32 +214,23 @@ def attack_batch(
     batch = in_class_order(attack.split.batch(numbers_B))
     labels_BT, aims_BT = batch.labels_BT, attack.aims(batch.labels_BT, numbers_B)
 
-    def seen(pixels_BCHW: Tensor) -> Tensor:
-        return predicted_classes(model(as_seen(pixels_BCHW, config)).scores_BJ, config.digits)
-
-    def fools(predicted_BT: Tensor, aims_BT: Tensor) -> Tensor:
-        taken_B = (predicted_BT == aims_BT).all(1)
-        return taken_B if attack.config.targeted else ~taken_B
+    @torch.no_grad()
+    def fooled(pixels_BCHW: Tensor, aims_BT: Tensor) -> Tensor:
+        scores_BJ = model(as_seen(pixels_BCHW, config)).scores_BJ
+        return attack.fools(predicted_classes(scores_BJ, config.digits), aims_BT)
 
     pixels_BCHW = pixels_of(batch, config)
-    with torch.no_grad():
-        fooled_B = fools(seen(pixels_BCHW), aims_BT)
-    kept_BCHW, flat_B = pixels_BCHW.clone(), torch.zeros_like(fooled_B)
+    fooled_B, kept_BCHW = fooled(pixels_BCHW, aims_BT), pixels_BCHW.clone()
+    flat_B = torch.zeros_like(fooled_B)
     for restart in range(attack.config.restarts):
-        chosen = slice(None) if restart == 0 else ~fooled_B  # how many are flat is of all
-        given = pixels_BCHW[chosen], aims_BT[chosen], numbers_B[chosen]
-        if not len(given[0]):
+        left = (~fooled_B).nonzero().squeeze(1)
+        if not len(left):
             break
-        moved_BCHW, at_start_B = attack.perturb(*given, epsilon, restart)
-        with torch.no_grad():
-            new_B = fools(seen(moved_BCHW), aims_BT[chosen])
+        given = pixels_BCHW[left], aims_BT[left], numbers_B[left]
+        kept_BCHW[left], flat = attack.perturb(*given, epsilon, restart)
         if restart == 0:
-            flat_B = at_start_B
-            kept_BCHW = torch.where(fooled_B[:, None, None, None], kept_BCHW, moved_BCHW)
-            fooled_B = fooled_B | new_B
-        else:
-            places = (~fooled_B).nonzero().squeeze(1)[new_B]
-            kept_BCHW[places], fooled_B[places] = moved_BCHW[new_B], True
+            flat_B[left] = flat
+        fooled_B[left] = fooled(kept_BCHW[left], aims_BT[left])
     with torch.no_grad():
         predicted_BT, distances_B = distances(model, kept_BCHW, config, detect)
     wrong_B = (predicted_BT != labels_BT).any(1)

@@ -131,8 +131,6 @@ def score_split(
         scores.append(scores_BJ[: max(kept - start, 0)].float().cpu())
         surpluses.append(surplus(scores_BJ, batch.labels_BT, predicted_BT))
         confusion_JJ += confusion_matrix(batch.labels_BT, predicted_BT, first.classes)
-    for model in ensemble:
-        model.train()
     return Score(
         torch.cat(labels).cpu(),
         torch.cat(predicted).cpu(),
