@@ -8,10 +8,13 @@ from capsrun.config import RecipeConfig, TrainConfig
 from capsrun.errors import UserError
 from capsrun.model_config import (
     ROUTINGS,
+    CapsNetConfig,
     CapsuleLossConfig,
     CapsuleModelConfig,
     CNNConfig,
     CrossEntropyConfig,
+    DynamicRoutingConfig,
+    LogLikelihoodConfig,
     LossConfig,
     ModelConfig,
     RoutingConfig,
@@ -49,13 +52,15 @@ def _check_recipe(recipe: RecipeConfig) -> None:
 def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossConfig) -> None:
     """Refuse a loss that is not for the outputs of the model, and layers that do not match."""
     has_capsules = isinstance(model, CapsuleModelConfig)
-    if has_capsules and (isinstance(loss, CrossEntropyConfig) or routing is None):
+    if has_capsules and routing is None:
+        raise UserError(f"model={model.name} has capsules, so routing= cannot be null")
+    if has_capsules and isinstance(loss, CrossEntropyConfig):
         raise UserError(
-            f"loss={loss.name} is not for model={model.name}, which has capsules: loss=authors or "
-            "loss=paper"
+            f"loss={loss.name} is not for model={model.name}, which has capsules: leave out loss=, "
+            "or say loss=authors or loss=paper"
         )
     found = None if routing is None else ROUTINGS.get(algorithm_of(routing))
-    if has_capsules and type(loss) is CapsuleLossConfig and not (found and found.shares):
+    if isinstance(loss, LogLikelihoodConfig) and not (found and found.shares):
         fitting = " or ".join(f"routing={name}" for name, each in ROUTINGS.items() if each.shares)
         raise UserError(
             f"loss={loss.name} is for capsules whose lengths add up to 1: {fitting}, or another "
@@ -67,6 +72,12 @@ def _check_kinds(model: ModelConfig, routing: RoutingConfig | None, loss: LossCo
         raise UserError(
             f"loss={loss.name} is for capsules, which model={model.name} has not: "
             "loss=cross_entropy or loss=sigmoid_cross_entropy"
+        )
+    is_other = routing is not None and not isinstance(routing, DynamicRoutingConfig)
+    if is_other and isinstance(model, CapsNetConfig) and not model.digit_bias:
+        raise UserError(
+            "model.digit_bias=false takes out the bias of routing by agreement: leave it out with "
+            "other routings"
         )
     if isinstance(model, CNNConfig):
         counts = [len(model.channels), len(model.kernels_px), len(model.pools_px)]

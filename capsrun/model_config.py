@@ -145,9 +145,14 @@ class CrossEntropyConfig(LossConfig):
 
 @dataclass(kw_only=True)
 class CapsuleLossConfig(LossConfig):
-    """What networks with capsules minimise: by itself, the log-likelihood of what adds up to 1."""
+    """What networks with capsules minimise."""
 
     reconstruction_weight: float = setting(minimum=0, maximum=10**6)
+
+
+@dataclass(kw_only=True)
+class LogLikelihoodConfig(CapsuleLossConfig):
+    """The negative log-likelihood, of lengths that add up to 1."""
 
 
 @dataclass(kw_only=True)

@@ -23,10 +23,10 @@ from capsrun.fields import LIMITS, is_text
 from capsrun.model_config import (
     ROUTINGS,
     CapsNetConfig,
-    CapsuleLossConfig,
     CNNConfig,
     CrossEntropyConfig,
     EfficientCapsNetConfig,
+    LogLikelihoodConfig,
     LossConfig,
     MarginLossConfig,
     ModelConfig,
@@ -217,7 +217,7 @@ def _loss_of(given: Any) -> type[LossConfig]:
         return CrossEntropyConfig
     if "margin_first" in keys:
         return SpreadLossConfig
-    return CapsuleLossConfig if keys == {"name", "reconstruction_weight"} else MarginLossConfig
+    return LogLikelihoodConfig if keys == {"name", "reconstruction_weight"} else MarginLossConfig
 
 
 def _has(given: Any, key: str) -> bool:

@@ -244,6 +244,8 @@ def test_training_settings_are_the_authors():
 )
 def test_networks_and_routings_go_together(words):
     config = train_config(*words)
+    own = {"routing=em": "spread", "routing=self_routing": "log_likelihood"}
+    assert config.loss.name == own.get(words[1], "authors")
     network = make_model(config).eval()
     px = config.dataset.image_px
     output = network(torch.rand(3, 1, px, px), torch.tensor([[1], [2], [3]]))

@@ -597,14 +597,16 @@ def test_own_runs_are_on_the_screen_and_in_tables_for_other_programs(tmp_path, c
 ROTATED = {"rotate": [{"value": 0, "error_percent": 0.5}, {"value": 30, "error_percent": 10.0}]}
 
 
-def rotated(folder: Path, errors: float, seed: int, *overrides: str, **changes) -> None:
+def rotated(
+    folder: Path, errors: float, seed: int, *overrides: str, words: str = "", **changes
+) -> None:
     """Write what an evaluation of a rotated test set leaves."""
     rows = [dict(row) for row in ROTATED["rotate"]]
     rows[1]["error_percent"] = errors
     trained = dataclasses.asdict(train_config("model=capsnet_small", *overrides)) | {"seed": seed}
     facts = {"curves": {"rotate": rows}, "seed": seed, "trained": trained}
     facts |= {"model": "capsnet_small", "count": 10_000, "error_percent": 0.1}
-    eval_result(folder, "dataset=mnist", 10, **{**facts, **changes})
+    eval_result(folder, f"dataset=mnist {words}", 10, **{**facts, **changes})
 
 
 def test_changed_images_are_a_table_of_networks_and_values(tmp_path):
@@ -629,6 +631,9 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
         rotated(tmp_path / f"all{seed}", dynamic + 2 + seed / 10, seed, "routing=uniform")
         rotated(tmp_path / f"text{seed}", dynamic + 1 + seed / 10, seed, "loss=paper")
     rotated(tmp_path / "em3", 50.0, 3, "routing=em")
+    # Other images and other weights are tables of their own.
+    rotated(tmp_path / "held", 1.0, 0, words="split=validation dataset.validation=10000")
+    rotated(tmp_path / "mean", 1.0, 0, words="weights=averaged")
     for name, errors, *recipe in (("like", 32_000), ("other", 64_000, "recipe=authors")):
         words = ["dataset=mnist_padded", "model=capsnet_small", *recipe]
         eval_result(tmp_path / name, "dataset=affnist_like", errors, *words)
@@ -644,6 +649,8 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
     assert "| capsnet_small | uniform | 0.50 ± 0.00 (3) | 12.10 ± 1.95 (3)* | – |" in section
     # What another recipe gave is not in the line of this one.
     assert "| 0.50 ± 0.00 (3) | 10.00 ± 2.00 (3) | 10.00 (1) |" in section
+    assert "**mnist, 10,000 validation images, rotated, degrees: error %**" in section
+    assert "**mnist, 10,000 images, averaged weights, rotated, degrees: error %**" in section
     assert "(pictures/changed.png)" in section
     assert (tmp_path / "out/pictures/changed.png").is_file()
 

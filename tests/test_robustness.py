@@ -15,6 +15,7 @@ from conftest import (
     untrained,
 )
 
+from capsrun.commands import robustness
 from capsrun.commands.robustness import folder_parts, undetected
 from capsrun.compose import compose
 from capsrun.config import EvalConfig
@@ -424,6 +425,42 @@ def test_a_cnn_and_a_transferred_attack(in_tmp, printed):
     assert len(found["curves"]["rotate"]) == len(found["attack"]) == 1
 
 
+def test_a_transferred_attack_moves_images_by_the_source_alone(digits):
+    tested, source = network(), network(*CNN)
+    settings = attack_of("attack.epsilon=[0.1]", "attack.steps=2", "attack.loss=difference")
+    transferred, own = (
+        attack_split(Attack(net, digits, settings), tested.model, 30, iter, detect=False)[0]
+        for net in (source, tested)
+    )
+    numbers = digits.indices(0, 8)
+    batch = digits.batch(numbers)
+    with attacked(source.model):
+        given = batch.images_BCHW, batch.labels_BT, numbers
+        moved, _ = Attack(source, digits, settings).perturb(*given, 0.1, 0)
+    is_moved = (transferred.shown_SCHW != batch.images_BCHW).flatten(1).any(1)
+    assert int(is_moved.sum()) > 0
+    assert torch.allclose(transferred.shown_SCHW[is_moved], moved[is_moved])
+    assert not torch.equal(transferred.shown_SCHW, own.shown_SCHW)
+
+
+def test_the_command_perturbs_on_the_source(in_tmp, monkeypatch, printed):
+    untrained(in_tmp / "caps.pt", *TINY[:4])
+    untrained(in_tmp / "cnn.pt", "dataset=mnist5k", *CNN)
+    used = []
+
+    def spy(attack, model, *rest):
+        used.append((attack, model))
+        return attack_split(attack, model, *rest)
+
+    monkeypatch.setattr(robustness, "attack_split", spy)
+    attack = ["attack=fgsm", "attack.epsilon=0.2", "attack.source=cnn.pt"]
+    printed(*PLAIN, "checkpoint=caps.pt", "out_dir=out", *attack)
+    ((attack, model),) = used
+    assert attack.network.model.decoder is None
+    assert model.decoder is not None
+    assert attack.network.loss.name == "cross_entropy"
+
+
 def test_two_digits(in_tmp, printed):
     words = ["dataset=multimnist", "dataset.source=mnist5k"]
     untrained(in_tmp / "two.pt", *TINY[1:4], *words)
@@ -448,6 +485,8 @@ def test_two_digits(in_tmp, printed):
         (["detect=[kmnits]"], "did you mean 'kmnist'"),
         (["detect=[mnist5k]"], "that which is tested"),
         (["detect=[folder]"], "of one's own"),
+        (["detect=[mnist]"], "of the same images"),
+        (["attack=bim", "attack.seed=3"], "this attack has neither"),
         (["detect=[cifar10]"], "its images have 3×24×24"),
         (["detect=noise", "images=1"], "two images at least"),
         (["detect=noise", "ensemble=[b.pt]"], "leave one out"),
@@ -462,8 +501,12 @@ def test_mistakes_are_one_sentence(in_tmp, refused, words, said):
 
 def test_no_decoder_no_detection(in_tmp, refused):
     untrained(in_tmp / "a.pt", *TINY[:4], "model.reconstruction=false")
-    said = refused("eval", "dataset=mnist5k", "checkpoint=a.pt", "detect=noise")
-    assert "has no decoder" in said
+    words = "eval", "dataset=mnist5k", "checkpoint=a.pt"
+    for asked in (["detect=noise"], ["attack=bim", "attack.reconstructive=true"]):
+        assert "has no decoder" in refused(*words, *asked)
+    untrained(in_tmp / "b.pt", *TINY[:4])
+    source = ["checkpoint=b.pt", "attack=bim", "attack.reconstructive=true", "attack.source=a.pt"]
+    assert "has no decoder" in refused(*words[:2], *source)
 
 
 def test_other_settings_have_other_folders():

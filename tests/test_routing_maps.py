@@ -120,6 +120,18 @@ def test_grey_is_the_mean_of_the_colours():
     torch.testing.assert_close(routing.ink_HW, torch.full((28, 28), 0.4))
 
 
+def test_what_self_attention_adds_is_the_length_before_squashing_with_its_prior():
+    model = capsnet("routing=self_attention")
+    with torch.no_grad():
+        model.digitcaps.bias.normal_(std=0.3)
+    routing = routed(model, images(), 1)
+    # ‖v‖ = 1 − e^−‖s‖
+    lengths = -torch.log1p(-routing.lengths_J.double())
+    added = routing.added_JGG.sum((1, 2)).double()
+    torch.testing.assert_close(added, lengths, rtol=1e-3, atol=1e-4)
+    assert (routing.added_text, routing.has_bias) == ("adds to ‖s‖", False)
+
+
 def test_what_is_added_is_the_length_before_squashing():
     model = capsnet("model.digit_bias=false")
     routing = routed(model, images(), 1)

@@ -119,10 +119,15 @@ def test_what_em_does_not_depend_on():
     torch.testing.assert_close(em_route(more, none, beta_u, beta_a, 3, **EM), (means, logits))
 
 
-def test_em_in_single_precision_is_as_it_is_in_double():
-    """Also where the votes agree, so that their variance is the difference of two squares."""
+@pytest.mark.parametrize("apart", [0, 40])
+def test_em_in_single_precision_is_as_it_is_in_double(apart):
+    """Also where the votes agree, so that their variance is the difference of two squares.
+
+    And where they do so at two places as far apart as those of a trained network are.
+    """
     votes, *given = random_inputs(inputs=200)
     votes = 5 + votes / 50
+    votes[:, ::3] += apart
     singles = [tensor.float() for tensor in (votes, *given)]
     ours, exact = em_route(*singles, 3, **EM), em_route(votes, *given, 3, **EM)
     for our, other in zip(ours, exact):
@@ -148,6 +153,25 @@ def test_votes_are_matrix_products_and_shared_ones_know_their_place(shared):
             expected[1, 3] += places[i % 4, 1]
         torch.testing.assert_close(votes[1, i, j].view(4, 4), expected)
     assert coordinates(2).tolist() == [[-0.25, -0.25], [-0.25, 0.25], [0.25, -0.25], [0.25, 0.25]]
+
+
+def test_the_em_layer_routes_its_votes_with_its_own_settings():
+    layer = em_layer()
+    layer.routing.iterations, layer.routing.minimum_variance = 2, EM["minimum_variance"]
+    layer.routing.inverse_temperature = EM["inverse_temperature"]
+    layer.routing.temperature_decay = EM["temperature_decay"]
+    with torch.no_grad():
+        layer.beta_u.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        layer.beta_a.copy_(torch.tensor([-1.0, 2.0, 0.5]))
+        capsules = torch.randn(1, 8, 17, generator=torch.Generator().manual_seed(0)).double()
+        found = layer(capsules)[0]
+        votes = layer.votes(capsules[:, :, :16])[0]
+    given = votes, capsules[0, :, 16].sigmoid(), layer.beta_u.tolist(), layer.beta_a.tolist()
+    means, activations = slow_em(*given, 2)
+    torch.testing.assert_close(found.norm(dim=1), activations)
+    torch.testing.assert_close(
+        found, means / means.norm(dim=1, keepdim=True) * activations[:, None]
+    )
 
 
 def slow_self_routing(layer, capsules):

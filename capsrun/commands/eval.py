@@ -133,7 +133,7 @@ def folder_name(config: EvalConfig, trained: TrainConfig, others: list[Path]) ->
     compared = dict.fromkeys(("source", "split_seed"), trained.dataset)
     if config.split == "validation":
         compared["validation"] = trained.dataset
-    if same or dataset.source is not None:  # whose test images are moved too
+    if dataset.source is not None:  # whose test images are moved too
         compared["shift_px"] = trained.dataset if same else usual_dataset(dataset.name, dataset)
     for key, like in compared.items():
         value, other = getattr(dataset, key), getattr(like, key)

@@ -17,12 +17,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from capsrun.attack_config import AttackConfig
 from capsrun.compose import compose
 from capsrun.config import EvalConfig
 from capsrun.data import load_dataset
 from capsrun.data.sets import DATASETS, known
 from capsrun.data.splits import Dataset, Split
 from capsrun.data.warped import BORDER, UNCHANGED, UNITS, Noise, pixels_of, warped
+from capsrun.data_config import DatasetConfig
 from capsrun.errors import UserError, did_you_mean
 from capsrun.models import Model
 from capsrun.names import usual_dataset
@@ -83,14 +85,8 @@ def check(config: EvalConfig, ensemble: Sequence[Trained]) -> None:
     for name in ("attack", "detect"):
         if getattr(config, name) and len(ensemble) > 1:
             raise UserError(f"{name}= is of one network, and ensemble=… of several: leave one out")
-    if config.attack is not None and not config.attack.epsilon:
-        raise UserError("attack.epsilon is empty: say how far pixels may be moved, as [0,0.1]")
-    if config.attack is not None and config.attack.restarts > 1 and not config.attack.random_start:
-        raise UserError(
-            "attack.restarts are from random places: attack=pgd, or attack.random_start=true"
-        )
-    if config.attack is not None and config.attack.targeted and config.dataset.digits > 1:
-        raise UserError("attack.targeted=true is for images of one digit: leave it out")
+    if config.attack is not None:
+        check_attack(config.attack, config.dataset)
     needing = ["detect="] if config.detect else []
     if config.attack is not None and config.attack.reconstructive and not config.attack.source:
         needing.append("attack.reconstructive=true")
@@ -102,9 +98,35 @@ def check(config: EvalConfig, ensemble: Sequence[Trained]) -> None:
         if name not in DATASETS:
             hint = did_you_mean(name, (NOISE, *DATASETS))
             raise UserError(f"detect=: there is no data set {name!r}{hint}")
-        if known(name).reader is not None or name == config.dataset.name:
-            what = "of one's own" if known(name).reader else "that which is tested"
+        what = None
+        if known(name).reader is not None:
+            what = "of one's own"
+        elif {name, known(name).picked_from} & of_the_same(config.dataset):
+            what = "that which is tested, or of the same images"
+        if what is not None:
             raise UserError(f"detect=[{name}]: this data set is {what}; name another one, or noise")
+
+
+def check_attack(attack: AttackConfig, dataset: DatasetConfig) -> None:
+    """Raise UserError for settings that contradict each other."""
+    if not attack.epsilon:
+        raise UserError("attack.epsilon is empty: say how far pixels may be moved, as [0,0.1]")
+    if attack.restarts > 1 and not attack.random_start:
+        raise UserError(
+            "attack.restarts are from random places: attack=pgd, or attack.random_start=true"
+        )
+    if attack.seed and not (attack.random_start or attack.targeted):
+        raise UserError(
+            "attack.seed is of random starts and targets, and this attack has neither: leave it out"
+        )
+    if attack.targeted and dataset.digits > 1:
+        raise UserError("attack.targeted=true is for images of one digit: leave it out")
+
+
+def of_the_same(dataset: DatasetConfig) -> set[str]:
+    """The names of data sets with the same images, of one digit, as some images have."""
+    source = dataset.source if dataset.digits == 1 else None
+    return {*filter(None, (dataset.name, source, known(dataset.name).picked_from))}
 
 
 def no_decoder(setting: str, which: str) -> str:

@@ -19,6 +19,7 @@ from capsrun.disk import write_json
 from capsrun.model_config import (
     CapsuleLossConfig,
     CrossEntropyConfig,
+    LogLikelihoodConfig,
     LossConfig,
     MarginLossConfig,
     SpreadLossConfig,
@@ -48,7 +49,7 @@ NOT_FINITE = "not_finite.pt"
 KINDS: dict[type[LossConfig], str] = {
     MarginLossConfig: "margin",
     SpreadLossConfig: "spread",
-    CapsuleLossConfig: "log_likelihood",
+    LogLikelihoodConfig: "log_likelihood",
     CrossEntropyConfig: "cross_entropy",
 }
 # Images of the batch for which it is logged what routing does: they are routed once more for that,

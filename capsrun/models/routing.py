@@ -18,6 +18,8 @@ class RoutingIteration(NamedTuple):
     """v_j after this iteration."""
     logit_changes_BIJ: Tensor | None = None
     """û_j|i · v_j: what this iteration adds to the routing logits b_ij, where there are such."""
+    added_BIJ: Tensor | None = None
+    """What each vote adds to the length of s_j, where that does not follow from the others."""
 
 
 def squash(poses: Tensor) -> Tensor:

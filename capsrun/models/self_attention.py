@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capsrun.models.initialisation import he_normal
 from capsrun.models.layers import RoutedLayer
@@ -51,10 +52,14 @@ def attend(
     sums_BJD = votes_BIJD.sum(1)
     logits_BIJ = torch.einsum("bijd,bjd->bij", votes_BIJD, sums_BJD) / math.sqrt(sums_BJD.shape[2])
     shares_BIJ = logits_BIJ.softmax(2)
-    summed_BJD = torch.einsum("bij,bijd->bjd", shares_BIJ + bias_IJ, votes_BIJD)
+    weights_BIJ = shares_BIJ + bias_IJ
+    summed_BJD = torch.einsum("bij,bijd->bjd", weights_BIJ, votes_BIJD)
     capsules_BJD = exponential_squash(summed_BJD)
     if history is not None:
-        history.append(RoutingIteration(shares_BIJ.detach(), capsules_BJD.detach()))
+        along_BIJ = torch.einsum("bijd,bjd->bij", votes_BIJD, F.normalize(summed_BJD, dim=2))
+        added_BIJ = (weights_BIJ * along_BIJ).detach()
+        done = shares_BIJ.detach(), capsules_BJD.detach()
+        history.append(RoutingIteration(*done, added_BIJ=added_BIJ))
     return capsules_BJD
 
 

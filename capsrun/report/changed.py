@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
+from scipy.special import stdtr
+from scipy.stats import false_discovery_control
 
 from capsrun.report import plots
 from capsrun.report.evaluations import TRANSFORMS, Points, found_by, on_another_set, same_run
@@ -19,13 +20,16 @@ from capsrun.runs.reader import Result
 
 HEADER = ("network", "routing", "trained for", "seeds")
 BASE = "dynamic, 3 iterations"
+FALSE_DISCOVERIES = 0.05
 OF_ROUTING = ("model.primary_dimensions", "model.digit_dimensions")  # which go with some of them
 # What may differ within a line of the summary: the images, and how long a network was trained.
 NOT_OF_A_NETWORK = ("dataset.", "precision", "recipe.steps", "recipe.epochs")
 # What stands in the summary: the name of a column, the title of a table, and which of its points.
 ROTATED, MOVED, SCALED = (f"mnist, 10,000 images, {how}: error %" for how in TRANSFORMS.values())
 ELSEWHERE = "affnist_like, 320,000 images, trained on mnist_padded: error %"
-ATTACKED = "mnist, 1,000 images, bim, 10 steps, by the scores' difference: "
+FROM = "steps, from random starts, by the scores' difference: "
+ATTACKED = f"mnist, 1,000 images, pgd, 10 {FROM}"
+DISGUISED = f"mnist, 1,000 images, reconstructive pgd, 30 {FROM}"
 SUMMARY = (
     ("test error %", ROTATED, "0"),
     ("rotated by 30°", ROTATED, "30"),
@@ -34,6 +38,7 @@ SUMMARY = (
     ("affnist_like", ELSEWHERE, "affnist_like"),
     ("attacked, ε = 0.1", f"{ATTACKED}error % within ε", "0.1"),
     ("and not flagged", f"{ATTACKED}fooled and not flagged, %, within ε", "0.1"),
+    ("the detector attacked too", f"{DISGUISED}fooled and not flagged, %, within ε", "0.1"),
     (
         "Fashion-MNIST not flagged",
         "mnist, 10,000 images, not flagged by reconstruction, %",
@@ -115,16 +120,19 @@ class Kind:
         less = line.less(bases[0])
         return less if len(less.runs) >= FEWEST_SEEDS else None
 
-    def cell(self, of: str, label: str) -> str:
-        """What the network `of` (see `network_key`) has at a point: that of most seeds."""
+    def cell(self, of: str, label: str) -> tuple[str, float]:
+        """What the network `of` (see `network_key`) has at a point: that of most seeds.
+
+        And how often chance alone brings it as far from dynamic routing; 1: they are not compared.
+        """
         own = [each for each in self.lines if network_key(each.settings) == of]
         own = [each for each in own if each.values(label)]
         if not own:
-            return "–"
+            return "–", 1.0
         line = max(own, key=lambda each: len(each.runs))
         paired = self.paired(line)
-        star = "*" if paired and differs(paired.values(label)) else ""
-        return f"{mean_and_spread(line.values(label))} ({len(line.runs)}){star}"
+        text = f"{mean_and_spread(line.values(label))} ({len(line.runs)})"
+        return text, by_chance(paired.values(label)) if paired else 1.0
 
     @property
     def curves(self) -> dict[str, dict[float, list[float]]]:
@@ -202,7 +210,11 @@ def sections(found: Iterable[Kind]) -> Iterator[str]:
 
 
 def summary(found: Iterable[Kind]) -> str:
-    """A row for each network and routing, with the points of `SUMMARY`."""
+    """A row for each network and routing, with the points of `SUMMARY`.
+
+    A star is at what differs from dynamic routing, so that of all stars of the table one in twenty
+    is expected to be chance's (Benjamini and Hochberg 1995).
+    """
     by_title = {kind.title: kind for kind in found}
     columns = [(name, by_title[t], label) for name, t, label in SUMMARY if t in by_title]
     if not columns:
@@ -211,19 +223,27 @@ def summary(found: Iterable[Kind]) -> str:
     lines: dict[str, Line] = {}
     for line in first.lines:
         lines.setdefault(network_key(line.settings), line)
-    rows = [
-        [*name, *(kind.cell(key, label) for _, kind, label in columns)]
-        for key, name in zip(lines, distinct_names([*lines.values()], NOT_OF_A_NETWORK))
+    names = distinct_names([*lines.values()], NOT_OF_A_NETWORK)
+    rows = [[kind.cell(key, label) for _, kind, label in columns] for key in lines]
+    compared = [chance for row in rows for _, chance in row if chance < 1]
+    adjusted = dict(zip(compared, false_discovery_control(compared))) if compared else {}
+    cells = [
+        [text + "*" * (adjusted.get(chance, 1) <= FALSE_DISCOVERIES) for text, chance in row]
+        for row in rows
     ]
-    return table([*HEADER[:2], *(name for name, _, _ in columns)], rows)
+    header = [*HEADER[:2], *(name for name, _, _ in columns)]
+    return table(header, [[*name, *row] for name, row in zip(names, cells)])
 
 
-def differs(differences: Sequence[float]) -> bool:
-    """Whether their mean is farther from zero than chance brings it in one of twenty cases."""
+def by_chance(differences: Sequence[float]) -> float:
+    """How often the mean of so many numbers is as far from 0 if they are from around 0.
+
+    Student's t, in either direction; 1 for too few of them.
+    """
     if len(differences) < FEWEST_SEEDS:
-        return False
-    by_chance = stdtrit(len(differences) - 1, 1 - 0.05 / 2)  # of Student's t, in either direction
-    return abs(statistics.fmean(differences)) > by_chance * error_of_mean(differences)
+        return 1.0
+    mean, error = abs(statistics.fmean(differences)), error_of_mean(differences)
+    return float(2 * stdtr(len(differences) - 1, -mean / error)) if error else float(mean == 0)
 
 
 def figure(found: Iterable[Kind]) -> Figure | None:

@@ -35,7 +35,11 @@ def on_another_set(
 
 def found_by(result: Result) -> Iterator[tuple[str, Points]]:
     """What an evaluation found about each kind of change: its title, and percentages by a label."""
-    images = f"{result.tested_on}, {result.values['count']:,} images"
+    tested, count = result.tested, result.values["count"]
+    split = "" if tested["split"] == "test" else f"{tested['split']} "
+    weights = "" if tested["weights"] == "last" else f", {tested['weights']} weights"
+    together = "" if tested["ensemble"] == 1 else f", {tested['ensemble']} networks together"
+    images = f"{result.tested_on}, {count:,} {split}images{weights}{together}"
     for how, rows in result.values.get("curves", {}).items():
         points = {f"{row['value']:g}": row["error_percent"] for row in rows}
         yield f"{images}, {TRANSFORMS[how]}: error %", points

@@ -53,6 +53,8 @@ class Routed:
     """Where the grid begins and ends in the image, along both axes."""
     added_text: str
     """What `added_JGG` is, in words."""
+    has_bias: bool
+    """Whether something is added to s_j beside the votes."""
 
     @property
     def most_bits(self) -> float:
@@ -87,10 +89,13 @@ def routed(model: CapsNet, split: Split, index: int) -> Routed:
     weights_I = model.digitcaps.activations(poses_BIK)[0] + TINY
     couplings_RIJ = torch.stack([iteration.couplings_BIJ[0] for iteration in history])
     entropy_RI = entropy_bits(couplings_RIJ)
-    # û_j|i · v_j is what the logits change by; along v_j the votes add to the length of s_j.
-    added_IJ = couplings_RIJ[-1] * weights_I[:, None]
-    if (changes_BIJ := history[-1].logit_changes_BIJ) is not None:
-        added_IJ = couplings_RIJ[-1] * changes_BIJ[0] / (lengths_BJ[0] + TINY)
+    # Along v_j the votes add to the length of s_j; û_j|i · v_j is what the logits change by.
+    added_IJ, text = couplings_RIJ[-1] * weights_I[:, None], "assigned"
+    changes_BIJ, added_BIJ = history[-1].logit_changes_BIJ, history[-1].added_BIJ
+    if changes_BIJ is not None:
+        added_BIJ = history[-1].couplings_BIJ * changes_BIJ / (lengths_BJ[:, None] + TINY)
+    if added_BIJ is not None:
+        added_IJ, text = added_BIJ[0], "adds to ‖s‖"
     types = model.config.primary_types
     return Routed(
         batch.targets_BTCHW[0].sum(0).clamp(max=1).mean(0).cpu(),
@@ -103,7 +108,8 @@ def routed(model: CapsNet, split: Split, index: int) -> Routed:
         on_grid(added_IJ.T, types).sum(1).cpu(),
         1 / (model.classes + getattr(model.routing, "leaky", False)),
         grid_extent(model),
-        "assigned" if changes_BIJ is None else "adds to ‖s‖",
+        text,
+        changes_BIJ is not None and getattr(model.digitcaps, "bias", None) is not None,
     )
 
 
@@ -151,7 +157,8 @@ def routing_figure(routing: Routed, class_names: tuple[str, ...], title: str) ->
     figure.text(0.1 / width, 1 - 0.25 / height, title, fontsize=FONT_SIZE + 1)
     note = (
         "A cell is the middle of what its input capsules see (grey: none is centred there), the "
-        "line the edge of the ink. Mind the scales. To ‖s‖ the bias adds its share too."
+        "line the edge of the ink. Mind the scales."
+        + (" To ‖s‖ the bias adds its share too." if routing.has_bias else "")
     )
     figure.text(0.1 / width, 0.08 / height, note, fontsize=FONT_SIZE)
     grid = {"left": LEFT_INCHES / width, "right": 1 - CELL_INCHES / width, "wspace": 0.06}
