@@ -227,10 +227,8 @@ def summary(found: Iterable[Kind]) -> str:
     rows = [[kind.cell(key, label) for _, kind, label in columns] for key in lines]
     compared = [chance for row in rows for _, chance in row if chance < 1]
     adjusted = dict(zip(compared, false_discovery_control(compared))) if compared else {}
-    cells = [
-        [text + "*" * (adjusted.get(chance, 1) <= FALSE_DISCOVERIES) for text, chance in row]
-        for row in rows
-    ]
+    starred = {chance for chance, value in adjusted.items() if value <= FALSE_DISCOVERIES}
+    cells = [[f"{text}*" if chance in starred else text for text, chance in row] for row in rows]
     header = [*HEADER[:2], *(name for name, _, _ in columns)]
     return table(header, [[*name, *row] for name, row in zip(names, cells)])
 
