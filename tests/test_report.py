@@ -20,7 +20,7 @@ from capsrun.commands.report import ReportConfig, report, update_tables
 from capsrun.data import load_dataset
 from capsrun.errors import UserError
 from capsrun.report import plots, questions
-from capsrun.report.changed import kinds, summary
+from capsrun.report.changed import Kind, Line, kinds, summary
 from capsrun.report.keep import keep
 from capsrun.report.page import to_html
 from capsrun.report.rows import grouped, make_row, standard_error
@@ -653,6 +653,11 @@ def test_a_routing_is_compared_with_dynamic_seed_by_seed(tmp_path):
     assert "**mnist, 10,000 images, averaged weights, rotated, degrees: error %**" in section
     assert "(pictures/changed.png)" in section
     assert (tmp_path / "out/pictures/changed.png").is_file()
+
+
+def test_one_value_is_no_curve():
+    line = Line(None, {0: {"0.1": 3.0}, 1: {"0.1": 4.0}})  # a group gives only names
+    assert Kind("attacked", [line]).curves == {}
 
 
 def test_nothing_is_compared_where_two_might_be_meant(tmp_path):

@@ -91,10 +91,11 @@ class EMCapsuleLayer(RoutedLayer):
 
     Takes capsules (B, I, D + 1), the logit of an activation after a pose of D = N² numbers, and
     returns (B, J, D): in the direction of a capsule's pose, as long as its activation. Its
-    parameters are `weight`, W (T, N, J, N), `beta_u` and `beta_a` (J).
+    parameters are `weight`, W (I, N, J, N), of T types (T, N, J, N), `beta_u` and `beta_a` (J).
 
     inputs: I, ordered (type, row, column). pose_dim: D. outputs: J. routing: its settings, of
-    `training_config("routing=em").routing`. types: T, if they are `shared`.
+    `training_config("routing=em").routing`. types: T, of which one each has a W, if that is
+    `shared`.
     V_ij = M_i W_ij; a W that all places of a type share has the place added to its vote, the row
     and the column to the first two numbers of the last column of V ("Coordinate Addition"). Paper:
     silent about the first β, which are 0, and W, here the identity with noise.

@@ -136,8 +136,8 @@ class Kind:
 
     @property
     def curves(self) -> dict[str, dict[float, list[float]]]:
-        """Of networks with several seeds, what these found at each value; empty: no numbers."""
-        if not all(map(is_number, self.labels)):
+        """What networks with several seeds found at several values, if these are numbers."""
+        if len(self.labels) < 2 or not all(map(is_number, self.labels)):
             return {}
         return {
             ", ".join(name): {float(label): line.values(label) for label in self.labels}

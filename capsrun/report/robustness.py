@@ -42,7 +42,7 @@ def attack_curve(rows: Sequence[Mapping[str, Any]], split: str, title: str) -> F
     if "success_percent" in rows[0]:
         lines["taken for the target"] = "success_percent"
     if "undetected_percent" in rows[0]:
-        lines["fooled and not detected"] = "undetected_percent"
+        lines["fooled and not detected, of the measured images"] = "undetected_percent"
     return _curves("ε, in units of pixels in [0, 1]", "% of images", title, rows, "epsilon", lines)
 
 
@@ -110,7 +110,7 @@ def roc_curves(detection: Mapping[str, Any], title: str) -> Figure:
     figure = new_figure(5, 4.2)
     axes = figure.add_subplot()
     attacked = {
-        f"fooled within ε = {row['epsilon']:g}": row["fooled_detection"]
+        f"that fool within ε = {row['epsilon']:g}": row["fooled_detection"]
         for row in detection["attack"]
         if row["epsilon"] and "fooled_detection" in row
     }
