@@ -317,6 +317,7 @@ def test_without_a_choice_it_is_routing_by_agreement():
         (["routing=emm"], "did you mean 'em'"),
         (["loss=log_likelihood"], "whose lengths add up to 1: routing=self_routing"),
         (["routing=em", "loss=log_likelihood"], "whose lengths add up to 1: routing=self_routing"),
+        (["routing=em", "model.digit_bias=false"], "leave it out with other routings"),
     ],
 )
 def test_mistakes(words, said):
