@@ -313,6 +313,19 @@ def test_a_reconstructive_attack_fools_with_better_reconstructions(digits, train
     assert float((plain.distances_N - disguised.distances_N)[both].mean()) > 0.1
 
 
+def test_a_standardised_image_of_one_grey_has_no_undefined_gradient():
+    """Though it has no deviation to divide by."""
+    split = stored(torch.zeros(3, 1, 28, 28, dtype=torch.uint8), torch.tensor([1, 2, 3]))
+    split.config.standardise = True
+    net = network("dataset.standardise=true")
+    attack = Attack(net, split, attack_of("attack.reconstructive=true"))
+    grey = torch.tensor([0, 0.4, 1])[:, None, None, None].expand(3, 1, 28, 28)
+    labels = torch.tensor([[1], [2], [3]])
+    with attacked(net.model):
+        assert bool(attack.gradient(grey, labels).isfinite().all())
+        assert bool(attack.disguise(grey, labels)[0].isfinite().all())
+
+
 # Detection
 
 

@@ -87,23 +87,19 @@ def check(config: EvalConfig, ensemble: Sequence[Trained]) -> None:
             raise UserError(f"{name}= is of one network, and ensemble=… of several: leave one out")
     if config.attack is not None:
         check_attack(config.attack, config.dataset)
-    needing = ["detect="] if config.detect else []
-    if config.attack is not None and config.attack.reconstructive and not config.attack.source:
-        needing.append("attack.reconstructive=true")
-    if needing and ensemble[0].model.decoder is None:
-        raise UserError(no_decoder(needing[0], "this network"))
+        if config.attack.reconstructive and not config.attack.source:
+            check_decoder("attack.reconstructive=true", ensemble[0], "this network")
+    if config.detect:
+        check_decoder("detect=", ensemble[0], "this network")
     for name in config.detect:
         if name == NOISE:
             continue
         if name not in DATASETS:
             hint = did_you_mean(name, (NOISE, *DATASETS))
             raise UserError(f"detect=: there is no data set {name!r}{hint}")
-        what = None
-        if known(name).reader is not None:
-            what = "of one's own"
-        elif {name, known(name).picked_from} & of_the_same(config.dataset):
-            what = "that which is tested, or of the same images"
-        if what is not None:
+        own = known(name).reader is not None
+        if own or {name, known(name).picked_from} & of_the_same(config.dataset):
+            what = "of one's own" if own else "that which is tested, or of the same images"
             raise UserError(f"detect=[{name}]: this data set is {what}; name another one, or noise")
 
 
@@ -129,12 +125,13 @@ def of_the_same(dataset: DatasetConfig) -> set[str]:
     return {*filter(None, (dataset.name, source, known(dataset.name).picked_from))}
 
 
-def no_decoder(setting: str, which: str) -> str:
-    """What is wrong where a setting needs reconstructions that there are not."""
-    return (
-        f"{setting} needs reconstructions, and {which} has no decoder: train a CapsNet with "
-        "model.reconstruction=true"
-    )
+def check_decoder(setting: str, trained: Trained, which: str) -> None:
+    """Raise UserError where a setting needs reconstructions that there are not."""
+    if trained.model.decoder is None:
+        raise UserError(
+            f"{setting} needs reconstructions, and {which} has no decoder: train a CapsNet with "
+            "model.reconstruction=true"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,8 @@ def find_others(config: EvalConfig, split: Split) -> Others:
             path = checkpoints.find_checkpoint(config.attack.source)
             source = checkpoints.load_checkpoint(path)
             checkpoints.check_dataset(config.dataset, source.config, config.split)
-            if config.attack.reconstructive and source.model.decoder is None:
-                raise UserError(no_decoder("attack.reconstructive=true", "it"))
+            if config.attack.reconstructive:
+                check_decoder("attack.reconstructive=true", source, "it")
         except UserError as error:
             raise UserError(f"attack.source={config.attack.source}: {error}") from error
         print(f"perturbed on: {path}")

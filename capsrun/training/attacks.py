@@ -143,8 +143,7 @@ class Attack:
         output = self.network.model(as_seen(pixels_BCHW, self.split.config))
         height = climbed(output, aims_BT, self.network, self.config)
         (gradient,) = torch.autograd.grad(-height if self.config.targeted else height, pixels_BCHW)
-        # An image of one grey has no deviation to divide by.
-        return gradient.nan_to_num(0) if self.split.config.standardise else gradient
+        return gradient
 
     def disguise(self, pixels_BCHW: Tensor, aims_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient towards reconstructions, and the `distances` of images that fool.
