@@ -15,6 +15,9 @@ from capsrun.data.sets import class_names
 from capsrun.data.splits import Dataset
 from capsrun.data_config import DatasetConfig
 
+BLANK_PX = 4
+"""The border of MNIST's images in which most digits have no ink; it may leave the canvas."""
+
 
 @dataclass(frozen=True, repr=False)
 class PlacedDigits(splits.OfDigits):
@@ -49,10 +52,10 @@ class PlacedDigits(splits.OfDigits):
 def make(raw: RawData, config: DatasetConfig, device: torch.device) -> Dataset:
     """Training digits at random places; validation and test digits at places fixed by split_seed.
 
-    Raises UserError for a shift that is larger than the border.
+    Raises UserError for a shift by which digits would leave the canvas.
     """
     splits.refuse_changes(config)
-    splits.check_shift(config, raw.train.images_NCHW.shape[-1])
+    splits.check_shift(config, raw.train.images_NCHW.shape[-1], BLANK_PX)
     train, validation, test = splits.parts(raw, config, device)
     return Dataset(
         config.name,
