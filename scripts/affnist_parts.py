@@ -1,6 +1,6 @@
 """Which of affnist_like's changes a network errs on: `affnist_parts.py OUT.json CHECKPOINT...`.
 
-Each network, trained on padded MNIST, is tested on 20,000 of the images: made with all changes,
+Each network, trained on padded MNIST, is tested on 10,000 of the images: made with all changes,
 with none, with one, and with all but one. The errors of those with all are also counted by how much
 there is of a change.
 """
@@ -23,8 +23,8 @@ from capsrun.runs.checkpoint import Trained
 from capsrun.training.device import provenance
 from capsrun.training.metrics import score_split
 
-IMAGES = 20_000
-"""The first two versions of each test digit."""
+IMAGES = 10_000
+"""The first version of each test digit."""
 PADDED_SHIFT_PX = 6
 """How far padded MNIST moves a digit from the middle."""
 CHANGES = ("rotation", "shear", "scale", "place")

@@ -158,6 +158,12 @@ def test_a_few_steps_are_no_number_in_the_summary(tmp_path):
     assert line[5:7] == ["only tried", ""]
 
 
+def test_less_than_the_papers_length_is_short_in_the_summary(tmp_path):
+    train_result(tmp_path / "a", 33, 0, "recipe=sixty")
+    (line,) = summary_lines([row(ROW, tmp_path)])
+    assert line[5] == "0.33, short"
+
+
 def test_a_long_title_stays_within_its_picture():
     words = "capsnet_small, 2.1 M parameters, 14,063 steps (30 epochs), recipe sixty, rate 0.004"
     figure = plots.error_by_iterations({1: [0.5, 0.6], 3: [0.4]}, words)
@@ -165,6 +171,27 @@ def test_a_long_title_stays_within_its_picture():
     title = figure.axes[0].title.get_window_extent()
     assert 0 <= title.x0 < title.x1 <= figure.bbox.width
     assert title.y1 <= figure.bbox.height
+
+
+def test_paired_differences_with_their_intervals(tmp_path):
+    """Of the runs of which most is asked: those of three seeds, not those of one."""
+    for seed, errors in enumerate((40, 42, 44)):
+        train_result(tmp_path / f"{seed}", errors, seed, *SMALL)
+        train_result(tmp_path / f"{seed}b", 10 + errors + 10 * seed, seed, *SMALL, "loss=paper")
+    train_result(tmp_path / "long", 30, 0)
+    train_result(tmp_path / "longb", 20, 0, "loss=paper")
+    rows = [make_row(n, EXPERIMENTS, []) for n in EXPERIMENTS.names()]
+    _, found = questions.questions_and_answers(rows, grouped(find_results([tmp_path])))
+    base, points = questions.most_asked(found)
+    assert base.first.settings["model.primary_types"] == 8
+    (paired,) = points.values()
+    assert paired == pytest.approx([0.1, 0.2, 0.3])
+    (axes,) = plots.differences(points, "capsnet_small").axes
+    (label,) = axes.get_yticklabels()
+    assert label.get_text().endswith("(n = 3)")
+    ((low, high),) = axes.collections[0].get_segments()  # Student's t: 4.303 standard errors
+    assert (low[0], high[0]) == pytest.approx((0.2 - 0.2484, 0.2 + 0.2484), abs=1e-3)
+    assert questions.most_asked([]) is None
 
 
 @pytest.mark.filterwarnings("error")

@@ -51,7 +51,7 @@ def document(
         **main_tables(rows, results),
         sections=sections,
         all_changed=list(changed.sections(changed.kinds(results))),
-        after_ablations=[iterations_figure(found, pictures)],
+        after_ablations=[differences_figure(found, pictures), iterations_figure(found, pictures)],
         after_changed=[changed_figure(results, pictures)],
         own=own_section(own, experiments, pictures),
         figures=paper_figures(rows, results, pictures),
@@ -104,6 +104,17 @@ def group_tables(rows: Sequence[Row]) -> list[str | None]:
         parts += [f"Public, {row.about.title}: {public}."] if public else []
     parts += [f"{remark}." for row in rows for group in row.groups for remark in group.remarks]
     return parts
+
+
+def differences_figure(found: Sequence[questions.Answer], pictures: Pictures) -> str:
+    """What each change does to the runs of which most is asked, where there are several seeds."""
+    asked = questions.most_asked(found)
+    if asked is None:
+        return ""
+    base, points = asked
+    figure = plots.differences(points, f"{questions.network(base)}, {tables.length(None, base)}")
+    what = "differences by what is changed, of each seed, with 95 % intervals"
+    return pictures.draw("differences", figure, what)
 
 
 def iterations_figure(found: Sequence[questions.Answer], pictures: Pictures) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy import stats
 
 from capsrun.report.figures import FONT_SIZE, new_figure
 
@@ -168,6 +169,29 @@ def error_by_iterations(points: Mapping[int, Sequence[float]], title: str) -> Fi
     axes.set_xticks(iterations)
     finish(axes, "routing iterations", "test error %")
     axes.set_title(title, fontsize=FONT_SIZE, wrap=True)
+    figure.tight_layout()
+    return figure
+
+
+def differences(points: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Paired differences: a dot for each seed, their mean and its 95 % interval (Student's t).
+
+    points: what several seeds found, by what was changed; the largest mean comes first.
+    """
+    names = sorted(points, key=lambda name: float(np.mean(points[name])))
+    figure = new_figure(9, 1 + 0.3 * len(names))
+    axes = figure.add_subplot()
+    for row, name in enumerate(names):
+        found = np.array(points[name])
+        error = found.std(ddof=1) / len(found) ** 0.5
+        half = float(stats.t.ppf(0.975, len(found) - 1)) * error
+        axes.plot(found, [row] * len(found), "o", ms=3, color="#888888")
+        axes.errorbar(found.mean(), row, xerr=half, marker="s", ms=5, capsize=4, color=COLOURS[0])
+    axes.axvline(0, color="black", lw=0.8)
+    labels = [f"{textwrap.fill(name, LONG_LABEL)} (n = {len(points[name])})" for name in names]
+    axes.set_yticks(range(len(names)), labels)
+    finish(axes, "points of test error more than without it", "")
+    figure.suptitle(title, fontsize=FONT_SIZE)
     figure.tight_layout()
     return figure
 

@@ -56,6 +56,11 @@ class Answer:
         """The seeds that both have."""
         return sorted(self.base.by_seed.keys() & self.after.keys())
 
+    @property
+    def differences(self) -> list[float]:
+        """The error with the change minus that without it, of each seed."""
+        return [self.after[seed] - self.base.by_seed[seed] for seed in self.seeds]
+
     def line(self, title: str) -> list[str]:
         """The cells of `HEADER`."""
         before, after = ([by[k] for k in self.seeds] for by in (self.base.by_seed, self.after))
@@ -65,7 +70,7 @@ class Answer:
             length(None, self.base),
             mean_and_spread(before),
             mean_and_spread(after),
-            difference([b - a for a, b in zip(before, after)]),
+            difference(self.differences),
             self.question.paper,
             " ".join(map(str, self.seeds)),
         ]
@@ -157,6 +162,22 @@ def difference(differences: Sequence[float]) -> str:
 def error_of_mean(values: Sequence[float]) -> float:
     """The standard error of the mean of several."""
     return statistics.stdev(values) / len(values) ** 0.5
+
+
+def most_asked(found: Sequence[Answer]) -> tuple[Group, dict[str, list[float]]] | None:
+    """The runs of which most is asked with several seeds, and the differences of each change.
+
+    None where nothing has several seeds.
+    """
+    asked: dict[str, tuple[Group, dict[str, list[float]]]] = {}
+    for answer in found:
+        if len(answer.seeds) > 1:
+            key = key_of(answer.base.first.settings)
+            _, points = asked.setdefault(key, (answer.base, {}))
+            points[answer.question.title] = answer.differences
+    if not asked:
+        return None
+    return max(asked.values(), key=lambda one: sum(map(len, one[1].values())))
 
 
 def by_iterations(found: Sequence[Answer]) -> tuple[Group, dict[int, list[float]]] | None:

@@ -126,13 +126,14 @@ def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def in_summary(row: Row) -> list[str]:
-    """What was measured, with how many seeds and how long; not what a few steps gave."""
+    """What was measured, whether for less than the paper's length, and how; not after few steps."""
     best = row.best
     if best is None:
         return [NOT_RUN, "", "", ""]
     if max(best.steps) < FEWEST_STEPS:
         return ["only tried", "", "", length(row, best)]
-    measured = mean_and_spread(best.errors)
+    short = "" if row.is_full(best) else ", short"
+    measured = f"{mean_and_spread(best.errors)}{short}"
     return [measured, best_on_test(best), str(len(best.results)), length(row, best)]
 
 
