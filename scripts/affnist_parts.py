@@ -1,8 +1,8 @@
 """Which of affnist_like's changes a network errs on: `affnist_parts.py OUT.json CHECKPOINT...`.
 
 Each network, trained on padded MNIST, is tested on 10,000 of the images: made with all changes,
-with none, with one, and with all but one. The errors of those with all are also counted by how much
-there is of a change.
+with none, with each alone, and with all but the place. The errors of those with all are also
+counted by how much there is of a change.
 """
 
 import itertools
@@ -60,18 +60,11 @@ class SomeChanges(TransformedDigits):
             moved_B2 = random_offsets(indices_B, PADDED_SHIFT_PX, self.config.split_seed)
             return linear._replace(row_shift_px_B=moved_B2[:, 0], column_shift_px_B=moved_B2[:, 1])
         # As far between the first and the last place that it may have as with all changes.
-        low_B2, room_B2 = self.places(whole, indices_B)
+        low_B2, room_B2 = self.places(indices_B, whole)
         part_B2 = (torch.stack(whole[4:], 1) - low_B2) / room_B2
-        low_B2, room_B2 = self.places(linear, indices_B)
+        low_B2, room_B2 = self.places(indices_B, linear)
         moved_B2 = low_B2 + part_B2 * room_B2
         return linear._replace(row_shift_px_B=moved_B2[:, 0], column_shift_px_B=moved_B2[:, 1])
-
-    def places(self, transforms: Transforms, indices_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The first place (B, 2) at which no ink leaves the canvas, and how much room there is."""
-        digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
-        first_B2, last_B2 = ink_extent(digits_BCHW, transforms.matrices())
-        middle = (self.config.image_px - 1) / 2
-        return -1 - middle - first_B2, 2 * middle + 2 - (last_B2 - first_B2)
 
     def amounts(self) -> dict[str, Tensor]:
         """How much of each change (N,) there is, in the order of `BINS`."""
@@ -90,16 +83,14 @@ class SomeChanges(TransformedDigits):
         return dict(zip(BINS, values, strict=True))
 
 
-def combinations() -> list[tuple[str, ...]]:
-    """All changes, none, each alone, and all but each."""
-    but_one = [tuple(other for other in CHANGES if other != change) for change in CHANGES]
-    return [CHANGES, (), *((change,) for change in CHANGES), *but_one]
+COMBINATIONS = (CHANGES, (), *((change,) for change in CHANGES), CHANGES[:3])
+"""All changes, none, each alone, and all but the place."""
 
 
 def tested(trained: Trained, digits: TransformedDigits) -> dict[str, Any]:
     """The errors in percent of a network with each combination of changes, and in each bin."""
     errors, binned = {}, {}
-    for changes in combinations():
+    for changes in COMBINATIONS:
         images = SomeChanges(digits.digits_NCHW, digits.labels_N, digits.config, changes)
         score = score_split(trained.model, images, "fp32")
         errors[" ".join(changes) or "none"] = score.error_percent

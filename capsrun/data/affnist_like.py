@@ -107,14 +107,22 @@ class TransformedDigits(OfDigits):
             dim=1,
         )
         unmoved = Transforms(*linear_B4.unbind(1), *torch.zeros_like(drawn_B6[:, 4:]).unbind(1))
+        low_B2, room_B2 = self.places(indices_B, unmoved)
+        return torch.cat([linear_B4, low_B2 + drawn_B6[:, 4:] * room_B2, room_B2], dim=1)
+
+    def places(self, indices_B: Tensor, transforms: Transforms) -> tuple[Tensor, Tensor]:
+        """The first place (B, 2) at which no ink leaves the canvas, and the room (B, 2) from there.
+
+        Of rows and columns, as the shifts of `Transforms`, whatever those are here. The room is
+        below 0 where a digit is too large.
+        """
         digits_BCHW = self.digits_NCHW[self.numbers(indices_B)[0]]
-        first_B2, last_B2 = ink_extent(digits_BCHW, unmoved.matrices())
+        first_B2, last_B2 = ink_extent(digits_BCHW, transforms.matrices())
         # Ink may touch the pixels that surround the canvas, where bilinear interpolation makes
         # nothing of it, but not reach over them.
         middle = (self.config.image_px - 1) / 2
         low_B2 = -1 - middle - first_B2
-        room_B2 = self.config.image_px - middle - last_B2 - low_B2
-        return torch.cat([linear_B4, low_B2 + drawn_B6[:, 4:] * room_B2, room_B2], dim=1)
+        return low_B2, self.config.image_px - middle - last_B2 - low_B2
 
 
 def ink_extent(digits_BCHW: Tensor, matrices_B22: Tensor) -> tuple[Tensor, Tensor]:
