@@ -2,16 +2,18 @@
 
 Each network, trained on padded MNIST, is tested on 10,000 of the images: made with all changes,
 with none, with each alone, and with all but the place. The errors of those with all are also
-counted by how much there is of a change.
+counted by how much there is of a change, which OUT.png draws.
 """
 
 import itertools
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import capsrun
@@ -19,6 +21,7 @@ from capsrun import disk
 from capsrun.data.affnist_like import TransformedDigits, Transforms, ink_extent
 from capsrun.data.batches import random_offsets
 from capsrun.errors import UserError
+from capsrun.report import figures, plots
 from capsrun.runs.checkpoint import Trained
 from capsrun.training.device import provenance
 from capsrun.training.metrics import score_split
@@ -33,8 +36,10 @@ BINS = {
     "shear": (0, 0.05, 0.1, 0.15, 0.2),
     "size": (0.8, 0.9, 1, 1.1, 1.2),
     "height to width": (0.66, 0.8, 0.95, 1.05, 1.25, 1.5),
-    "outermost ink, px from the middle": (0, 14, 16, 17, 18, 19, 20.5),
+    "outermost ink, px from the middle": (8, 14, 16, 17, 18, 19, 20.5),
 }
+
+DRAWN = ("rotation, degrees", "size", "outermost ink, px from the middle")
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,6 +118,17 @@ def in_bins(amount_N: Tensor, wrong_N: Tensor, edges: tuple[float, ...]) -> list
     return bins
 
 
+def by_amount(networks: Mapping[str, Any]) -> Figure:
+    """The error of each network, means of its seeds, by how much there is of three changes."""
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for name, network in itertools.product(DRAWN, networks.values()):
+        line = panels.setdefault(f"{name}: test error %", {}).setdefault(network["name"], {})
+        for one in network["by_amount"][name]:
+            middle = (one["from"] + one["to"]) / 2
+            line.setdefault(middle, []).append(100 * one["errors"] / one["count"])
+    return plots.by_value(panels)
+
+
 def main(out: str, *checkpoints: str) -> None:
     """Test each network and write the file."""
     digits = capsrun.load_dataset("affnist_like").test
@@ -126,6 +142,7 @@ def main(out: str, *checkpoints: str) -> None:
         print(path, networks[f"{config.name}/seed{config.seed}"]["errors_percent"], flush=True)
     where = provenance(torch.device("cpu"), "fp32")
     disk.write_json(Path(out), {"images": IMAGES, "networks": networks, **where})
+    figures.save(by_amount(networks), Path(out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

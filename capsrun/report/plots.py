@@ -210,7 +210,8 @@ def by_value(panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
         for name, points in lines.items():
             values = np.array(sorted(points))
             found = np.array([points[value] for value in values])
-            mean, deviation = found.mean(1), found.std(1, ddof=1)
+            mean = found.mean(1)
+            deviation = found.std(1, ddof=1) if found.shape[1] > 1 else 0 * mean
             look = style(names.index(name))
             axes.plot(values, mean, lw=1.4, **look)
             band = mean - deviation, mean + deviation
